@@ -1,0 +1,39 @@
+"""jpeft: parameter-efficient fine-tuning for JAX.
+
+    peft = jpeft.apply(params, method="lora", rank=8)      # frozen base + small trained pytree
+    forward = jpeft.wrap(model.apply, peft.method)         # the model, with the method in it
+    logits = forward(peft.variables, x)
+    params = jpeft.merge(peft)                             # plain parameters again
+
+Pretrained models (`jpeft.models`), the trainer (`jpeft.train`) and the command line are imported on demand.
+"""
+
+from importlib.metadata import version as _version
+
+from .additive.adapter import adapter as adapter
+from .chain import chain as chain
+from .checkpoint.orbax import load as load
+from .checkpoint.orbax import save as save
+from .hosts.linen import kernel_axes as kernel_axes
+from .method import Layer as Layer
+from .method import Linear as Linear
+from .method import Method as Method
+from .optim import optimizer as optimizer
+from .peft import Peft as Peft
+from .peft import apply as apply
+from .peft import merge as merge
+from .peft import penalty as penalty
+from .peft import wrap as wrap
+from .registry import MethodInfo as MethodInfo
+from .registry import make as make
+from .registry import methods as methods
+from .reparameterized.lora import lora as lora
+from .select import KernelAxes as KernelAxes
+from .selective.bitfit import bitfit as bitfit
+from .selective.freeze import freeze as freeze
+from .summary import Summary as Summary
+from .summary import summary as summary
+from .tree import flatten as flatten
+from .tree import unflatten as unflatten
+
+__version__ = _version("jpeft")

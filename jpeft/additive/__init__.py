@@ -1,0 +1,1 @@
+"""Methods that add a few new parameters."""

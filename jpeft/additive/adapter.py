@@ -1,0 +1,98 @@
+"""Adapters: small bottleneck layers inside every block (Houlsby et al.)."""
+
+import re
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+
+from .. import tree
+from ..method import ADDED, Layer, Method, factory, not_head, with_head
+from ..select import AxesRules, KernelAxes, kernel_axes, select
+from . import bottleneck
+
+# The projections whose outputs a block adds to its residual stream, by their names in common families: one of attention, one of the MLP.
+TARGET = (
+    r"(.*/)?(attention/output/dense|output/dense|out_lin|lin2|attn/c_proj|mlp/c_proj|o_proj|down_proj|self_attn/out_proj|out_proj|fc2|"
+    r"SelfAttention/o|EncDecAttention/o|wo|attn/out|attention/out|self_attention/out|MultiHeadDotProductAttention_\d+/out|mlp/down|down)/kernel"
+)
+NORM = r"(.*/)?([^/]*([Ll]ayer_?[Nn]orm|rmsnorm|RMSNorm)[^/]*|ln_\w+|ln\d*|norm\w*)/(scale|bias|weight)"
+
+
+@factory
+def adapter(
+    *,
+    size: int = 64,
+    activation: str = "gelu",
+    target: str | Sequence[str] = TARGET,
+    std: float = 1e-3,
+    train_norms: bool = True,
+    axes: AxesRules | None = None,
+    head: str | None = "auto",
+) -> Method:
+    r"""Adapter: ``h' = h + W_up act(W_down h + b_down) + b_up`` on the outputs of attention and of the feed-forward layer.
+
+    Two in every block, each before its residual sum. With kernels near zero the model begins near the base. All LayerNorms are trained
+    too, and the task head.
+
+    Args:
+      size: Bottleneck width m; an adapter on width d has ``2 d m + m + d`` parameters.
+      activation: "gelu" (exact), "gelu_new" (tanh approximation), "relu", "silu" or "tanh".
+      target: The kernels whose outputs are adapted; a regex or a list of names. By default the last projection of attention and of the MLP.
+      std: Standard deviation of the initial kernels, before they are truncated.
+      train_norms: Train scale and bias of all normalisation layers, as the paper does.
+      axes: Geometry of kernels with more than two axes; see `jpeft.lora`.
+      head: Task head to train along: "auto", a regex, or None.
+
+    Returns:
+      A `Method`. It adds computation and so has no merge.
+
+    Raises:
+      ValueError: for a size below 1 or an unknown activation; from `init`, if nothing matches, or an output has several axes that are not
+        features.
+
+    >>> import jax, jax.numpy as jnp, jpeft
+    >>> params = {"mlp": {"down": {"kernel": jnp.ones((32, 8)), "bias": jnp.zeros(8)}}}
+    >>> jax.tree.map(jnp.shape, jpeft.apply(params, method="adapter", size=2).adapter)["mlp"]["down"]["+"]["down"]
+    {'bias': (2,), 'kernel': (8, 2)}
+
+    Reference: Houlsby et al., Parameter-Efficient Transfer Learning for NLP, 2019, https://arxiv.org/abs/1902.00751.
+
+    Follows the authors' code (google-research/adapter-bert) in the initial deviation of 1e-3. The code puts the adapter behind the dropout
+    that follows the projection; here it is right at the projection's output, in front of that dropout: the same at evaluation.
+    """
+    rules: AxesRules = tuple((pattern, KernelAxes(*map(tuple, geometry))) for pattern, geometry in axes or ())
+    if size < 1:
+        raise ValueError(f"size={size} must be at least 1.")
+    if activation not in bottleneck.ACTIVATIONS:
+        raise ValueError(f"activation={activation!r} is not one of {sorted(bottleneck.ACTIVATIONS)}.")
+
+    def init_fn(key: jax.Array, params: tree.Params, *, stats: Any = None) -> tree.Adapter:
+        del stats
+        leaves = not_head(params, head)
+        kernels = {path: leaf.shape for path, leaf in leaves.items() if len(leaf.shape) > 1}
+        sites = [path for path in select(kernels, target, params=params) if not path.startswith("pooler/") and "/pooler/" not in path]
+        out: dict[str, Any] = {path: tree.copy(leaf) for path, leaf in leaves.items() if train_norms and re.fullmatch(NORM, path)}
+        for path in sites:
+            geometry = kernel_axes(path, kernels[path], rules)
+            if len(geometry.outputs) != 1:
+                raise ValueError(f"adapter: '{path}' {kernels[path]} has {len(geometry.outputs)} output axes; a bottleneck needs one feature axis.")
+            stack = tuple(kernels[path][i] for i in geometry.stack)
+            width = kernels[path][geometry.outputs[0]]
+            module = path.rpartition("/")[0]
+            for name, leaf in tree.flatten(bottleneck.init(tree.fold_in(key, path), width, size, std, stack)).items():
+                out["/".join(filter(None, (module, ADDED, name)))] = leaf
+        return tree.unflatten(out)
+
+    def call_fn(layer: Layer, inputs: tuple[Any, ...], leaves: dict[str, Any], rng: jax.Array | None) -> Any:
+        del rng
+        h = layer(*inputs)
+        return h + bottleneck.apply(leaves[ADDED], h, activation)
+
+    def merge_fn(params: tree.Params, adapter: tree.Adapter) -> tree.Params:
+        return tree.fold(params, adapter, lambda path, leaf, leaves: leaf, why_not=_WHY)
+
+    return Method(init=with_head(init_fn, head), call=call_fn, merge=merge_fn)
+
+
+_WHY = "an adapter is a nonlinear layer of its own, which no weight of the base can take up; keep using it through jpeft.wrap"

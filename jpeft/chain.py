@@ -1,0 +1,101 @@
+"""Several methods as one."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from . import tree
+from .method import Layer, Method
+
+
+def chain(**parts: Method) -> Method:
+    """Apply several methods to one base; the result is a `Method` again. The first listed is closest to the base.
+
+    The adapter is a dict with one adapter for each part, and each part is a collection of its own in `Peft.variables`. Binding, the order
+    of middleware around a layer, and merging all go from the first to the last. A leaf that two parts would replace (the task head, say)
+    belongs to the first.
+
+    Args:
+      **parts: Methods by a name of your choice; two LoRAs may stand side by side.
+
+    Returns:
+      A `Method` that merges if all its parts do.
+
+    Raises:
+      ValueError: without parts, for a part that is no `Method`; from `init`, if a part replaces a leaf that an earlier part adapts.
+
+    >>> import jpeft
+    >>> jpeft.chain(lora=jpeft.lora(rank=8), bitfit=jpeft.bitfit()).parts[1][0]
+    'bitfit'
+    """
+    if not parts:
+        raise ValueError("chain() needs methods: jpeft.chain(lora=jpeft.lora(), bitfit=jpeft.bitfit()).")
+    for name, part in parts.items():
+        if not isinstance(part, Method):
+            raise ValueError(f"chain({name}={part!r}): each part must be a jpeft.Method, such as jpeft.lora().")
+        if part.parts:
+            raise ValueError(f"chain({name}=...): a chain within a chain; list its parts here: {[n for n, _ in part.parts]}.")
+        if name == "params":
+            raise ValueError("chain(params=...): 'params' is the base's own collection; choose another name.")
+    items = tuple(parts.items())
+
+    def init_fn(key: jax.Array, params: tree.Params, *, stats: Any = None) -> tree.Adapter:
+        out: dict[str, Any] = {}
+        replaced: set[str] = set()
+        beside: dict[str, str] = {}
+        for name, part in items:
+            adapter = part.init(tree.fold_in(key, name), params, stats=stats)
+            mine, adapts, _ = tree.split(params, adapter)
+            for path in mine.keys() & beside.keys():
+                raise ValueError(
+                    f"chain: '{name}' replaces '{path}', which '{beside[path]}' before it adapts, so the earlier change would be lost. "
+                    f"List '{name}' before '{beside[path]}'."
+                )
+            out[name] = tree.unflatten({path: leaf for path, leaf in tree.flatten(adapter).items() if path not in replaced})
+            replaced |= mine.keys()
+            beside |= dict.fromkeys(adapts, name)
+        return out
+
+    def bind_fn(params: tree.Params, adapter: tree.Adapter, *, rng: jax.Array | None = None) -> tree.Params:
+        grafts: dict[str, dict[str, Any]] = {}
+        for i, (name, part) in enumerate(items):
+            bound = part.bind(params, adapter[name], rng=None if rng is None else jax.random.fold_in(rng, i))
+            params, new = tree.pop_grafts(bound)
+            for path, leaves in new.items():
+                grafts.setdefault(path, {})[name] = leaves
+        return tree.put_grafts(params, grafts)
+
+    def call_fn(layer: Layer, inputs: tuple[Any, ...], leaves: dict[str, Any], rng: jax.Array | None) -> Any:
+        for i, (name, part) in enumerate(items):
+            if name in leaves:
+                layer = layer.through(part.call, name, leaves[name], None if rng is None else jax.random.fold_in(rng, i))
+        return layer(*inputs)
+
+    def merge_fn(params: tree.Params, adapter: tree.Adapter) -> tree.Params:
+        for name, part in items:
+            params = part.merge(params, adapter[name])
+        return params
+
+    return Method(
+        init=init_fn,
+        bind=bind_fn,
+        call=call_fn,
+        merge=merge_fn,
+        labels=lambda adapter: {name: part.labels(adapter[name]) for name, part in items},
+        penalty=lambda adapter: sum((part.penalty(adapter[name]) for name, part in items), jnp.zeros(())),
+        changed=lambda params, adapter: tree.size(
+            [leaf for path, leaf in tree.flatten(params).items() if any(path in p for p in _changed_paths(params, adapter, items))]
+        ),
+        stages=tuple(stage for _, part in items for stage in part.stages),
+        name="chain",
+        parts=items,
+    )
+
+
+def _changed_paths(params: tree.Params, adapter: tree.Adapter, items: tuple[tuple[str, Method], ...]) -> list[set[str]]:
+    out = []
+    for name, _ in items:
+        replaced, beside, _ = tree.split(params, adapter[name])
+        out.append(replaced.keys() | beside.keys())
+    return out

@@ -1,0 +1,1 @@
+"""Where methods meet frameworks: these files alone know what a model is."""

@@ -1,0 +1,35 @@
+"""The dense host: any function of parameters, run on merged weights.
+
+Right for every mergeable method and every framework (equinox, haiku, NNX state, a closed model), at the cost of full fine-tuning: the
+gradient of a merged kernel is formed whole before it is contracted to the adapter. Methods that only replace leaves pay nothing.
+"""
+
+import functools
+import warnings
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from ..method import Method, passthrough
+
+
+def wrap(fn: Callable[..., Any], method: Method) -> Callable[..., Any]:
+    """``forward(variables, *args)`` that calls ``fn(params, *args)`` with the adapter bound or merged into the parameters.
+
+    Raises:
+      ValueError: from the first call, with the method's own reason, if it cannot be merged.
+    """
+    replaces = all(part.call is passthrough for _, part in method.parts or (("", method),))
+    if not replaces:
+        warnings.warn(
+            f"{method.name}: this model is not a linen module, so its weights are merged inside every step, which costs as much as full "
+            "fine-tuning. Pass a linen model's own `apply`, or host='linen' for a function that calls one.",
+            stacklevel=3,
+        )
+
+    @functools.wraps(fn)
+    def forward(variables: Mapping[str, Any], *args: Any, **kwargs: Any) -> Any:
+        adapter = method.adapter(variables)
+        params = method.bind(variables["params"], adapter) if replaces else method.merge(variables["params"], adapter)
+        return fn(params, *args, **kwargs)
+
+    return forward

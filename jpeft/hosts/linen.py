@@ -1,0 +1,279 @@
+"""The linen host: graft and read.
+
+`bind` has put the adapter's leaves beside the parameters they belong to, inside the ``params`` collection. One interceptor then reads, at
+every layer, the leaves in that layer's own scope and runs the method's `call` around the layer. The model is not modified.
+
+Why not simply look the leaves up by the module's path? Because lifted transforms trace a module once and run it many times: under
+`nn.jit` equal blocks share one trace, so each would get the first block's adapter, and under `nn.scan` all layers have one path. Leaves in
+the scope are sliced and passed along like any other parameter, so `nn.scan`, `nn.remat`, `nn.jit` and `nn.vmap` need no special case.
+"""
+
+import functools
+import inspect
+import re
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+from flax.core import meta
+from flax.linen import transforms as _transforms
+
+from ..method import Layer, Linear, Method
+from ..select import KernelAxes
+from ..tree import GRAFT, Params, flatten, pop_grafts, put_grafts
+
+_DROPOUT = "dropout"  # the rng stream of models; a method is random exactly when the model is
+
+
+def is_linen(fn: Callable[..., Any]) -> bool:
+    """Whether a function is, or partially applies, a bound method of a linen module."""
+    fn = _innermost(fn)
+    return isinstance(getattr(fn, "__self__", None), nn.Module)
+
+
+def wrap(fn: Callable[..., Any], method: Method) -> Callable[..., Any]:
+    """``fn(variables, *args, **kwargs)`` with the method's leaves bound and its `call` around every layer that has some."""
+
+    @functools.wraps(_innermost(fn))
+    def forward(variables: Mapping[str, Any], *args: Any, **kwargs: Any) -> Any:
+        adapter = method.adapter(variables)
+        others = {name: tree for name, tree in variables.items() if name not in method.collections(adapter)}
+        rngs = kwargs.get("rngs")
+        rng = rngs.get(_DROPOUT) if isinstance(rngs, Mapping) else rngs
+        params = tag(method.bind(unbox(others["params"]), adapter, rng=rng), method)
+        with nn.intercept_methods(functools.partial(_intercept, method)):
+            out = fn({**others, "params": params}, *args, **kwargs)
+        if kwargs.get("mutable", False) is not False and isinstance(out, tuple) and isinstance(out[-1], Mapping) and "params" in out[-1]:
+            out = (*out[:-1], {**out[-1], "params": pop_grafts(out[-1]["params"])[0]})
+        return out
+
+    return forward
+
+
+def unbox(params: Params) -> Params:
+    """Parameters without linen's metadata boxes (`nn.Partitioned`)."""
+    boxed = any(isinstance(leaf, meta.AxisMetadata) for leaf in jax.tree.leaves(params, is_leaf=lambda x: isinstance(x, meta.AxisMetadata)))
+    return meta.unbox(params) if boxed else params
+
+
+def tag(params: Params, method: Method) -> Params:
+    """Write the method's identity into the tree's *structure*.
+
+    `nn.jit` keys its cache on the structure of what it is given. Two methods with equal leaves but another alpha must not share a trace.
+    """
+    clean, grafts = pop_grafts(params)
+    return put_grafts(clean, {path: {f"{hash(method):x}": leaves} for path, leaves in grafts.items()})
+
+
+def _innermost(fn: Any) -> Any:
+    while isinstance(fn, functools.partial):
+        fn = fn.func
+    return fn
+
+
+def _intercept(method: Method, next_fun: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], context: Any) -> Any:
+    module = context.module
+    if module.scope is None or context.method_name not in ("__call__", "attend") or not module.scope.has_variable("params", GRAFT):
+        return next_fun(*args, **kwargs)
+    if _is_lifted(module, context.method_name):
+        return next_fun(*args, **kwargs)  # the module inside the transform is the one to adapt: it sees sliced leaves
+    tagged = module.scope.get_variable("params", GRAFT)
+    if f"{hash(method):x}" not in tagged:
+        return next_fun(*args, **kwargs)  # another wrap's leaves: a wrapped model inside a wrapped model
+    args, kwargs = _positional(module, context.method_name, args, kwargs)
+    layer = _layer(module, context.method_name, next_fun, kwargs, args)
+    rng = module.make_rng(_DROPOUT) if module.has_rng(_DROPOUT) else None
+    return method.call(layer, args, tagged[f"{hash(method):x}"], rng)
+
+
+@functools.cache
+def _lifted_class(cls: type, method_name: str) -> bool:
+    fn = getattr(cls, method_name)
+    while fn is not None:
+        if getattr(fn, "__code__", None) is not None and fn.__code__.co_filename == _transforms.__file__:
+            return True
+        fn = getattr(fn, "__wrapped__", None)
+    return False
+
+
+def _is_lifted(module: nn.Module, method_name: str) -> bool:
+    """Whether this call only enters a lifted transform (`nn.remat(Block)`, ...), whose inner module is intercepted once more."""
+    return _lifted_class(type(module), method_name)
+
+
+def _positional(module: nn.Module, method_name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Keyword arguments that could have been positional moved there, so that `call` need not know how a model spells its calls."""
+    if not kwargs:
+        return args, kwargs
+    try:
+        bound = inspect.signature(getattr(type(module), method_name)).bind(module, *args, **kwargs)
+    except TypeError:
+        return args, kwargs
+    return bound.args[1:], bound.kwargs
+
+
+def _layer(module: nn.Module, method_name: str, next_fun: Callable[..., Any], kwargs: dict[str, Any], args: tuple[Any, ...]) -> Layer:
+    scope = module.scope
+    assert scope is not None
+    own = {name: meta.unbox(value) for name, value in scope._collection("params").items() if name != GRAFT}
+    unbound = module.clone(parent=None, name=None)
+    rngs = {_DROPOUT: module.make_rng(_DROPOUT)} if module.has_rng(_DROPOUT) and any(isinstance(v, Mapping) for v in own.values()) else None
+
+    def run(params: Mapping[str, Any], *inputs: Any) -> Any:
+        if params is own:
+            return next_fun(*inputs, **kwargs)
+        return unbound.apply({"params": params}, *inputs, rngs=rngs, method=method_name, **kwargs)
+
+    linear = _linear(unbound, method_name, own, args, kwargs)
+    return Layer(run=run, params=own, path="/".join(module.path), linear=linear, dtype=_dtype(module, own, args))
+
+
+def _dtype(module: nn.Module, own: Mapping[str, Any], args: tuple[Any, ...]) -> Any:
+    given = getattr(module, "dtype", None)
+    if given is not None:
+        return jnp.dtype(given)
+    arrays = [*jax.tree.leaves(own), *(a for a in args if hasattr(a, "dtype"))]
+    floats = [a.dtype for a in arrays if jnp.issubdtype(a.dtype, jnp.floating)]
+    return jnp.result_type(*floats) if floats else jnp.dtype(jnp.float32)
+
+
+# --- what is linear about each layer class ------------------------------------------------------------------------------------------
+
+
+def _linear(module: nn.Module, method_name: str, own: Mapping[str, Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Linear | None:
+    """The geometry of a layer, by its class: the one table of layer classes in jpeft.
+
+    Low-rank branches are run by clones of the layer with another number of features, so strides, padding, dtypes, precision and custom
+    contractions are the layer's own.
+    """
+    if isinstance(module, nn.Embed):
+        return _embed(module, method_name, own)
+    if "kernel" not in own or method_name != "__call__":
+        return None
+    ndim = own["kernel"].ndim
+    if isinstance(module, nn.Einsum):
+        return _einsum(module, args, kwargs)
+    if isinstance(module, nn.DenseGeneral):
+        stack, outputs = (len(v) if isinstance(v, (tuple, list)) else 1 for v in (module.batch_dims, module.features))
+        axes = KernelAxes(tuple(range(stack)), tuple(range(stack, ndim - outputs)), tuple(range(ndim - outputs, ndim)))
+        last = module.clone(use_bias=False, axis=-1)
+        return Linear("kernel", axes, lambda x, a, b: _run(last, b, _run(module.clone(use_bias=False, features=(a.shape[-1],)), a, x)))
+    if isinstance(module, nn.Dense):
+        wide = module.clone(use_bias=False)
+        return Linear("kernel", KernelAxes((), (0,), (1,)), lambda x, a, b: _run(wide, b, _run(wide.clone(features=a.shape[-1]), a, x)))
+    if type(module) is nn.Conv and module.feature_group_count == 1 and module.mask is None:
+        axes = KernelAxes((), tuple(range(ndim - 1)), (ndim - 1,))
+        return Linear("kernel", axes, lambda x, a, b: _mix(_run(module.clone(use_bias=False, features=a.shape[-1]), a, x), b))
+    return None
+
+
+def _run(module: nn.Module, kernel: jax.Array, x: jax.Array) -> jax.Array:
+    out = module.apply({"params": {"kernel": kernel}}, x)
+    assert isinstance(out, jax.Array)
+    return out
+
+
+def _mix(h: jax.Array, b: jax.Array) -> jax.Array:
+    return jnp.tensordot(h, b.astype(h.dtype), 1)
+
+
+def _embed(module: nn.Embed, method_name: str, own: Mapping[str, Any]) -> Linear:
+    del own
+    dtype = module.dtype
+
+    def lookup(ids: jax.Array, a: jax.Array, b: jax.Array) -> jax.Array:
+        a, b = module.promote_dtype(a, b, dtype=dtype, inexact=False)
+        return jnp.take(a, ids, axis=0) @ b
+
+    def attend(query: jax.Array, a: jax.Array, b: jax.Array) -> jax.Array:
+        query, a, b = module.promote_dtype(query, a, b, dtype=dtype)
+        return (query @ b.T) @ a.T
+
+    return Linear("embedding", KernelAxes((), (0,), (1,)), attend if method_name == "attend" else lookup)
+
+
+def _einsum(module: nn.Einsum, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Linear | None:
+    """Split ``inputs,kernel->outputs`` into two equations through a rank axis: ``btd,dnh->btnh`` becomes ``btd,dr->btr`` and ``btr,rnh->btnh``."""
+    given = args[1] if len(args) > 1 else kwargs.get("einsum_str")
+    equation = (given or module.einsum_str or "").replace(" ", "")
+    if equation.count(",") != 1 or "->" not in equation:
+        return None
+    operands, result = equation.split("->")
+    x, kernel = operands.split(",")
+    place = {letter: i for i, letter in enumerate(kernel)}
+    stack = tuple(place[c] for c in kernel if c in x and c in result)
+    outputs = tuple(place[c] for c in kernel if c in result and c not in x)
+    inputs = tuple(place[c] for c in kernel if c not in result)
+    if "..." in kernel or not outputs or not inputs:
+        return None
+    axes = KernelAxes(stack, inputs, outputs)
+    rank = next(c for c in "rzyxwvutsq" if c not in equation)
+    eq_a, eq_b = axes.letters(kernel, rank)
+    first_out = min(result.index(kernel[i]) for i in outputs)
+    hidden = "".join(rank if i == first_out else c for i, c in enumerate(result) if i == first_out or c not in {kernel[o] for o in outputs})
+
+    def branch(x_: jax.Array, a: jax.Array, b: jax.Array) -> jax.Array:
+        x_, a, b = module.promote_dtype(x_, a, b, dtype=module.dtype)
+        einsum = functools.partial(jnp.einsum, precision=module.precision, preferred_element_type=module.preferred_element_type)
+        return einsum(f"{hidden},{eq_b}->{result}", einsum(f"{x},{eq_a}->{hidden}", x_, a).astype(b.dtype), b)
+
+    return Linear("kernel", axes, branch)
+
+
+# --- asking a model for its geometry --------------------------------------------------------------------------------------------------
+
+
+def kernel_axes(model: nn.Module, params: Params, *args: Any, **kwargs: Any) -> tuple[tuple[str, KernelAxes], ...]:
+    """The geometry of every kernel of a linen model, read off its layers in one abstract forward pass.
+
+    Args:
+      model: The module.
+      params: Its parameters, or their shapes.
+      *args: Example inputs, or their shapes; as for ``model.apply`` after the variables.
+      **kwargs: Passed on to ``model.apply``.
+
+    Returns:
+      Rules for the option `axes` of any method that factorises kernels, one for each kernel, stack axes of `nn.scan` included.
+
+    >>> import jax, jax.numpy as jnp, jpeft
+    >>> from flax import linen as nn
+    >>> model = nn.DenseGeneral((4, 8))
+    >>> x = jnp.ones((2, 32))
+    >>> jpeft.kernel_axes(model, model.init(jax.random.key(0), x)["params"], x)
+    (('kernel', KernelAxes(stack=(), inputs=(0,), outputs=(1, 2))),)
+    """
+    params = unbox(params)
+    outer = flatten(params)
+    found: dict[str, KernelAxes] = {}
+
+    def record(next_fun: Callable[..., Any], args: tuple[Any, ...], kw: dict[str, Any], context: Any) -> Any:
+        module = context.module
+        if module.scope is not None and not _is_lifted(module, context.method_name) and context.method_name in ("__call__", "attend"):
+            own = {name: meta.unbox(value) for name, value in module.scope._collection("params").items()}
+            inputs, rest = _positional(module, context.method_name, args, kw)
+            linear = _linear(module.clone(parent=None, name=None), context.method_name, own, inputs, rest)
+            if linear is not None:
+                path = "/".join((*module.path, linear.name))
+                found[path] = _restack(linear.axes, own[linear.name].shape, outer[path].shape)
+        return next_fun(*args, **kw)
+
+    def apply(p: Params, *a: Any) -> Any:
+        with nn.intercept_methods(record):
+            return model.apply({"params": p}, *a, **kwargs)
+
+    jax.eval_shape(apply, params, *args)
+    return tuple((re.escape(path), axes) for path, axes in found.items())
+
+
+def _restack(axes: KernelAxes, inner: tuple[int, ...], outer: tuple[int, ...]) -> KernelAxes:
+    """Add the axes that a scan has sliced away: those whose removal from the outer shape leaves the inner one, leading ones first."""
+    if len(inner) == len(outer):
+        return axes
+    stack = [i for i in range(len(outer)) if outer[:i] + outer[i + 1 :] == inner] if len(outer) - len(inner) == 1 else list(range(len(outer) - len(inner)))
+    at = set(stack[:1] if len(outer) - len(inner) == 1 else stack)
+    places = [i for i in range(len(outer)) if i not in at]
+    moved = (tuple(places[i] for i in part) for part in axes)
+    old_stack, inputs, outputs = moved
+    return KernelAxes(tuple(sorted(at)) + old_stack, inputs, outputs)

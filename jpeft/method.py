@@ -1,0 +1,392 @@
+"""The contract of a fine-tuning method.
+
+A `Method` turns the parameters of a pretrained model into a *frozen base* and a *small trained pytree*, the adapter. It is made of pure
+functions and nothing else; whatever framework the model is written in, methods see three things only:
+
+1. **The parameter tree**, by path. `init` looks at it and builds the adapter. `bind` puts the adapter and the base together. `merge`
+   writes the adapter into the base for good.
+2. **One layer at a time.** `call` is middleware: it receives a `Layer`, the layer's inputs and the leaves that `bind` put beside the
+   layer's own parameters, and returns the layer's outputs. LoRA is ``layer(x) + s * (x @ a) @ b``, a bottleneck adapter is
+   ``y + up(act(down(y)))`` with ``y = layer(x)``, IA3 is ``layer(x) * l``. A method that merely replaces leaves needs no `call` at all and
+   so works in any framework.
+3. **The adapter**, a nested dict that mirrors the base tree (`jpeft.tree` says what may stand where).
+
+Two methods are the same if they were made by the same factory from the same options; they hash alike, so a jitted function that takes a
+`Peft` is compiled once. This is why a factory's options must be hashable (dicts and lists are frozen for you) and why the functions of a
+hand-made `Method` should be defined once, not anew at every call.
+
+Rules that every method keeps (``tests/test_conformance.py`` checks them):
+
+* `init` works on abstract parameters (`jax.eval_shape`) and never looks at a value it does not need.
+* `bind` and `call` never change the dtype of a base leaf or of an output.
+* `merge` gives the same tree as the base and the same outputs as the bound model, or refuses with the reason.
+* The base is never an argument of `grad`. Frozen things *inside* the adapter are named by `labels`.
+"""
+
+import dataclasses
+import functools
+import inspect
+from collections.abc import Callable, Hashable, Mapping
+from typing import Any, ParamSpec, Protocol, runtime_checkable
+
+import jax
+import jax.numpy as jnp
+
+from .select import KernelAxes, head_leaves
+from .tree import ADDED, Adapter, Params, copy, flatten, graft, split, unflatten
+
+P = ParamSpec("P")
+
+TRAIN, FREEZE = "train", "freeze"
+
+
+@runtime_checkable
+class InitFn(Protocol):
+    """``(key, params, *, stats=None) -> adapter``. Pure; works on `jax.ShapeDtypeStruct` parameters under `jax.eval_shape`."""
+
+    def __call__(self, key: jax.Array, params: Params, *, stats: Any = None) -> Adapter: ...
+
+
+@runtime_checkable
+class BindFn(Protocol):
+    """``(params, adapter, *, rng=None) -> params`` with the adapter's leaves in place of, or beside, the base's."""
+
+    def __call__(self, params: Params, adapter: Adapter, *, rng: jax.Array | None = None) -> Params: ...
+
+
+@runtime_checkable
+class CallFn(Protocol):
+    """``(layer, inputs, leaves, rng) -> outputs``: middleware around one layer. `rng` is None where nothing may be random."""
+
+    def __call__(self, layer: "Layer", inputs: tuple[Any, ...], leaves: dict[str, Any], rng: jax.Array | None) -> Any: ...
+
+
+@runtime_checkable
+class MergeFn(Protocol):
+    """``(params, adapter) -> params``: the base's tree with the change written in, or a ValueError with the reason."""
+
+    def __call__(self, params: Params, adapter: Adapter) -> Params: ...
+
+
+@runtime_checkable
+class LabelsFn(Protocol):
+    """``adapter -> labels``: the same tree with ``"train"``, ``"freeze"`` or the name of a parameter group at each leaf."""
+
+    def __call__(self, adapter: Adapter) -> Any: ...
+
+
+@runtime_checkable
+class PenaltyFn(Protocol):
+    """``adapter -> scalar`` that is added to the loss."""
+
+    def __call__(self, adapter: Adapter) -> jax.Array: ...
+
+
+@runtime_checkable
+class ChangedFn(Protocol):
+    """``(params, adapter) -> int``: how many scalars of the base take another value once merged or bound."""
+
+    def __call__(self, params: Params, adapter: Adapter) -> int: ...
+
+
+@dataclasses.dataclass(frozen=True)
+class Linear:
+    """What is linear about a layer: the parameter that acts as its kernel, its geometry, and how a low-rank kernel is applied.
+
+    Attributes:
+      name: Name of the parameter, ``"kernel"`` or ``"embedding"``.
+      axes: Its geometry inside the layer (under `nn.scan` the stack axis is gone by then).
+      branch: ``(x, a, b) -> y``, equal to the layer without its bias run on the kernel ``a b``, computed as ``(x a) b``.
+    """
+
+    name: str
+    axes: KernelAxes
+    branch: Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
+
+
+@dataclasses.dataclass(frozen=True)
+class Layer:
+    """One layer as middleware sees it.
+
+    Attributes:
+      run: ``(params, *inputs) -> outputs``, a pure function: running the layer on other parameters is how the merged view of LoRA works.
+      params: The layer's own parameters by name, e.g. ``{"kernel": ..., "bias": ...}``.
+      path: Path of the module, '/'-joined. Layers under one `nn.scan` share theirs.
+      linear: The layer's geometry, or None where it is not known to be linear in one parameter.
+      dtype: The dtype that the layer computes in, given its inputs.
+    """
+
+    run: Callable[..., Any]
+    params: Mapping[str, Any]
+    path: str
+    linear: Linear | None = None
+    dtype: Any = jnp.float32
+
+    def __call__(self, *inputs: Any) -> Any:
+        """Run the layer as it is."""
+        return self.run(self.params, *inputs)
+
+    def through(self, call: CallFn, name: str, leaves: dict[str, Any], rng: jax.Array | None) -> "Layer":
+        """This layer with a middleware around it, as a layer again, so that another middleware can go around both.
+
+        The leaves become part of the new layer's `params`, which keeps its `run` a function of all that may be differentiated.
+        """
+        inner = self
+
+        def run(params: Mapping[str, Any], *inputs: Any) -> Any:
+            own = {key: value for key, value in params.items() if key != name}
+            mine = params[name]
+            # `is`: unchanged parameters stay the very object that lets the host run the layer in place.
+            below = dataclasses.replace(inner, params=inner.params if _same(own, inner.params) else own)
+            return call(below, inputs, mine["leaves"], mine["rng"])
+
+        return dataclasses.replace(self, run=run, params={**self.params, name: {"leaves": leaves, "rng": rng}})
+
+
+def _same(a: Mapping[str, Any], b: Mapping[str, Any]) -> bool:
+    return a.keys() == b.keys() and all(a[key] is b[key] for key in a)
+
+
+def passthrough(layer: Layer, inputs: tuple[Any, ...], leaves: dict[str, Any], rng: jax.Array | None) -> Any:
+    """The default `call`: the layer, unchanged."""
+    del leaves, rng
+    return layer(*inputs)
+
+
+def graft_adapter(params: Params, adapter: Adapter, *, rng: jax.Array | None = None) -> Params:
+    """The default `bind`: `jpeft.tree.graft`."""
+    del rng
+    return graft(params, adapter)
+
+
+def refuse(params: Params, adapter: Adapter) -> Params:
+    """The default `merge`: it says that there is none.
+
+    Raises:
+      ValueError: always.
+    """
+    del params, adapter
+    raise ValueError("This method defines no merge: keep using it through jpeft.wrap.")
+
+
+def trainable(adapter: Adapter) -> Any:
+    """The default `labels`: everything in the adapter is trained."""
+    return jax.tree.map(lambda _: TRAIN, adapter)
+
+
+def no_penalty(adapter: Adapter) -> jax.Array:
+    """The default `penalty`: none."""
+    del adapter
+    return jnp.zeros(())
+
+
+def touched(params: Params, adapter: Adapter) -> int:
+    """The default `changed`: all scalars of every base leaf that is replaced or has leaves beside it."""
+    replaced, beside, _ = split(params, adapter)
+    base = flatten(params)
+    return sum(base[path].size for path in replaced.keys() | beside.keys())
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Method:
+    """A fine-tuning method: a name, options, and pure functions. Only `init` is required.
+
+    Attributes:
+      init: Builds the adapter from a key and the base.
+      bind: Puts the base and the adapter together.
+      call: Middleware around each layer that has leaves of this method.
+      merge: Writes the adapter into the base.
+      labels: Names what in the adapter is trained.
+      penalty: Added to the loss.
+      changed: Counts the base scalars that take another value.
+      stages: How the method moves on in training; empty for a method with a single stage.
+      name: Name of the method, and of its collection in `Peft.variables`.
+      options: The options it was made with, as sorted pairs; None for a method made by hand.
+      parts: The methods of a `chain`, by name, in order; empty for a simple method.
+
+    Example, a method that trains a scale for every output of the layers called ``out``:
+
+    >>> import jax.numpy as jnp
+    >>> from jpeft import Method, unflatten, flatten
+    >>> def init(key, params, *, stats=None):
+    ...     return unflatten({f"{path}/scale": jnp.ones(k.shape[-1:]) for path, k in flatten(params).items() if path.endswith("out/kernel")})
+    >>> def call(layer, inputs, leaves, rng):
+    ...     return layer(*inputs) * leaves["kernel"]["scale"]
+    >>> Method(name="output_scale", init=init, call=call).name
+    'output_scale'
+    """
+
+    init: InitFn
+    bind: BindFn = graft_adapter
+    call: CallFn = passthrough
+    merge: MergeFn = refuse
+    labels: LabelsFn = trainable
+    penalty: PenaltyFn = no_penalty
+    changed: ChangedFn = touched
+    stages: tuple[Any, ...] = ()
+    name: str = "custom"
+    options: tuple[tuple[str, Hashable], ...] | None = None
+    parts: tuple[tuple[str, "Method"], ...] = ()
+
+    def _key(self) -> Hashable:
+        if self.parts:
+            return (self.name, self.parts)
+        if self.options is not None:
+            return (self.name, self.options)
+        return (self.name, self.init, self.bind, self.call, self.merge, self.labels, self.penalty, self.changed, self.stages)
+
+    def __eq__(self, other: object) -> bool:
+        """Equal for the same factory and options; a hand-made method equals another one made of the same functions."""
+        return isinstance(other, Method) and self._key() == other._key()
+
+    def __hash__(self) -> int:
+        """Consistent with equality."""
+        return hash(self._key())
+
+    def __repr__(self) -> str:
+        """The call that makes it."""
+        if self.parts:
+            return f"jpeft.chain({', '.join(f'{name}={part!r}' for name, part in self.parts)})"
+        if self.options is None:
+            return f"jpeft.Method(name={self.name!r})"
+        return f"jpeft.{self.name}({', '.join(f'{k}={v!r}' for k, v in self.options)})"
+
+    def replace(self, **changes: Any) -> "Method":
+        """A copy with some functions exchanged. It is a hand-made method then: equal to others with the same functions, not by options."""
+        return dataclasses.replace(self, **({"options": None} | changes))
+
+    def config(self) -> dict[str, Any]:
+        """The method as plain data: ``{"method": name, **options}``; `jpeft.make` builds it again.
+
+        Raises:
+          ValueError: for a method made by hand, which only its own code can build.
+        """
+        if self.parts:
+            return {"method": "chain", "parts": {name: part.config() for name, part in self.parts}}
+        if self.options is None:
+            raise ValueError(f"The method '{self.name}' was made by hand and has no configuration: pass the Method itself, method=...")
+        return {"method": self.name, **{key: thaw(value) for key, value in self.options}}
+
+    # --- the adapter as collections -----------------------------------------------------------------------------------------------
+
+    def collections(self, adapter: Adapter) -> dict[str, Any]:
+        """The adapter as variable collections: one named after the method, or one for each part of a chain."""
+        return {name: adapter[name] for name, _ in self.parts} if self.parts else {self.name: adapter}
+
+    def adapter(self, variables: Mapping[str, Any]) -> Adapter:
+        """The inverse of `collections`.
+
+        Raises:
+          ValueError: if a collection is missing.
+        """
+        names = [name for name, _ in self.parts] or [self.name]
+        missing = [name for name in names if name not in variables]
+        if missing:
+            raise ValueError(
+                f"The variables lack the collection {', '.join(map(repr, missing))} of {self!r}; they hold {sorted(variables)}. "
+                "Call the wrapped function with peft.variables."
+            )
+        return {name: variables[name] for name in names} if self.parts else variables[self.name]
+
+
+# --- making methods -----------------------------------------------------------------------------------------------------------------
+
+
+def factory(fn: Callable[P, Method]) -> Callable[P, Method]:
+    """Decorate a function of keyword options that returns a `Method`: gives the result its name and options, and checks the options.
+
+    The options become hashable: a dict a tuple of pairs, a list a tuple. The decorated function receives them so.
+
+    Raises:
+      ValueError: from the factory, for an option that it does not have.
+    """
+    signature = inspect.signature(fn)
+
+    @functools.wraps(fn)
+    def make(*args: P.args, **options: P.kwargs) -> Method:
+        unknown = [name for name in options if name not in signature.parameters]
+        if unknown or args:
+            given = f"the option {unknown[0]!r}" if unknown else "positional arguments"
+            defaults = ", ".join(str(p).split(": ")[0] + f"={p.default!r}" for p in signature.parameters.values())
+            raise ValueError(f"{fn.__name__} has no {given}. Its options and defaults are: {defaults}.")
+        bound = signature.bind(**options)
+        bound.apply_defaults()
+        frozen = {name: freeze(value) for name, value in bound.arguments.items()}
+        method = fn(**frozen)  # pyright: ignore[reportCallIssue]
+        return dataclasses.replace(method, name=fn.__name__, options=tuple(sorted(frozen.items(), key=lambda item: item[0])))
+
+    return make
+
+
+def with_head(init: InitFn, head: str | None) -> InitFn:
+    """An `init` whose adapter also holds the task head: a head is made fresh for its task, so whatever else is trained, it is too.
+
+    Args:
+      init: The method's own init. A leaf that it replaces already is left to it.
+      head: ``"auto"`` for a head under one of the usual names, a regex, or None.
+    """
+
+    def init_fn(key: jax.Array, params: Params, *, stats: Any = None) -> Adapter:
+        adapter = init(key, params, stats=stats)
+        taken = flatten(adapter)
+        leaves = {path: copy(leaf) for path, leaf in head_leaves(params, head).items() if path not in taken}
+        return unflatten(taken | leaves)
+
+    return init_fn
+
+
+def not_head(params: Params, head: str | None) -> dict[str, Any]:
+    """The base's leaves by path, less those of the task head: what a method chooses its targets from."""
+    skip = head_leaves(params, head)
+    return {path: leaf for path, leaf in flatten(params).items() if path not in skip}
+
+
+def freeze(value: Any) -> Hashable:
+    """A hashable form of an option: dicts and lists become tuples.
+
+    >>> freeze({"query": 4, ".*": [1, 2]})
+    (('query', 4), ('.*', (1, 2)))
+    """
+    if isinstance(value, Mapping):
+        return tuple((key, freeze(item)) for key, item in value.items())
+    if isinstance(value, (list, set)) or type(value) is tuple:
+        return tuple(freeze(item) for item in value)
+    if isinstance(value, KernelAxes):
+        return value
+    hash(value)
+    return value
+
+
+def thaw(value: Any) -> Any:
+    """The JSON form of a frozen option: tuples become lists."""
+    return [thaw(item) for item in value] if isinstance(value, tuple) else value
+
+
+
+
+__all__ = [
+    "ADDED",
+    "BindFn",
+    "CallFn",
+    "ChangedFn",
+    "FREEZE",
+    "InitFn",
+    "LabelsFn",
+    "Layer",
+    "Linear",
+    "MergeFn",
+    "Method",
+    "PenaltyFn",
+    "TRAIN",
+    "factory",
+    "freeze",
+    "graft_adapter",
+    "no_penalty",
+    "not_head",
+    "passthrough",
+    "refuse",
+    "thaw",
+    "touched",
+    "trainable",
+    "with_head",
+]

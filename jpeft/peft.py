@@ -1,0 +1,137 @@
+"""The public verbs: apply a method to parameters, wrap a model, merge, and the penalty."""
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any, Literal
+
+import jax
+
+from . import registry
+from .hosts import dense, linen
+from .method import FREEZE, Method
+from .tree import Adapter, Params
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Peft:
+    """A frozen base and the adapter that a method trains on it. A pytree; the method is static.
+
+    Attributes:
+      params: The base, the very arrays that were given to `apply`.
+      adapter: The trained pytree: all that is differentiated, optimised and saved.
+      method: The `Method`; hashable, so a jitted function that takes a `Peft` is compiled once for equal options.
+    """
+
+    params: Params
+    adapter: Adapter
+    method: Method = dataclasses.field(metadata={"static": True})
+
+    @property
+    def variables(self) -> dict[str, Any]:
+        """``{"params": base, <method>: adapter}``: what a wrapped function takes; each part of a chain is a collection of its own."""
+        return {"params": self.params, **self.method.collections(self.adapter)}
+
+    @property
+    def labels(self) -> dict[str, Any]:
+        """The tree of `variables` with ``"train"``, ``"freeze"`` or a group's name at every leaf."""
+        frozen = jax.tree.map(lambda _: FREEZE, self.params)
+        return {"params": frozen, **self.method.collections(self.method.labels(self.adapter))}
+
+    def replace(self, **changes: Any) -> "Peft":
+        """A copy with some fields exchanged: ``peft.replace(adapter=new)``."""
+        return dataclasses.replace(self, **changes)
+
+
+def apply(
+    params: Params,
+    method: str | Mapping[str, Any] | Method = "lora",
+    *,
+    key: jax.Array | None = None,
+    stats: Any = None,
+    **options: Any,
+) -> Peft:
+    """Split pretrained parameters into a frozen base and a small adapter to train.
+
+    Args:
+      params: Parameters of any model: a nested dict, a FrozenDict, an NNX state, an equinox module. Or their shapes, under
+        `jax.eval_shape`. They are kept as they are, neither copied nor changed.
+      method: Name of a method (`jpeft.methods`), its configuration, or a `Method`.
+      key: For the adapter's random leaves; `jax.random.key(0)` if not given.
+      stats: What a data-driven method needs to know, such as Fisher information.
+      **options: The method's options; see its factory, e.g. `jpeft.lora`.
+
+    Returns:
+      A `Peft`.
+
+    Raises:
+      ValueError: for an unknown method or option, a target that matches nothing, a head that does not exist.
+
+    >>> import jax.numpy as jnp, jpeft
+    >>> peft = jpeft.apply({"dense": {"kernel": jnp.ones((8, 4)), "bias": jnp.zeros(4)}}, method="lora", rank=2)
+    >>> peft.variables["lora"]["dense"]["kernel"]["a"].shape
+    (8, 2)
+    """
+    made = registry.make(method, **options)
+    params = linen.unbox(params)
+    return Peft(params, made.init(jax.random.key(0) if key is None else key, params, stats=stats), made)
+
+
+def wrap(fn: Callable[..., Any], method: Method, *, host: Literal["auto", "linen", "dense"] = "auto") -> Callable[..., Any]:
+    """The model with a method applied: a function of `Peft.variables` with the signature of `fn`.
+
+    Args:
+      fn: ``model.apply`` of a linen module, or any function of parameters.
+      method: As in `Peft.method`.
+      host: "linen" calls ``fn(variables, ...)`` and adapts the linen layers that run inside it; "dense" calls ``fn(params, ...)`` with
+        merged weights; "auto" is linen for a linen module's own ``apply`` and dense for anything else.
+
+    Returns:
+      ``forward(variables, *args, **kwargs)``. Other collections in the variables, ``rngs=`` and ``mutable=`` pass through.
+
+    Raises:
+      ValueError: if `fn` is jitted already: its trace was, or will be, made without the method. Jit the result instead.
+
+    >>> import jax, jax.numpy as jnp, jpeft
+    >>> from flax import linen as nn
+    >>> model, x = nn.Dense(4), jnp.ones((2, 8))
+    >>> peft = jpeft.apply(model.init(jax.random.key(0), x)["params"], method="lora", rank=2)
+    >>> jpeft.wrap(model.apply, peft.method)(peft.variables, x).shape
+    (2, 4)
+    """
+    if not isinstance(method, Method):
+        raise ValueError(f"wrap needs a jpeft.Method, such as peft.method, and was given {method!r}.")
+    if hasattr(fn, "lower"):
+        raise ValueError(
+            "wrap was given a function that is jitted already: its compiled form does not know the method and would silently ignore it. "
+            "Wrap first, jit the result instead: jax.jit(jpeft.wrap(model.apply, method))."
+        )
+    if host not in ("auto", "linen", "dense"):
+        raise ValueError(f"host={host!r} is not one of 'auto', 'linen', 'dense'.")
+    if host == "linen" or (host == "auto" and linen.is_linen(fn)):
+        return linen.wrap(fn, method)
+    return dense.wrap(fn, method)
+
+
+def merge(peft: Peft) -> Params:
+    """Plain parameters with the adapter written in: the base's own tree, no trace of jpeft, no cost at inference.
+
+    Raises:
+      ValueError: with the reason, if the method adds computation that no weight can take up.
+
+    >>> import jax.numpy as jnp, jpeft
+    >>> peft = jpeft.apply({"dense": {"kernel": jnp.ones((8, 4))}}, method="lora", rank=2)
+    >>> jpeft.merge(peft)["dense"]["kernel"].shape
+    (8, 4)
+    """
+    return peft.method.merge(peft.params, peft.adapter)
+
+
+def penalty(peft: Peft) -> jax.Array:
+    """What the method adds to the loss, a scalar; zero for most.
+
+    >>> import jax.numpy as jnp, jpeft
+    >>> float(jpeft.penalty(jpeft.apply({"dense": {"kernel": jnp.ones((8, 4))}}, method="lora")))
+    0.0
+    """
+    return peft.method.penalty(peft.adapter)

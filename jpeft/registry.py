@@ -1,0 +1,77 @@
+"""Names of methods: name -> factory, and back from a configuration to a `Method`."""
+
+import difflib
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+from .additive.adapter import adapter
+from .chain import chain
+from .method import Method
+from .reparameterized.lora import lora
+from .selective.bitfit import bitfit
+from .selective.freeze import freeze
+
+
+class MethodInfo(NamedTuple):
+    """What is known of a method by its name alone.
+
+    Attributes:
+      name: As in ``jpeft.apply(params, method=name)``.
+      family: ``"selective"``, ``"additive"`` or ``"reparameterized"``.
+      summary: One line.
+      factory: ``factory(**options) -> Method``.
+      learning_rate: Peak AdamW learning rate that suits the method's defaults on a classification task.
+    """
+
+    name: str
+    family: str
+    summary: str
+    factory: Callable[..., Method]
+    learning_rate: float
+
+
+_METHODS = (
+    MethodInfo("freeze", "selective", "train the top layers and what follows them, freeze the rest", freeze, 5e-4),
+    MethodInfo("bitfit", "selective", "train the biases (all, or query and middle-of-MLP)", bitfit, 4e-3),
+    MethodInfo("adapter", "additive", "bottleneck layers after attention and feed-forward (Houlsby)", adapter, 2e-3),
+    MethodInfo("lora", "reparameterized", "low-rank updates of kernels, merged for inference", lora, 2e-3),
+)
+
+
+def methods() -> dict[str, MethodInfo]:
+    """All methods by name.
+
+    >>> import jpeft
+    >>> jpeft.methods()["lora"].family
+    'reparameterized'
+    """
+    return {info.name: info for info in _METHODS}
+
+
+def make(method: str | Mapping[str, Any] | Method, **options: Any) -> Method:
+    """A `Method` from its name and options, or from the plain data that `Method.config` gives.
+
+    Raises:
+      ValueError: for an unknown name or option, or options given beside a finished `Method`.
+
+    >>> import jpeft
+    >>> jpeft.make("lora", rank=4) == jpeft.make({"method": "lora", "rank": 4}) == jpeft.lora(rank=4)
+    True
+    """
+    if isinstance(method, Method):
+        if options:
+            raise ValueError(f"{method!r} is finished: give the options {sorted(options)} to its factory instead.")
+        return method
+    if isinstance(method, Mapping):
+        options = {**method, **options}
+        name = options.pop("method", None)
+        if name == "chain":
+            return chain(**{part: make(config) for part, config in options["parts"].items()})
+    else:
+        name = method
+    known = methods()
+    if name not in known:
+        close = difflib.get_close_matches(str(name), known, n=1)
+        hint = f" Did you mean {close[0]!r}?" if close else ""
+        raise ValueError(f"There is no method {name!r}.{hint} Methods: {', '.join(known)}; or pass a jpeft.Method of your own.")
+    return known[name].factory(**options)

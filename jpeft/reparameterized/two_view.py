@@ -1,0 +1,88 @@
+"""One layer, two views: the cheapest forward and backward pass of a linear layer with a low-rank update.
+
+For ``y = layer(W + s a b, x)`` with N inputs of size D, F outputs and rank r, leaving out the layer's own 2NDF each way:
+
+| view | forward | dX | da, db |
+|---|---|---|---|
+| factored, ``layer(W, x) + s (x a) b`` | 2N(D+F)r, and another N x F activation | 2N(D+F)r | 4N(D+F)r less what is kept |
+| merged, ``layer(W + s a b, x)`` | 2DFr | 2DFr | 2NDF for a dense dW, then contracted |
+
+Neither is best at everything: the merged view has the cheapest forward and the cheapest dX, the factored view gets da and db without ever
+forming dW. A custom VJP takes each from where it is cheapest. Choosing the form of the computation by its cost is the idea of RunLoRA
+(Cherniuk et al., 2023, https://arxiv.org/abs/2312.03415); here it works around any layer that is linear in its kernel, since the merged
+view is the layer itself, run on another kernel.
+"""
+
+import functools
+import math
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from ..method import Layer, Linear
+
+Run = Callable[..., jax.Array]
+
+
+def factored(layer: Layer, linear: Linear, scale: float, inputs: tuple[Any, ...], x: jax.Array, a: jax.Array, b: jax.Array) -> jax.Array:
+    """``layer(inputs) + s (x a) b``; ``x`` is the branch's own input, which dropout may have thinned."""
+    y = layer(*inputs)
+    return y + (scale * linear.branch(x, a, b)).astype(y.dtype)
+
+
+def add(kernel: jax.Array, delta: jax.Array) -> jax.Array:
+    """``W + delta``, summed in the wider of the two dtypes and kept in the kernel's own."""
+    return (kernel.astype(jnp.promote_types(kernel.dtype, delta.dtype)) + delta).astype(kernel.dtype)
+
+
+def two_view(layer: Layer, linear: Linear, scale: float, inputs: tuple[Any, ...], a: jax.Array, b: jax.Array) -> jax.Array:
+    """``layer(W + s a b, x)``: forward and dX of the merged view, da and db of the factored one. Equal to both up to rounding."""
+    x, *static = inputs  # what follows x is configuration, such as the equation of an einsum
+
+    def run(params: Mapping[str, Any], x: jax.Array) -> jax.Array:
+        return layer.run(params, x, *static)
+
+    return _two_view(run, linear, scale, dict(layer.params), x, a, b)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
+def _two_view(run: Run, linear: Linear, scale: float, params: Mapping[str, Any], x: jax.Array, a: jax.Array, b: jax.Array) -> jax.Array:
+    return run(_substituted(linear, scale, params, a, b), x)
+
+
+def _forward(run: Run, linear: Linear, scale: float, params: Mapping[str, Any], x: jax.Array, a: jax.Array, b: jax.Array) -> tuple[jax.Array, Any]:
+    # The merged kernel is not kept for the backward pass: forming it again costs 2DFr, keeping it a second copy of the weights.
+    return run(_substituted(linear, scale, params, a, b), x), (params, x, a, b)
+
+
+def _backward(run: Run, linear: Linear, scale: float, kept: Any, dy: jax.Array) -> tuple[Any, ...]:
+    params, x, a, b = kept
+    # The layer's forward pass inside `vjp` and the gradients of parameters that nobody asked for are dead code under `jit`.
+    _, pull_layer = jax.vjp(run, _substituted(linear, scale, params, a, b), x)
+    dparams, dx = pull_layer(dy)
+    _, pull_branch = jax.vjp(functools.partial(linear.branch, x), a, b)
+    da, db = pull_branch((scale * dy).astype(dy.dtype))
+    return dparams, dx, da, db
+
+
+_two_view.defvjp(_forward, _backward)
+
+
+def _substituted(linear: Linear, scale: float, params: Mapping[str, Any], a: jax.Array, b: jax.Array) -> dict[str, Any]:
+    return {**params, linear.name: add(params[linear.name], scale * linear.axes.product(a, b))}
+
+
+def applies(layer: Layer, linear: Linear, inputs: tuple[Any, ...], a: jax.Array) -> bool:
+    """Whether the merged forward pass is both exact enough and cheaper: N > D F / (D + F).
+
+    A sum in bfloat16 would round a small update away, in the kernel's own dtype or in the one that the layer computes in, so the factored
+    view is used there; also where the input takes no gradient, as token ids.
+    """
+    kernel, dtypes = layer.params[linear.name], (layer.params[linear.name].dtype, inputs[0].dtype, layer.dtype, a.dtype)
+    if not all(jnp.issubdtype(d, jnp.floating) and jnp.finfo(d).bits >= 32 for d in dtypes):
+        return False
+    stack = math.prod(kernel.shape[i] for i in linear.axes.stack)
+    ins, outs = linear.axes.fan_in(kernel.shape), linear.axes.fan_out(kernel.shape)
+    return jax.eval_shape(layer, *inputs).size / (outs * stack) > ins * outs / (ins + outs)

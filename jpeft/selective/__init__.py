@@ -1,0 +1,1 @@
+"""Methods that change a part of the existing weights."""
