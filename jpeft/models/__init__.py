@@ -1,0 +1,17 @@
+"""Flax models of our own, with pretrained weights from Hugging Face folders.
+
+>>> import jpeft.models
+>>> loaded = jpeft.models.load("bert-base-cased", labels=("no", "yes"))  # doctest: +SKIP
+>>> logits = loaded.model.apply({"params": loaded.params}, input_ids)  # doctest: +SKIP
+"""
+
+from .bert import BertForMaskedLM as BertForMaskedLM
+from .bert import BertForSequenceClassification as BertForSequenceClassification
+from .bert import BertForTokenClassification as BertForTokenClassification
+from .bert import BertModel as BertModel
+from .bert import BertOutput as BertOutput
+from .bert import abstract_params as abstract_params
+from .bert_config import BertConfig as BertConfig
+from .hf import Loaded as Loaded
+from .hf import load as load
+from .hf import save as save

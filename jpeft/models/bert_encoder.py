@@ -1,0 +1,284 @@
+"""The encoder of the BERT family: embeddings, attention, blocks.
+
+Post-norm transformer blocks over the sum of word, position and token-type embeddings. Two modules without parameters
+are there to be wrapped: `Positions` (position ids, token types and the attention mask) and `AttentionCore` (queries,
+keys, values and mask to context). Whoever lengthens the sequence or the keys changes what goes into or comes out of
+these; all other modules take their lengths from their inputs.
+"""
+
+from typing import NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float, Int, Shaped
+
+from .bert_config import ACTIVATIONS, BertConfig
+
+# --- layers with this configuration's dtypes and initialisers ---
+
+
+def dense(config: BertConfig, features: int, name: str | None = None) -> nn.Dense:
+    """A Dense layer."""
+    init = nn.initializers.normal(config.initializer_range)
+    return nn.Dense(features, dtype=config.dtype, param_dtype=config.param_dtype, kernel_init=init, name=name)
+
+
+def _embed(config: BertConfig, rows: int) -> nn.Embed:
+    init = nn.initializers.normal(config.initializer_range)
+    return nn.Embed(rows, config.hidden_size, dtype=config.dtype, param_dtype=config.param_dtype, embedding_init=init)
+
+
+def layer_norm(config: BertConfig, name: str | None = None) -> nn.LayerNorm:
+    """A LayerNorm."""
+    # The "fast" variance E[x^2] - E[x]^2 cancels where the mean is large; torch does not use it either.
+    return nn.LayerNorm(
+        epsilon=config.layer_norm_eps,
+        dtype=config.dtype,
+        param_dtype=config.param_dtype,
+        use_fast_variance=False,
+        name=name,
+    )
+
+
+# --- embeddings ---
+
+Ids = Int[Array | np.ndarray, "batch length"]
+Mask = Shaped[Array | np.ndarray, "batch length"]  # 1 or True: a token, 0 or False: padding
+
+
+class Layout(NamedTuple):
+    """Where each position is and what it may look at."""
+
+    position_ids: Array  # int [batch or 1, length]
+    token_type_ids: Array  # int [batch, length]
+    mask: Array  # bool [batch, 1, 1, length], over keys: True may be attended to
+
+
+class Positions(nn.Module):
+    """Position ids, token types and attention mask of a batch. No parameters."""
+
+    config: BertConfig
+
+    def __call__(self, input_ids: Ids, attention_mask: Mask | None, token_type_ids: Ids | None) -> Layout:
+        """Count positions from 0, or as RoBERTa does: from pad_token_id + 1, over the ids that are not padding."""
+        input_ids = jnp.asarray(input_ids)
+        if self.config.model_type == "roberta":
+            real = (input_ids != self.config.pad_token_id).astype(jnp.int32)
+            position_ids = jnp.cumsum(real, axis=1) * real + self.config.pad_token_id
+        else:
+            position_ids = jnp.arange(input_ids.shape[1])[None]
+        types = jnp.zeros_like(input_ids) if token_type_ids is None else jnp.asarray(token_type_ids)
+        mask = jnp.ones(input_ids.shape, bool) if attention_mask is None else jnp.asarray(attention_mask) != 0
+        return Layout(position_ids, types, mask[:, None, None, :])
+
+
+class Embeddings(nn.Module):
+    """LayerNorm(word + position + token type). Every length is that of `layout`, which may exceed that of the ids."""
+
+    config: BertConfig
+
+    def setup(self):
+        """Setup rather than compact: the masked-LM head reads `word_embeddings` again."""
+        config = self.config
+        self.word_embeddings = _embed(config, config.vocab_size)
+        self.position_embeddings = _embed(config, config.max_position_embeddings)
+        if config.type_vocab_size:
+            self.token_type_embeddings = _embed(config, config.type_vocab_size)
+        self.LayerNorm = layer_norm(config)
+        self.dropout = nn.Dropout(config.hidden_dropout_prob)
+
+    def __call__(self, input_ids: Ids, layout: Layout, deterministic: bool) -> Float[Array, "batch positions hidden"]:
+        """Embed; ValueError if there are more positions than rows in the position table."""
+        length = layout.position_ids.shape[-1]
+        if length > self.config.max_length:  # a lookup past the table's end would give NaN, silently
+            raise ValueError(
+                f"{length} positions, but the position table holds {self.config.max_length}; truncate the input"
+            )
+        hidden = self.word_embeddings(jnp.asarray(input_ids)) + self.position_embeddings(layout.position_ids)
+        if self.config.type_vocab_size:
+            hidden += self.token_type_embeddings(layout.token_type_ids)
+        return self.dropout(self.LayerNorm(hidden), deterministic=deterministic)
+
+
+# --- blocks ---
+
+
+class AttentionCore(nn.Module):
+    """softmax(Q Kᵀ / √d) V over the keys whose mask is True: the part of attention that has no parameters.
+
+    Keys and values may be longer than the queries, with a mask as long as the keys.
+    """
+
+    config: BertConfig
+
+    @nn.compact
+    def __call__(
+        self,
+        query: Float[Array, "batch queries heads head"],
+        key: Float[Array, "batch keys heads head"],
+        value: Float[Array, "batch keys heads head"],
+        mask: Bool[Array, "#batch #heads #queries keys"],
+        *,
+        deterministic: bool = True,
+    ) -> Float[Array, "batch queries heads head"]:
+        """Context of each query."""
+        scores = jnp.einsum("bqhd,bkhd->bhqk", query, key, preferred_element_type=jnp.float32)
+        scores = scores * query.shape[-1] ** -0.5  # [batch, heads, queries, keys], float32
+        # The lowest finite number, not -inf: a row with nothing to attend to stays finite.
+        scores = jnp.where(mask, scores, jnp.finfo(jnp.float32).min)
+        weights = jax.nn.softmax(scores, axis=-1).astype(value.dtype)
+        weights = nn.Dropout(self.config.attention_probs_dropout_prob)(weights, deterministic=deterministic)
+        return jnp.einsum("bhqk,bkhd->bqhd", weights, value)
+
+
+Hidden = Float[Array, "batch length hidden"]
+KeyMask = Bool[Array, "#batch 1 1 keys"]
+
+
+class SelfAttention(nn.Module):
+    """Query, key and value projections around the attention core, and an output projection where `output` names one."""
+
+    config: BertConfig
+    names: tuple[str, str, str] = ("query", "key", "value")
+    output: str | None = None
+
+    @nn.compact
+    def __call__(self, hidden: Hidden, mask: KeyMask, deterministic: bool) -> Hidden:
+        """Attend over the sequence itself."""
+        size, heads = self.config.hidden_size, self.config.num_attention_heads
+        split = (*hidden.shape[:-1], heads, size // heads)
+        query, key, value = (dense(self.config, size, name)(hidden).reshape(split) for name in self.names)
+        context = AttentionCore(self.config, name="core")(query, key, value, mask, deterministic=deterministic)
+        context = context.reshape(hidden.shape)
+        return context if self.output is None else dense(self.config, size, self.output)(context)
+
+
+class ResidualOutput(nn.Module):
+    """LayerNorm(residual + dropout(W x + b)): how both halves of a BERT block end."""
+
+    config: BertConfig
+
+    @nn.compact
+    def __call__(self, inputs: Float[Array, "batch length inputs"], residual: Hidden, deterministic: bool) -> Hidden:
+        """Project `inputs` to the hidden size, add and normalise."""
+        hidden = dense(self.config, self.config.hidden_size, "dense")(inputs)
+        hidden = nn.Dropout(self.config.hidden_dropout_prob)(hidden, deterministic=deterministic)
+        return layer_norm(self.config, "LayerNorm")(hidden + residual)
+
+
+class BertAttention(nn.Module):
+    """Self-attention and its residual output, under the names `self` and `output`."""
+
+    config: BertConfig
+
+    @nn.compact
+    def __call__(self, hidden: Hidden, mask: KeyMask, deterministic: bool) -> Hidden:
+        """First half of a block."""
+        context = SelfAttention(self.config, name="self")(hidden, mask, deterministic)
+        return ResidualOutput(self.config, name="output")(context, hidden, deterministic)
+
+
+class Intermediate(nn.Module):
+    """act(W x + b), the wide layer of a BERT block."""
+
+    config: BertConfig
+
+    @nn.compact
+    def __call__(self, hidden: Hidden) -> Float[Array, "batch length inner"]:
+        """Widen to the intermediate size."""
+        return ACTIVATIONS[self.config.hidden_act](dense(self.config, self.config.intermediate_size, "dense")(hidden))
+
+
+class BertLayer(nn.Module):
+    """One block of BERT and RoBERTa."""
+
+    config: BertConfig
+
+    @nn.compact
+    def __call__(self, hidden: Hidden, mask: KeyMask, deterministic: bool) -> Hidden:
+        """Attention, then feed-forward, each with residual and LayerNorm after it."""
+        hidden = BertAttention(self.config, name="attention")(hidden, mask, deterministic)
+        inner = Intermediate(self.config, name="intermediate")(hidden)
+        return ResidualOutput(self.config, name="output")(inner, hidden, deterministic)
+
+
+class FeedForward(nn.Module):
+    """dropout(W2 act(W1 x + b1) + b2), under the names `lin1` and `lin2`: the other half of a DistilBERT block."""
+
+    config: BertConfig
+
+    @nn.compact
+    def __call__(self, hidden: Hidden, deterministic: bool) -> Hidden:
+        """Second half of a block."""
+        inner = ACTIVATIONS[self.config.hidden_act](dense(self.config, self.config.intermediate_size, "lin1")(hidden))
+        outer = dense(self.config, self.config.hidden_size, "lin2")(inner)
+        return nn.Dropout(self.config.hidden_dropout_prob)(outer, deterministic=deterministic)
+
+
+class DistilBertLayer(nn.Module):
+    """One block of DistilBERT: a BERT block under other names, without dropout after the attention."""
+
+    config: BertConfig
+
+    @nn.compact
+    def __call__(self, hidden: Hidden, mask: KeyMask, deterministic: bool) -> Hidden:
+        """Attention, then feed-forward, each with residual and LayerNorm after it."""
+        attention = SelfAttention(self.config, ("q_lin", "k_lin", "v_lin"), "out_lin", name="attention")
+        hidden = layer_norm(self.config, "sa_layer_norm")(hidden + attention(hidden, mask, deterministic))
+        inner = FeedForward(self.config, name="ffn")(hidden, deterministic)
+        return layer_norm(self.config, "output_layer_norm")(hidden + inner)
+
+
+class LayerStack(nn.Module):
+    """The blocks one after another, named "0", "1", ..."""
+
+    config: BertConfig
+    layer: type[nn.Module]
+
+    @nn.compact
+    def __call__(self, hidden: Hidden, mask: KeyMask, deterministic: bool) -> list[Hidden]:
+        """Output of every block."""
+        outputs = []
+        for index in range(self.config.num_hidden_layers):
+            hidden = self.layer(self.config, name=str(index))(hidden, mask, deterministic)
+            outputs.append(hidden)
+        return outputs
+
+
+class Encoder(nn.Module):
+    """All blocks, under the name `layer`: unrolled (layer/0/..., layer/1/...) or scanned (layer/..., stacked)."""
+
+    config: BertConfig
+
+    @nn.compact
+    def __call__(
+        self, hidden: Hidden, mask: KeyMask, deterministic: bool, output_hidden_states: bool = False
+    ) -> tuple[Hidden, tuple[Hidden, ...] | None]:
+        """Last hidden state, and on request the input followed by the output of every block."""
+        config, states = self.config, (hidden,)
+        layer = DistilBertLayer if config.model_type == "distilbert" else BertLayer
+        if config.remat:
+            # Argument 3 is `deterministic` (0 is self). Inside a scan nothing can be merged, so no barrier is needed.
+            layer = nn.remat(layer, static_argnums=(3,), prevent_cse=not config.scan)
+        if config.scan:
+
+            def body(block: nn.Module, hidden: Array, mask: Array) -> tuple[Array, Array | None]:
+                hidden = block(hidden, mask, deterministic)
+                return hidden, hidden if output_hidden_states else None
+
+            scan = nn.scan(
+                body,
+                variable_axes={"params": 0, "intermediates": 0},
+                split_rngs={"params": True, "dropout": True},
+                in_axes=nn.broadcast,
+                length=config.num_hidden_layers,
+            )
+            hidden, stacked = scan(layer(config, name="layer"), hidden, mask)
+            states += tuple(stacked) if output_hidden_states else ()
+        else:
+            outputs = LayerStack(config, layer, name="layer")(hidden, mask, deterministic)
+            hidden = outputs[-1]
+            states += tuple(outputs)
+        return hidden, states if output_hidden_states else None

@@ -1,0 +1,38 @@
+"""What every test shares: a CPU with eight devices, strict broadcasting, one compilation cache, fixed keys."""
+
+import os
+from pathlib import Path
+
+# --- environment: read when jax and huggingface_hub are imported, and inherited by the processes that tests start ---
+
+# The suite is written for CPU: exact comparisons, eight devices, several workers. JAX_PLATFORMS=cuda runs it elsewhere.
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+# Nearly all the time goes into compiling tiny programs, most of them the same in every run and in every worker.
+os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(Path(__file__).parents[1] / ".jax_cache"))
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
+# A test that reaches for the network is a mistake: let it fail at once.
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+import jax
+import pytest
+
+# --- this process only: a command line under test sees the one device that its user would see ---
+
+jax.config.update("jax_num_cpu_devices", 8)
+jax.config.update("jax_numpy_rank_promotion", "raise")
+# Compiles in two thirds of the time; slower programs do not matter at test sizes.
+jax.config.update("jax_disable_most_optimizations", True)
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Tolerate a cache entry that another worker is still writing: jax warns, and compiles for itself."""
+    config.addinivalue_line("filterwarnings", "ignore:Error (reading|writing) persistent compilation cache:UserWarning")
+
+
+@pytest.fixture
+def key() -> jax.Array:
+    """A fixed random key; split it for more."""
+    return jax.random.key(0)
+
+
+# --- METHODS x MODELS: one row per method, one per model; every conformance test runs on their product ---
