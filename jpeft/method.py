@@ -126,6 +126,11 @@ class Layer:
         """Run the layer as it is."""
         return self.run(self.params, *inputs)
 
+    def shape(self, *inputs: Any) -> Any:
+        """Shapes and dtypes of the outputs for these inputs, of which the first is an array; nothing runs."""
+        x, *rest = inputs
+        return jax.eval_shape(lambda params, x: self.run(params, x, *rest), dict(self.params), x)
+
     def through(self, call: CallFn, name: str, leaves: dict[str, Any], rng: jax.Array | None) -> "Layer":
         """This layer with a middleware around it, as a layer again, so that another middleware can go around both.
 
@@ -306,7 +311,7 @@ def factory(fn: Callable[P, Method]) -> Callable[P, Method]:
     def make(*args: P.args, **options: P.kwargs) -> Method:
         unknown = [name for name in options if name not in signature.parameters]
         if unknown or args:
-            given = f"the option {unknown[0]!r}" if unknown else "positional arguments"
+            given = f"option {unknown[0]!r}" if unknown else "positional arguments"
             defaults = ", ".join(str(p).split(": ")[0] + f"={p.default!r}" for p in signature.parameters.values())
             raise ValueError(f"{fn.__name__} has no {given}. Its options and defaults are: {defaults}.")
         bound = signature.bind(**options)

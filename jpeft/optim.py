@@ -1,7 +1,6 @@
 """Optimizers for adapters: labels -> `optax.multi_transform`."""
 
 from collections.abc import Mapping
-from typing import Literal
 
 import jax
 import optax
@@ -14,7 +13,7 @@ def optimizer(
     tx: optax.GradientTransformation | Mapping[str, optax.GradientTransformation],
     peft: Peft,
     *,
-    over: Literal["adapter", "variables"] = "adapter",
+    over: str = "adapter",
 ) -> optax.GradientTransformation:
     """An optax optimizer that moves what a method trains and nothing else.
 

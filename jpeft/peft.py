@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable, Mapping
-from typing import Any, Literal
+from typing import Any
 
 import jax
 
@@ -77,7 +77,7 @@ def apply(
     return Peft(params, made.init(jax.random.key(0) if key is None else key, params, stats=stats), made)
 
 
-def wrap(fn: Callable[..., Any], method: Method, *, host: Literal["auto", "linen", "dense"] = "auto") -> Callable[..., Any]:
+def wrap(fn: Callable[..., Any], method: Method, *, host: str = "auto") -> Callable[..., Any]:
     """The model with a method applied: a function of `Peft.variables` with the signature of `fn`.
 
     Args:

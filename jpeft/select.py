@@ -16,6 +16,7 @@ import jax.numpy as jnp
 from .tree import Params, Path, flatten
 
 T = TypeVar("T")
+Rules = Mapping[str, Any] | Sequence[Any]  # {regex: value} or ((regex, value), ...)
 
 # Where task heads are found in the families that people fine-tune. They are made fresh for every task, so every method trains them.
 HEAD = r"(pre_classifier|classifier|score|qa_outputs|classification_head)(/.*)?"

@@ -92,7 +92,7 @@ def _module(path: str, depth: int | None) -> str:
     return "/".join(parts[:depth]) or "(root)"
 
 
-def _bytes(n: float) -> str:
+def _bytes(n: float | int) -> str:
     for unit in ("B", "KiB", "MiB", "GiB"):
         if n < 1024 or unit == "GiB":
             break

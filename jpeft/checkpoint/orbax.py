@@ -77,6 +77,13 @@ def load(path: str | os.PathLike[str], params: tree.Params, *, method: Method | 
 
     Raises:
       ValueError: if there is no adapter, it is damaged, lacks leaves or has some to spare, or belongs to another base.
+
+    >>> import tempfile, jax.numpy as jnp, jpeft
+    >>> params = {"dense": {"kernel": jnp.ones((8, 4)), "bias": jnp.zeros(4)}}
+    >>> folder = tempfile.mkdtemp() + "/out"
+    >>> jpeft.save(folder, jpeft.apply(params, method="bitfit"))
+    >>> jpeft.load(folder, params).adapter["dense"]["bias"].shape
+    (4,)
     """
     import orbax.checkpoint as ocp
 

@@ -121,9 +121,11 @@ def _layer(module: nn.Module, method_name: str, next_fun: Callable[..., Any], kw
     unbound = module.clone(parent=None, name=None)
     rngs = {_DROPOUT: module.make_rng(_DROPOUT)} if module.has_rng(_DROPOUT) and any(isinstance(v, Mapping) for v in own.values()) else None
 
+    in_place = [next_fun]  # linen lets a compact module run once in its scope; a second run is a pure one
+
     def run(params: Mapping[str, Any], *inputs: Any) -> Any:
-        if params is own:
-            return next_fun(*inputs, **kwargs)
+        if params is own and in_place:
+            return in_place.pop()(*inputs, **kwargs)
         return unbound.apply({"params": params}, *inputs, rngs=rngs, method=method_name, **kwargs)
 
     linear = _linear(unbound, method_name, own, args, kwargs)

@@ -1,28 +1,28 @@
 """LoRA: low-rank updates of kernels."""
 
 import math
-from collections.abc import Mapping, Sequence
-from typing import Any, Literal
+from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from .. import tree
 from ..method import Layer, Method, factory, not_head, with_head
-from ..select import AxesRules, KernelAxes, first_match, kernel_axes, select
+from ..select import AxesRules, KernelAxes, Rules, first_match, kernel_axes, select
 from . import two_view
 
 
 @factory
 def lora(
     *,
-    rank: int | Mapping[str, int] = 8,
-    alpha: float | Mapping[str, float] = 16.0,
+    rank: int | Rules = 8,
+    alpha: float | Rules = 16.0,
     target: str | Sequence[str] = r"(.*/)?kernel",
     dropout: float = 0.0,
     rslora: bool = False,
-    init: Literal["kaiming", "gaussian"] = "kaiming",
-    view: Literal["auto", "two-view", "factored"] = "auto",
+    init: str = "kaiming",
+    view: str = "auto",
     axes: AxesRules | None = None,
     head: str | None = "auto",
 ) -> Method:
@@ -106,7 +106,7 @@ def lora(
             return layer.run({**layer.params, **{name: two_view.add(layer.params[name], d) for name, d in deltas.items()}}, *inputs)
         a, b = leaves[linear.name]["a"], leaves[linear.name]["b"]
         path, s = f"{layer.path}/{linear.name}", scale(f"{layer.path}/{linear.name}")
-        check_geometry(path, layer.params[linear.name].shape, linear.axes, a, b)
+        check_geometry(path, layer.params[linear.name].shape, linear.axes, first_match(path, rank, "rank"), a, b)
         x = inputs[0]
         if dropout and rng is not None and jnp.issubdtype(x.dtype, jnp.floating):
             keep = jax.random.bernoulli(rng, 1 - dropout, x.shape)
@@ -121,13 +121,13 @@ def lora(
     return Method(init=with_head(init_fn, head), call=call_fn, merge=lambda params, adapter: tree.fold(params, adapter, fold_fn))
 
 
-def check_geometry(path: str, shape: tuple[int, ...], axes: KernelAxes, a: jax.Array, b: jax.Array) -> None:
+def check_geometry(path: str, shape: tuple[int, ...], axes: KernelAxes, rank: int, a: jax.Array, b: jax.Array) -> None:
     """Compare the factors with what the real layer says of its kernel: a name may have promised another geometry.
 
     Raises:
       ValueError: if they differ, with the rule that mends it.
     """
-    expected = axes.factor_shapes(shape, a.shape[-1])
+    expected = axes.factor_shapes(shape, rank)
     if (a.shape, b.shape) != expected:
         raise ValueError(
             f"'{path}': the layer's kernel {shape} has inputs {axes.inputs} and outputs {axes.outputs}, which asks for factors of shapes "

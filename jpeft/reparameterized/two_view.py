@@ -85,4 +85,4 @@ def applies(layer: Layer, linear: Linear, inputs: tuple[Any, ...], a: jax.Array)
         return False
     stack = math.prod(kernel.shape[i] for i in linear.axes.stack)
     ins, outs = linear.axes.fan_in(kernel.shape), linear.axes.fan_out(kernel.shape)
-    return jax.eval_shape(layer, *inputs).size / (outs * stack) > ins * outs / (ins + outs)
+    return layer.shape(*inputs).size / (outs * stack) > ins * outs / (ins + outs)

@@ -1,7 +1,7 @@
 """BitFit: train the biases."""
 
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Any
 
 import jax
 
@@ -17,7 +17,7 @@ MIDDLE = r"(.*/)?(intermediate/dense|lin1|fc1|c_fc|up_proj|wi|mlp/up|mlp/Dense_0
 @factory
 def bitfit(
     *,
-    subset: Literal["all", "query+middle"] | str | Sequence[str] = "all",
+    subset: str | Sequence[str] = "all",
     head: str | None = "auto",
 ) -> Method:
     r"""BitFit: ``y = W x + b`` with only the bias vectors ``b`` trained, and the task head.

@@ -113,16 +113,18 @@ def find_layers(leaves: dict[str, Any], pattern: str | None) -> dict[str, int | 
         if not found:
             raise ValueError(f"layers={pattern!r} matches none of the {len(leaves)} parameters, such as {list(leaves)[:5]}.")
         return found
-    stacks: dict[str, dict[str, int | None]] = {}
+    # Candidates by (name, whether indexed). A path may be in two: `layers/ln_1` is in a scanned stack `layers`, or in layers called `ln`.
+    stacks: dict[tuple[str, bool], dict[str, int | None]] = {}
     for path in leaves:
         if m := _INDEXED.fullmatch(path):
-            stacks.setdefault(m["stack"], {})[path] = int(m["index"])
-        elif m := re.fullmatch(STACKED, path):
-            stacks.setdefault(path[: m.end("stack")], {})[path] = None
-    sizes = {name: sum(leaves[path].size for path in paths) for name, paths in stacks.items()}
-    largest = [name for name, n in sizes.items() if n == max(sizes.values())]
+            stacks.setdefault((m["stack"], True), {})[path] = int(m["index"])
+        if m := re.fullmatch(STACKED, path):
+            stacks.setdefault((m["stack"], False), {})[path] = None
+    stacks = {key: paths for key, paths in stacks.items() if not key[1] or set(paths.values()) == set(range(len(set(paths.values()))))}
+    sizes = {key: (sum(leaves[path].size for path in paths), key[1]) for key, paths in stacks.items()}
+    largest = [key for key, size in sizes.items() if size == max(sizes.values())]
     if len(largest) != 1:
-        what = f"several stacks of equal size, {largest}" if largest else "no numbered or stacked layers"
+        what = f"several stacks of equal size, {[name for name, _ in largest]}" if largest else "no numbered or stacked layers"
         raise ValueError(
             f"freeze: found {what}. Say which with layers=r'encoder/layer/(\\d+)/', or name the leaves with target=...; "
             f"parameters begin with {list(leaves)[:5]}."

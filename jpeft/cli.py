@@ -1,0 +1,267 @@
+"""The `jpeft` command: train, eval, predict, merge, summary, methods.
+
+Each subcommand is a dataclass whose fields are its flags, and a function that takes it. What a user can mend is a
+ValueError or a FileNotFoundError: `main` prints it as one `error:` line on standard error and returns 2. With
+JPEFT_DEBUG=1 in the environment the traceback is shown instead.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import sys
+import warnings
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import tyro
+from rich.console import Console
+from rich.table import Table
+
+import jpeft
+from jpeft import data
+from jpeft.config import TrainConfig
+from jpeft.evaluate import Evaluator
+from jpeft.files import write_atomically
+from jpeft.interrupt import InterruptedRun
+from jpeft.run import Run, attach, load_base, open_run, save_merged
+from jpeft.train import train
+
+
+@dataclasses.dataclass(frozen=True)
+class EvalArgs:
+    """Metrics of a finished run on a split of its own data, or on other data."""
+
+    # Folder of the run.
+    run: tyro.conf.Positional[str]
+    # Other data than the run's: a file (all of it is evaluated), a folder, "builtin" or "hub:name[/config]".
+    data: str | None = None
+    # Which split.
+    split: str = "test"
+    # Examples per batch.
+    batch_size: int = 64
+
+
+@dataclasses.dataclass(frozen=True)
+class PredictArgs:
+    """Labels and probabilities for texts, one JSON object a line."""
+
+    # Folder of the run.
+    run: tyro.conf.Positional[str]
+    # Texts given right here.
+    text: tuple[str, ...] = ()
+    # Second texts, for a model of pairs: one for each text.
+    pair: tuple[str, ...] = ()
+    # A CSV, TSV, JSONL or Parquet file with the run's text column; labels in it are not looked at.
+    input: str | None = None
+    # JSONL file to write; none prints.
+    output: str | None = None
+    # Replace the output file.
+    overwrite: bool = False
+    # Examples per batch.
+    batch_size: int = 64
+
+
+@dataclasses.dataclass(frozen=True)
+class MergeArgs:
+    """Write a finished run as a plain Hugging Face folder, the adapter merged into the base."""
+
+    # Folder of the run.
+    run: tyro.conf.Positional[str]
+    # Folder to write; must be new or empty.
+    out: tyro.conf.Positional[str]
+
+
+@dataclasses.dataclass(frozen=True)
+class SummaryArgs:
+    """Parameter counts of a run (`summary RUN`) or of a method (`summary --model M --method lora rank=8`)."""
+
+    # Folder of a run, or options of --method as NAME=VALUE.
+    what: Annotated[tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="RUN|NAME=VALUE")] = ()
+    # Folder or hub id of a model, without a run.
+    model: str | None = None
+    # Name of the method.
+    method: str = "lora"
+    # Number of labels of the new head.
+    labels: int = 2
+
+
+@dataclasses.dataclass(frozen=True)
+class MethodsArgs:
+    """The methods, with their families and default learning rates."""
+
+
+Command = (
+    Annotated[TrainConfig, tyro.conf.subcommand("train")]
+    | Annotated[EvalArgs, tyro.conf.subcommand("eval")]
+    | Annotated[PredictArgs, tyro.conf.subcommand("predict")]
+    | Annotated[MergeArgs, tyro.conf.subcommand("merge")]
+    | Annotated[SummaryArgs, tyro.conf.subcommand("summary")]
+    | Annotated[MethodsArgs, tyro.conf.subcommand("methods")]
+)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the command line; returns the exit status: 0, 2 for a user's error, 128 + signal if interrupted."""
+    arguments = sys.argv[1:] if argv is None else list(argv)
+    debug = os.environ.get("JPEFT_DEBUG", "") not in ("", "0")
+    try:
+        args: Any = tyro.cli(
+            Command,  # pyright: ignore[reportArgumentType]
+            args=arguments,
+            prog="jpeft",
+            description=jpeft.__doc__,
+            config=(tyro.conf.FlagCreatePairsOff,),
+        )
+    except SystemExit as exit_:  # tyro has shown the help or what was wrong
+        return int(exit_.code or 0)
+    try:
+        with warnings.catch_warnings():
+            warnings.showwarning = _show_warning
+            COMMANDS[type(args)](args)
+    except InterruptedRun as stop:
+        again = " ".join(argument for argument in arguments if argument not in ("--overwrite", "--resume"))
+        print(f"{stop}; continue with: jpeft {again} --resume", file=sys.stderr)
+        return 128 + stop.signum
+    except KeyboardInterrupt:
+        print("interrupted before the first step: nothing to save", file=sys.stderr)
+        return 130
+    except (ValueError, FileNotFoundError) as error:
+        if debug:
+            raise
+        return _fail(error)
+    return 0
+
+
+def _fail(error: Exception) -> int:
+    print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+    return 2
+
+
+def _show_warning(message: Any, category: Any, filename: Any, lineno: Any, file: Any = None, line: Any = None) -> None:
+    del filename, lineno, file, line
+    # Only ours are news to a user; the libraries below warn their developers.
+    if category is UserWarning:
+        print(f"warning: {message}", file=sys.stderr)
+
+
+# --- subcommands ----------------------------------------------------------------------------------------------------
+
+
+def _train(config: TrainConfig) -> None:
+    result = train(config)
+    rows = {name: metrics for name in ("validation", "test") if (metrics := getattr(result, name))}
+    _print_metrics(rows)
+    print(
+        f"{result.trained:,} trained parameters, {result.steps} steps in {result.seconds:.1f} s; saved in {result.path}"
+    )
+
+
+def _eval(args: EvalArgs) -> None:
+    run = open_run(args.run)
+    table = _eval_table(run, args)
+    arrays = run.task.encode(table, run.loaded.tokenizer, labels=run.labels, max_length=run.config.max_length)
+    _print_metrics({args.data or args.split: _evaluator(run, args.batch_size).metrics(run.peft, arrays)})
+
+
+def _eval_table(run: Run, args: EvalArgs) -> data.Table:
+    columns = {"text": run.config.text, "pair": run.config.pair, "label": run.config.label}
+    if args.data is not None and Path(args.data).is_file():
+        return data.read(args.data, **columns)
+    tables = data.splits(args.data or run.config.data, **columns)
+    if not len(tables.get(args.split, ())):
+        there = ", ".join(name for name, table in tables.items() if len(table))
+        raise ValueError(f"the data has no split {args.split!r} with rows in it; it has {there}")
+    return tables[args.split]
+
+
+def _predict(args: PredictArgs) -> None:
+    if bool(args.text) == (args.input is not None):
+        raise ValueError("give either texts with --text or a file with --input")
+    if args.output is not None and Path(args.output).exists() and not args.overwrite:
+        raise ValueError(
+            f"the output file {args.output} is there already: choose another, or replace it with --overwrite"
+        )
+    run = open_run(args.run)
+    if args.input is not None:
+        table = data.read(args.input, text=run.config.text, pair=run.config.pair, label=None)
+    else:
+        if len(args.pair) != (len(args.text) if run.config.pair else 0):
+            expected = "one --pair for each --text" if run.config.pair else "single texts, without --pair"
+            raise ValueError(f"this model takes {expected}: got {len(args.text)} texts and {len(args.pair)} pairs")
+        table = data.Table(list(args.text), list(args.pair) or None, None)
+    arrays = run.task.encode(table, run.loaded.tokenizer, labels=None, max_length=run.config.max_length)
+    logits = _evaluator(run, args.batch_size).logits(run.peft, arrays)
+    lines = []
+    for row, prediction in enumerate(run.task.predictions(logits, run.labels)):
+        pair = {} if table.pair is None else {"pair": table.pair[row]}
+        lines.append(json.dumps({"text": table.text[row], **pair, **prediction}, ensure_ascii=False) + "\n")
+    if args.output is None:
+        print("".join(lines), end="")
+    else:
+        write_atomically(args.output, "".join(lines))
+        print(f"{len(lines)} predictions in {args.output}")
+
+
+def _merge(args: MergeArgs) -> None:
+    out = Path(args.out)
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise ValueError(f"the output folder {out} is in use: choose another")
+    run = open_run(args.run)
+    save_merged(out, run.loaded, run.peft)
+    print(f"merged model in {out}")
+
+
+def _summary(args: SummaryArgs) -> None:
+    options = tuple(argument for argument in args.what if "=" in argument)
+    runs = [argument for argument in args.what if "=" not in argument]
+    if args.model is None and len(runs) == 1 and not options:
+        peft = open_run(runs[0]).peft
+    elif args.model is not None and not runs:
+        config = TrainConfig(model=args.model, output="", method=args.method, options=options, max_length=1)
+        peft = attach(config, load_base(config, tuple(f"LABEL_{i}" for i in range(args.labels))).params)
+    else:
+        raise ValueError("give the folder of one run, or --model with --method and its options as NAME=VALUE")
+    print(jpeft.summary(peft))
+
+
+def _methods(args: MethodsArgs) -> None:
+    del args
+    rows = [(info.name, info.family, f"{info.learning_rate:g}", info.summary) for info in jpeft.methods().values()]
+    _print_table(("method", "family", "learning rate", "what it does"), rows)
+
+
+def _evaluator(run: Run, batch_size: int) -> Evaluator:
+    return Evaluator(jpeft.wrap(run.loaded.model.apply, run.peft.method), run.task, batch_size)
+
+
+def _print_metrics(rows: Mapping[str, Mapping[str, float]]) -> None:
+    names = list(dict.fromkeys(name for metrics in rows.values() for name in metrics))
+    body = [(split, *(f"{metrics[name]:.4f}" for name in names)) for split, metrics in rows.items()]
+    if body:
+        _print_table(("split", *names), body)
+
+
+def _print_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    """A table on a terminal; columns of plain text, uncut, elsewhere."""
+    if sys.stdout.isatty():
+        table = Table(*head)
+        for row in rows:
+            table.add_row(*row)
+        Console().print(table)
+        return
+    widths = [max(map(len, column)) for column in zip(head, *rows)]
+    for row in (head, *rows):
+        print("  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip())
+
+
+COMMANDS = {
+    TrainConfig: _train,
+    EvalArgs: _eval,
+    PredictArgs: _predict,
+    MergeArgs: _merge,
+    SummaryArgs: _summary,
+    MethodsArgs: _methods,
+}

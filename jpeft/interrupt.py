@@ -1,0 +1,56 @@
+"""Ctrl-C and a polite kill, put off until the step in progress is finished and saved."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import threading
+from collections.abc import Iterator
+from types import FrameType
+
+SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
+
+class InterruptedRun(KeyboardInterrupt):
+    """Training was interrupted; everything up to `step` is in the checkpoint in `path`.
+
+    Attributes:
+        signum: The signal that did it.
+        step: Finished steps.
+        path: Folder of the run.
+    """
+
+    def __init__(self, signum: int, step: int, path: str | os.PathLike[str]):
+        super().__init__(f"interrupted after step {step}, which is saved in {path}")
+        self.signum = signum
+        self.step = step
+        self.path = path
+
+
+@contextlib.contextmanager
+def deferred_signals() -> Iterator[list[int]]:
+    """Collects SIGINT and SIGTERM in the list it yields; a second one acts at once, as it would have outside.
+
+    Outside the main thread, where Python allows no handlers, the list stays empty.
+    """
+    caught: list[int] = []
+    if threading.current_thread() is not threading.main_thread():
+        yield caught
+        return
+    before = {signum: signal.getsignal(signum) for signum in SIGNALS}
+
+    def remember(signum: int, frame: FrameType | None) -> None:
+        caught.append(signum)
+        restore()
+
+    def restore() -> None:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+    for signum in SIGNALS:
+        signal.signal(signum, remember)
+    try:
+        yield caught
+    finally:
+        restore()

@@ -1,0 +1,86 @@
+"""The training curve as a picture: loss and validation metric over steps."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+
+TRAIN, VALIDATION, METRIC, INK = "#9aa5b1", "#d9822b", "#1f6fb2", "#3b4451"
+
+
+def plot_curve(path: str | os.PathLike[str], lines: Sequence[Mapping[str, Any]], metric: str, title: str = "") -> None:
+    """Draws the lines of a metrics.jsonl into a PNG, atomically.
+
+    Args:
+        path: The PNG to write.
+        lines: Records with `step`, `split` ("train" or "validation"), `loss` and, for validation, the metrics.
+        metric: Name of the validation metric for the lower panel.
+        title: Text above the picture.
+    """
+    # The object interface: no global state, no display, safe beside a user's own pyplot.
+    figure = Figure(figsize=(7.2, 5.4), dpi=150, layout="constrained")
+    FigureCanvasAgg(figure)
+    upper, lower = figure.subplots(2, 1, sharex=True, height_ratios=[3, 2])
+    train = [line for line in lines if line["split"] == "train"]
+    validation = [line for line in lines if line["split"] == "validation"]
+    if title:
+        figure.suptitle(title, fontsize=11, color=INK, x=0.01, ha="left", fontweight="bold")
+
+    _draw(upper, train, "loss", TRAIN, "training", marker="")
+    _draw(upper, validation, "loss", VALIDATION, "validation")
+    _draw(lower, validation, metric, METRIC, "validation")
+    for axes, name in ((upper, "loss"), (lower, metric.replace("_", " "))):
+        axes.set_ylabel(name, color=INK)
+        axes.grid(axis="y", color="#e4e8ec", linewidth=0.8)
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.spines[["left", "bottom"]].set_color("#c5ccd3")
+        axes.tick_params(colors=INK, labelsize=9)
+        axes.margins(x=0.02, y=0.08)
+    if train or validation:
+        upper.legend(frameon=False, fontsize=9, labelcolor=INK)
+    upper.set_ylim(bottom=0)
+    lower.xaxis.set_major_locator(MaxNLocator(integer=True))
+    lower.set_xlabel("step", color=INK)
+    if validation:
+        _name_best(lower, validation, metric)
+
+    path = Path(path)
+    partial = path.with_name(f".{path.stem}.partial.png")
+    figure.savefig(partial)
+    os.replace(partial, path)
+
+
+def _draw(axes: Axes, lines: Sequence[Mapping[str, Any]], name: str, color: str, label: str, marker: str = "o") -> None:
+    points = [(line["step"], line[name]) for line in lines if name in line]
+    if points:
+        steps, values = zip(*points)
+        # A single training record would be an invisible line.
+        axes.plot(
+            steps,
+            values,
+            color=color,
+            label=label,
+            linewidth=1.6,
+            marker=marker or ("." if len(points) == 1 else ""),
+            markersize=4,
+        )
+
+
+def _name_best(axes: Axes, lines: Sequence[Mapping[str, Any]], metric: str) -> None:
+    best = max(lines, key=lambda line: line[metric])
+    axes.annotate(
+        f"best {best[metric]:.3f} at step {best['step']}",
+        (best["step"], best[metric]),
+        xytext=(0, -16),
+        textcoords="offset points",
+        ha="right" if best["step"] > lines[-1]["step"] / 2 else "left",
+        fontsize=9,
+        color=METRIC,
+    )

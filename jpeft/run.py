@@ -1,0 +1,197 @@
+"""A run on disk, and opening it again.
+
+RUN/config.json        the configuration, labels, method: all that eval, predict and merge need
+RUN/metrics.jsonl      one line per log or evaluation
+RUN/curve.png          loss and validation metric over steps
+RUN/checkpoints/STEP/  adapter, optimizer state, progress; the newest few
+RUN/adapter/           the trained adapter, as `jpeft.save` writes it
+RUN/merged/            with `export`: a Hugging Face folder
+RUN/result.json        written last: its presence means that the run is finished
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+
+import jpeft
+from jpeft import models
+from jpeft.config import TrainConfig, changed_fields, from_json, parse_options, to_json
+from jpeft.files import write_atomically, write_json
+from jpeft.peft import Peft
+from jpeft.task import Task, find_task
+
+
+class RunFolder:
+    """The files of one run; nothing is created before `begin`."""
+
+    def __init__(self, path: str | os.PathLike[str]):
+        self.path = Path(path)
+        self.config = self.path / "config.json"
+        self.metrics = self.path / "metrics.jsonl"
+        self.curve = self.path / "curve.png"
+        self.checkpoints = self.path / "checkpoints"
+        self.adapter = self.path / "adapter"
+        self.merged = self.path / "merged"
+        self.result = self.path / "result.json"
+
+    @property
+    def in_use(self) -> bool:
+        """Whether the folder holds anything (dot files aside: a killed first write leaves one)."""
+        return self.path.exists() and (not self.path.is_dir() or any(p.name[0] != "." for p in self.path.iterdir()))
+
+    def about(self) -> dict[str, Any]:
+        """What config.json says.
+
+        Raises:
+            ValueError: if the folder holds no run.
+        """
+        try:
+            about = json.loads(self.config.read_text())
+        except FileNotFoundError:
+            raise ValueError(f"{self.path} is not the folder of a training run: it has no config.json") from None
+        except (OSError, json.JSONDecodeError) as error:
+            raise ValueError(f"{self.config} cannot be read: {error}") from None
+        if not isinstance(about, dict) or not isinstance(about.get("run"), dict):
+            raise ValueError(f"{self.config} is not the configuration of a training run; was a model's folder given?")
+        return about
+
+    def check(self, config: TrainConfig) -> None:
+        """Refuses a folder that is in use, or a continuation under another configuration.
+
+        Raises:
+            ValueError: saying which, and what to do.
+        """
+        if not self.in_use:
+            return
+        if config.resume:
+            changed = changed_fields(self.about()["run"], to_json(config))
+            if changed:
+                fields = ", ".join(f"{name} ({old!r} before, {new!r} now)" for name, (old, new) in changed.items())
+                raise ValueError(f"cannot resume {self.path} with another configuration: {fields}")
+        elif not config.overwrite:
+            raise ValueError(
+                f"the output folder {self.path} is in use: choose another, continue its run with --resume, "
+                "or delete it with --overwrite"
+            )
+        else:
+            # Only what a run wrote is deleted; a mistyped path must not cost someone a home directory.
+            self.about()
+
+    def begin(self, about: dict[str, Any], *, overwrite: bool) -> None:
+        """Creates the folder, or empties it first, and writes config.json."""
+        if overwrite and self.in_use:
+            shutil.rmtree(self.path)
+        self.path.mkdir(parents=True, exist_ok=True)
+        write_json(self.config, about)
+
+    def append(self, record: dict[str, Any]) -> None:
+        """Adds one line to metrics.jsonl; it is in the file, not in a buffer, on return."""
+        with open(self.metrics, "a", encoding="utf-8") as file:
+            file.write(json.dumps(record) + "\n")
+
+    def records(self) -> list[dict[str, Any]]:
+        """The lines of metrics.jsonl; one that a kill cut short is left out."""
+        if not self.metrics.exists():
+            return []
+        records = []
+        for line in self.metrics.read_text(encoding="utf-8").splitlines():
+            try:
+                records.append(json.loads(line))
+            except json.JSONDecodeError:
+                break
+        return records
+
+    def rewind(self, step: int) -> None:
+        """Drops the lines of metrics.jsonl after `step`: the continued run writes them again."""
+        lines = [json.dumps(record) + "\n" for record in self.records() if record["step"] <= step]
+        write_atomically(self.metrics, "".join(lines))
+
+
+class Keys(NamedTuple):
+    """All randomness of a run, from its seed."""
+
+    head: jax.Array
+    adapter: jax.Array
+    dropout: jax.Array
+    # For the data order, a number.
+    data: int
+
+
+def keys(seed: int) -> Keys:
+    """Independent keys for the new head, the adapter, dropout and the data order."""
+    head, adapter, dropout, data = jax.random.split(jax.random.key(seed), 4)
+    return Keys(head, adapter, dropout, int(jax.random.bits(data)))
+
+
+def load_base(config: TrainConfig, labels: tuple[str, ...]) -> models.Loaded:
+    """The pretrained model with a head for `labels`.
+
+    Raises:
+        ValueError: from the loader, or if the model cannot take `max_length` tokens.
+    """
+    loaded = models.load(
+        config.model,
+        task=config.task,
+        labels=labels,
+        dtype=config.dtype,
+        remat=config.remat,
+        scan=config.scan,
+        key=keys(config.seed).head,
+    )
+    if config.max_length > loaded.config.max_length:
+        raise ValueError(
+            f"max_length={config.max_length} is more than the model's {loaded.config.max_length} positions"
+        )
+    return loaded
+
+
+def attach(config: TrainConfig, params: Any) -> Peft:
+    """The base with a fresh adapter of the configured method."""
+    method = jpeft.make(config.method, **parse_options(config.options))
+    return jpeft.apply(params, method=method, key=keys(config.seed).adapter)
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """A finished run, loaded: the model, its trained adapter, and what its outputs mean."""
+
+    folder: RunFolder
+    config: TrainConfig
+    task: Task
+    labels: tuple[str, ...]
+    loaded: models.Loaded
+    peft: Peft
+
+
+def open_run(path: str | os.PathLike[str]) -> Run:
+    """Loads the model of a finished run with its adapter.
+
+    Raises:
+        ValueError: if `path` holds no finished run, or the base is no longer the one it was trained on.
+    """
+    folder = RunFolder(path)
+    about = folder.about()
+    if not folder.adapter.exists():
+        raise ValueError(f"the run in {folder.path} is not finished: continue it with --resume")
+    config = from_json(about["run"])
+    labels = tuple(about["labels"])
+    loaded = load_base(config, labels)
+    peft = jpeft.load(folder.adapter, loaded.params)
+    return Run(folder, config, find_task(config.task), labels, loaded, peft)
+
+
+def save_merged(folder: str | os.PathLike[str], loaded: models.Loaded, peft: Peft) -> None:
+    """Writes the merged model as a Hugging Face folder with its labels and tokenizer; the folder may exist if empty.
+
+    Raises:
+        ValueError: the method's reason, if it cannot merge.
+    """
+    params = jpeft.merge(peft)
+    models.save(folder, loaded.model, params, labels=loaded.labels, tokenizer=loaded.tokenizer, overwrite=True)

@@ -1,0 +1,113 @@
+"""Checkpoints of a training run: everything that changes from step to step, on disk with Orbax.
+
+Data order and dropout are functions of the seed and the step, so a snapshot is the adapter, the optimizer state and a
+few numbers. The base is never written. A snapshot's last file lists the checksums of all others: one that was cut
+short, lost or changed is recognised before Orbax opens it, named in a warning, and the snapshot before it is used.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import warnings
+import zlib
+from pathlib import Path
+
+import jax
+import orbax.checkpoint as ocp
+from jaxtyping import PyTree
+
+from jpeft.files import write_json
+
+CHECKSUMS = "checksums.json"
+
+
+@dataclasses.dataclass(frozen=True)
+class Progress:
+    """Where a run stands, besides its arrays."""
+
+    # Finished optimizer steps.
+    step: int = 0
+    # Best validation metric so far, the step it was reached at, and the evaluations since.
+    best: float | None = None
+    best_step: int = 0
+    stale: int = 0
+    # Validation metrics of the newest evaluation, shown while training.
+    latest: float | None = None
+    # Losses of the steps since the last line in metrics.jsonl.
+    losses: tuple[float, ...] = ()
+
+
+class Snapshots:
+    """The snapshots in one folder, the newest `keep` of them.
+
+    Args:
+        folder: Created with the first snapshot.
+        keep: How many are kept.
+    """
+
+    def __init__(self, folder: str | os.PathLike[str], keep: int):
+        self.folder = os.path.abspath(folder)
+        self._manager = ocp.CheckpointManager(
+            self.folder,
+            options=ocp.CheckpointManagerOptions(
+                max_to_keep=keep,
+                # An adapter is small: writing in line costs milliseconds, and what was reported as saved is saved.
+                enable_async_checkpointing=False,
+                # What a killed process left half-written.
+                cleanup_tmp_directories=True,
+            ),
+        )
+
+    def save(self, arrays: PyTree, progress: Progress) -> None:
+        """Writes one snapshot, atomically; does nothing if that step is there already."""
+        if progress.step in self._manager.all_steps():
+            return
+        arrays = jax.device_get(arrays)
+        about = dataclasses.asdict(progress) | {"losses": list(progress.losses)}
+        items = ocp.args.Composite(arrays=ocp.args.StandardSave(arrays), progress=ocp.args.JsonSave(about))
+        self._manager.save(progress.step, args=items)
+        self._manager.wait_until_finished()
+        folder = self._folder(progress.step)
+        write_json(folder / CHECKSUMS, _checksums(folder))
+
+    def restore(self, like: PyTree) -> tuple[PyTree, Progress] | None:
+        """The newest readable snapshot, in the structure and on the devices of `like`; None if there is none.
+
+        Unreadable ones are named in a warning and removed, so that the continued run can write them again.
+        """
+        for step in sorted(self._manager.all_steps(), reverse=True):
+            try:
+                return self._read(step, like)
+            except Exception as error:  # Orbax and TensorStore raise many types for a damaged file.
+                reason = str(error).splitlines()[0][:200] if str(error) else type(error).__name__
+                warnings.warn(f"checkpoint {self._folder(step)} is damaged and is left out: {reason}", stacklevel=2)
+                self._manager.delete(step)
+        return None
+
+    def close(self) -> None:
+        """Lets go of the folder."""
+        self._manager.close()
+
+    def _read(self, step: int, like: PyTree) -> tuple[PyTree, Progress]:
+        folder = self._folder(step)
+        if not (folder / CHECKSUMS).exists():
+            raise ValueError("it was not written to the end")
+        saved, found = json.loads((folder / CHECKSUMS).read_text()), _checksums(folder)
+        # Found here rather than by Orbax, whose other reads go on in the background when one fails.
+        if changed := sorted(name for name in saved.keys() | found.keys() if saved.get(name) != found.get(name)):
+            raise ValueError(f"{changed[0]} is not as it was written ({len(changed)} such files)")
+        abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), like)
+        items = ocp.args.Composite(arrays=ocp.args.StandardRestore(abstract), progress=ocp.args.JsonRestore())
+        read = self._manager.restore(step, args=items)
+        return read.arrays, Progress(**read.progress | {"losses": tuple(read.progress["losses"])})
+
+    def _folder(self, step: int) -> Path:
+        return Path(self.folder, str(step))
+
+
+def _checksums(folder: Path) -> dict[str, int]:
+    """CRC-32 of every file of a snapshot but the list itself."""
+    files = (path for path in folder.rglob("*") if path.is_file() and path.name != CHECKSUMS)
+    return {str(path.relative_to(folder)): zlib.crc32(path.read_bytes()) for path in sorted(files)}

@@ -1,0 +1,393 @@
+"""Training: the base frozen, one compiled step, and a run on disk that survives being killed.
+
+A step is a function of (adapter, optimizer state, base, batch, step): the batch is `ds[step]`, the dropout key
+`fold_in(key, step)`. So a run continued from a checkpoint goes through bit for bit the same states as an unbroken one.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jaxtyping import Array, PyTree
+
+import jpeft
+from jpeft import data, models
+from jpeft.checkpoint.fingerprint import fingerprint
+from jpeft.config import TrainConfig, check_values, resolved, to_json
+from jpeft.evaluate import Evaluator
+from jpeft.files import write_json
+from jpeft.interrupt import InterruptedRun, deferred_signals
+from jpeft.peft import Peft
+from jpeft.plot import plot_curve
+from jpeft.progress import Reporter, reporter
+from jpeft.run import RunFolder, attach, keys, load_base, open_run, save_merged
+from jpeft.schedule import learning_rate_schedule, optimizer
+from jpeft.snapshot import Progress, Snapshots
+from jpeft.task import Arrays, Task, find_task, model_inputs
+
+
+@dataclasses.dataclass(frozen=True)
+class Result:
+    """What came out of a run."""
+
+    # Metrics of the adapter that is kept, on the validation and the test split; empty where there is none.
+    validation: dict[str, float]
+    test: dict[str, float]
+    # Best validation metric seen and its step (None and 0 without evaluations).
+    best: float | None
+    best_step: int
+    # Finished steps; fewer than planned after early stopping.
+    steps: int
+    # Number of trained scalars.
+    trained: int
+    # Wall time of this process's part of the training loop with its evaluations, and of compiling the step before it.
+    seconds: float
+    compile_seconds: float
+    # Folder of the run.
+    path: Path
+    # The base with the trained adapter.
+    peft: Peft = dataclasses.field(repr=False)
+
+    def to_json(self) -> dict[str, Any]:
+        """All but the arrays and the folder."""
+        return {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name not in ("path", "peft")}
+
+
+@dataclasses.dataclass(frozen=True)
+class Setup:
+    """Everything a configuration names, loaded and checked; nothing is on disk yet."""
+
+    config: TrainConfig
+    task: Task
+    labels: tuple[str, ...]
+    splits: dict[str, Arrays]
+    loaded: models.Loaded
+    peft: Peft
+    learning_rate: float
+    steps: int
+    steps_per_epoch: int
+
+    def about(self) -> dict[str, Any]:
+        """What config.json records."""
+        return {
+            "jpeft": jpeft.__version__,
+            "run": to_json(self.config),
+            "method": self.peft.method.config(),
+            "labels": list(self.labels),
+            "learning_rate": self.learning_rate,
+            "steps": self.steps,
+            "base": fingerprint(self.peft.params),
+            "data": {name: fingerprint(arrays) for name, arrays in self.splits.items()},
+        }
+
+
+def prepare(config: TrainConfig) -> Setup:
+    """Loads and checks data, model and method.
+
+    Raises:
+        ValueError: for anything wrong with them.
+    """
+    task = find_task(config.task)
+    tables = data.splits(config.data, text=config.text, pair=config.pair, label=config.label)
+    labels = task.labels(tables["train"])
+    loaded = load_base(config, labels)
+    splits = {
+        name: task.encode(table, loaded.tokenizer, labels=labels, max_length=config.max_length)
+        for name, table in tables.items()
+        if len(table)
+    }
+    if (config.patience or config.keep_best) and "validation" not in splits:
+        raise ValueError("patience and keep_best need a validation split, which the data has not")
+    peft = attach(config, loaded.params)
+    if config.export:
+        # Refused now, by the method itself, rather than after hours of training.
+        jpeft.merge(peft)
+    per_epoch = data.steps_per_epoch(splits["train"], config.batch_size)
+    return Setup(
+        config=config,
+        task=task,
+        labels=labels,
+        splits=splits,
+        loaded=loaded,
+        peft=peft,
+        learning_rate=config.learning_rate or jpeft.methods()[config.method].learning_rate,
+        steps=config.steps or config.epochs * per_epoch,
+        steps_per_epoch=per_epoch,
+    )
+
+
+def make_step(
+    forward: Callable[..., Any],
+    tx: optax.GradientTransformation,
+    task: Task,
+    peft: Peft,
+    accumulate: int = 1,
+) -> Callable[..., Any]:
+    """The training step, to be jitted with its first two arguments donated.
+
+    Only the adapter is differentiated. The base is an argument: neither a constant of the program nor donated.
+
+    Args:
+        forward: `jpeft.wrap(model.apply, peft.method)`.
+        tx: `jpeft.optimizer(..., peft)`.
+        task: Gives the loss of each example.
+        peft: For its method and structure; its arrays are not used.
+        accumulate: Micro-batches the batch is split into; the gradient is that of the whole batch's mean loss.
+
+    Returns:
+        `(adapter, opt_state, params, batch, key, step) -> (adapter, opt_state, loss)`.
+    """
+
+    def loss_fn(adapter: PyTree, params: PyTree, batch: dict[str, Array], key: Array) -> Array:
+        bound = peft.replace(params=params, adapter=adapter)
+        logits = forward(bound.variables, **model_inputs(batch), deterministic=False, rngs={"dropout": key})
+        return task.losses(logits, batch).mean() + jpeft.penalty(bound)
+
+    def step(
+        adapter: PyTree, opt_state: PyTree, params: PyTree, batch: dict[str, Array], key: Array, step: Array
+    ) -> Any:
+        key = jax.random.fold_in(key, step)
+        # [batch, ...] -> [accumulate, batch / accumulate, ...]
+        micro = jax.tree.map(lambda x: x.reshape(accumulate, -1, *x.shape[1:]), batch)
+
+        def add(total: PyTree, part: tuple[dict[str, Array], Array]) -> tuple[PyTree, None]:
+            one = jax.value_and_grad(loss_fn)(adapter, params, part[0], part[1])
+            return jax.tree.map(jnp.add, total, one), None
+
+        zero = (jnp.zeros(()), jax.tree.map(jnp.zeros_like, adapter))
+        total, _ = jax.lax.scan(add, zero, (micro, jax.random.split(key, accumulate)))
+        loss, grads = jax.tree.map(lambda x: x / accumulate, total)
+        updates, opt_state = tx.update(grads, opt_state, adapter)
+        return optax.apply_updates(adapter, updates), opt_state, loss
+
+    return step
+
+
+def train(config: TrainConfig, *, report: Reporter | None = None) -> Result:
+    """Trains as configured, or continues a run, and leaves it in `config.output`.
+
+    Args:
+        config: The configuration.
+        report: Shown progress; by default what `config.progress` names.
+
+    Raises:
+        ValueError: for bad input, before anything is written.
+        InterruptedRun: after Ctrl-C or SIGTERM, once a checkpoint is written.
+
+    Example:
+        >>> result = train(TrainConfig(model="all-MiniLM-L6-v2", output="run", method="lora"))  # doctest: +SKIP
+        >>> result.test["accuracy"]                                                               # doctest: +SKIP
+    """
+    check_values(config)
+    config = resolved(config)
+    folder = RunFolder(config.output)
+    folder.check(config)
+    if config.resume and folder.result.exists():
+        return read_result(folder)
+    setup = prepare(config)
+    if config.resume and folder.in_use:
+        _check_same(folder, setup)
+    return _Trainer(setup, folder, report or reporter(config.progress)).run()
+
+
+def read_result(folder: RunFolder) -> Result:
+    """The result of a finished run, with its model loaded."""
+    values = json.loads(folder.result.read_text())
+    return Result(**values, path=folder.path, peft=open_run(folder.path).peft)
+
+
+def _check_same(folder: RunFolder, setup: Setup) -> None:
+    """A continuation must see the data and defaults it began with, which the configuration only names."""
+    before, now = folder.about(), json.loads(json.dumps(setup.about()))
+    changed = [
+        name for name in ("method", "labels", "learning_rate", "steps", "base", "data") if before[name] != now[name]
+    ]
+    if changed:
+        raise ValueError(f"cannot resume {folder.path}: since it began, its {', '.join(changed)} changed")
+
+
+class _Trainer:
+    """The loop: what changes from step to step is in `adapter`, `opt_state`, `best_adapter` and `progress`."""
+
+    def __init__(self, setup: Setup, folder: RunFolder, report: Reporter):
+        config = setup.config
+        self.setup, self.config, self.folder, self.report = setup, config, folder, report
+        self.keeps_best = config.keep_best or config.patience is not None
+        self.eval_every = config.eval_every or setup.steps_per_epoch
+        self.batches = data.batches(setup.splits["train"], config.batch_size, seed=keys(config.seed).data)
+        self.key = keys(config.seed).dropout
+        self.schedule = learning_rate_schedule(config.schedule, setup.learning_rate, setup.steps, config.warmup)
+        self.tx = jpeft.optimizer(
+            optimizer(self.schedule, weight_decay=config.weight_decay, clip=config.clip), setup.peft
+        )
+        self.forward = jpeft.wrap(setup.loaded.model.apply, setup.peft.method)
+        self.evaluator = Evaluator(self.forward, setup.task, config.batch_size)
+
+        # A copy, because the step donates its adapter and the caller's must live on.
+        self.adapter = jax.tree.map(jnp.copy, setup.peft.adapter)
+        self.opt_state = self.tx.init(self.adapter)
+        self.best_adapter = jax.tree.map(jnp.copy, self.adapter) if self.keeps_best else None
+        self.progress = Progress()
+        # Losses since the last log line stay on the device until that line, so that steps need not wait for each other.
+        self.losses: list[Any] = []
+
+    def run(self) -> Result:
+        begun = time.perf_counter()
+        # Compiled before anything is written: what the model or the method refuses only now leaves no trace either.
+        step = self._compile()
+        compiled = time.perf_counter()
+        with deferred_signals() as signals:
+            if not (self.config.resume and self.folder.in_use):
+                self.folder.begin(self.setup.about(), overwrite=self.config.overwrite)
+            self.snapshots = Snapshots(self.folder.checkpoints, self.config.keep)
+            self._restore()
+            self.report.start(self.setup.steps, self.progress.step)
+            try:
+                self._loop(step, signals)
+            finally:
+                self.report.stop()
+                self.snapshots.close()
+            # An interrupt from here on is ignored: all is saved, and what is left takes no longer than a few steps.
+            return self._finish(time.perf_counter() - compiled, compiled - begun)
+
+    @property
+    def done(self) -> bool:
+        """Whether all steps are done, or evaluations have stopped getting better."""
+        patience = self.config.patience
+        return self.progress.step >= self.setup.steps or (patience is not None and self.progress.stale >= patience)
+
+    def _compile(self) -> Callable[..., Any]:
+        """The step, compiled ahead for the shapes it will see: another shape is an error, not a recompilation."""
+        step = make_step(self.forward, self.tx, self.setup.task, self.setup.peft, self.config.accumulate)
+        arguments = (self.adapter, self.opt_state, self.setup.peft.params, self.batches[0], self.key, np.int32(0))
+        return jax.jit(step, donate_argnums=(0, 1)).lower(*arguments).compile()
+
+    def _loop(self, step: Callable[..., Any], signals: list[int]) -> None:
+        self._start_clock()
+        while not self.done:
+            if signals:
+                self._checkpoint()
+                plot_run(self.folder, self.setup.task.metric)
+                raise InterruptedRun(signals[0], self.progress.step, self.folder.path)
+            index = self.progress.step
+            self.adapter, self.opt_state, loss = step(
+                self.adapter, self.opt_state, self.setup.peft.params, self.batches[index], self.key, np.int32(index)
+            )
+            self.losses.append(loss)
+            self.progress = dataclasses.replace(self.progress, step=index + 1)
+            last = index + 1 == self.setup.steps
+            if last or (index + 1) % self.config.log_every == 0:
+                self._log()
+            if last or (index + 1) % self.eval_every == 0:
+                self._evaluate()
+            if self.done or (index + 1) % self.config.checkpoint_every == 0:
+                self._checkpoint()
+
+    # --- one thing at a time ------------------------------------------------------------------------------------------
+
+    def _start_clock(self) -> None:
+        self._clock, self._clock_step = time.perf_counter(), self.progress.step
+
+    def _pull_losses(self) -> list[float]:
+        """The losses since the last log line as numbers.
+
+        Raises:
+            ValueError: if one is not finite.
+        """
+        losses = [float(loss) for loss in self.losses]
+        if not np.all(np.isfinite(losses)):
+            first = self.progress.step - len(losses) + 1 + int(np.argmin(np.isfinite(losses)))
+            raise ValueError(
+                f"the loss is {losses[first - 1 - self.progress.step + len(losses)]} at step {first}: "
+                f"training diverged, try a learning rate below {self.setup.learning_rate:g}"
+            )
+        self.losses = list(losses)
+        return losses
+
+    def _log(self) -> None:
+        step, losses = self.progress.step, self._pull_losses()
+        elapsed = time.perf_counter() - self._clock
+        loss = float(np.mean(losses))
+        rate = (step - self._clock_step) * self.config.batch_size / elapsed
+        record = {"step": step, "epoch": round(step / self.setup.steps_per_epoch, 4), "split": "train", "loss": loss}
+        # The rate that the last of these steps used.
+        record |= {"learning_rate": float(self.schedule(step - 1)), "samples_per_second": round(rate, 1)}
+        self.folder.append(record)
+        self.losses = []
+        metric, latest = self.setup.task.metric, self.progress.latest
+        self.report.update(step, loss, "" if latest is None else f"{metric} {latest:.4f}", rate)
+        self._start_clock()
+
+    def _evaluate(self) -> None:
+        if "validation" not in self.setup.splits:
+            return
+        step = self.progress.step
+        metrics = self.evaluator.metrics(self.setup.peft.replace(adapter=self.adapter), self.setup.splits["validation"])
+        epoch = round(step / self.setup.steps_per_epoch, 4)
+        self.folder.append({"step": step, "epoch": epoch, "split": "validation", **metrics})
+        value, progress = metrics[self.setup.task.metric], self.progress
+        if progress.best is None or value > progress.best:
+            self.progress = dataclasses.replace(progress, latest=value, best=value, best_step=step, stale=0)
+            if self.keeps_best:
+                self.best_adapter = jax.tree.map(jnp.copy, self.adapter)
+        else:
+            self.progress = dataclasses.replace(progress, latest=value, stale=progress.stale + 1)
+        self._start_clock()
+
+    def _state(self) -> dict[str, PyTree]:
+        best = {"best_adapter": self.best_adapter} if self.keeps_best else {}
+        return {"adapter": self.adapter, "opt_state": self.opt_state, **best}
+
+    def _checkpoint(self) -> None:
+        self.progress = dataclasses.replace(self.progress, losses=tuple(self._pull_losses()))
+        self.snapshots.save(self._state(), self.progress)
+
+    def _restore(self) -> None:
+        restored = self.snapshots.restore(self._state())
+        if restored is not None:
+            state, self.progress = restored
+            self.adapter, self.opt_state = state["adapter"], state["opt_state"]
+            self.best_adapter = state.get("best_adapter")
+            self.losses = list(self.progress.losses)
+            self.report.message(f"continuing {self.folder.path} after step {self.progress.step}")
+        self.folder.rewind(self.progress.step)
+
+    def _finish(self, seconds: float, compile_seconds: float) -> Result:
+        kept = self.setup.peft.replace(adapter=self.best_adapter if self.keeps_best else self.adapter)
+        metrics = {
+            name: self.evaluator.metrics(kept, self.setup.splits[name]) if name in self.setup.splits else {}
+            for name in ("validation", "test")
+        }
+        result = Result(
+            **metrics,
+            best=self.progress.best,
+            best_step=self.progress.best_step,
+            steps=self.progress.step,
+            trained=jpeft.summary(kept).trained,
+            seconds=round(seconds, 3),
+            compile_seconds=round(compile_seconds, 3),
+            path=self.folder.path,
+            peft=kept,
+        )
+        jpeft.save(self.folder.adapter, kept, overwrite=True)
+        if self.config.export:
+            save_merged(self.folder.merged, self.setup.loaded, kept)
+        plot_run(self.folder, self.setup.task.metric)
+        write_json(self.folder.result, result.to_json())
+        return result
+
+
+def plot_run(folder: RunFolder, metric: str) -> None:
+    """Draws a run's curve.png from its metrics.jsonl."""
+    about = folder.about()
+    name = Path(about["run"]["model"]).name
+    plot_curve(folder.curve, folder.records(), metric, title=f"{about['run']['method']} on {name}")

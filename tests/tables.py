@@ -1,0 +1,165 @@
+"""The two tables that the conformance suite crosses: every method, every kind of linen model."""
+
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+
+import jpeft
+
+WIDTH, HEADS, LENGTH, BATCH, LAYERS, CLASSES, VOCAB = 16, 2, 6, 5, 2, 3, 23
+
+
+class Attention(nn.Module):
+    """Self-attention in the three ways that people write it."""
+
+    flavour: str
+
+    @nn.compact
+    def __call__(self, x):
+        if self.flavour == "mha":
+            return nn.MultiHeadDotProductAttention(num_heads=HEADS, name="mha")(x)
+        heads = WIDTH // HEADS
+        if self.flavour == "einsum":
+            project = lambda name: nn.Einsum((WIDTH, HEADS, heads), "btd,dnh->btnh", name=name)(x)
+            out = lambda y: nn.Einsum((HEADS, heads, WIDTH), "btnh,nhd->btd", name="out")(y)
+        else:
+            project = lambda name: nn.Dense(WIDTH, name=name)(x).reshape(*x.shape[:2], HEADS, heads)
+            out = lambda y: nn.Dense(WIDTH, name="out")(y.reshape(*x.shape))
+        query, key, value = project("query"), project("key"), project("value")
+        weights = jax.nn.softmax(jnp.einsum("bqnh,bknh->bnqk", query, key) / heads**0.5)
+        return out(jnp.einsum("bnqk,bknh->bqnh", weights, value))
+
+
+class Block(nn.Module):
+    """A pre-norm transformer block; returns a pair, as `nn.scan` wants it."""
+
+    flavour: str = "dense"
+
+    @nn.compact
+    def __call__(self, x, _=None):
+        x = x + Attention(self.flavour, name="attn")(nn.LayerNorm(name="ln_1")(x))
+        h = nn.gelu(nn.Dense(2 * WIDTH, name="up")(nn.LayerNorm(name="ln_2")(x)))
+        return x + nn.Dense(WIDTH, name="down")(h), None
+
+
+class Classifier(nn.Module):
+    """Embedding, (convolution,) blocks under some lifted transform, final norm, head."""
+
+    lift: str = "plain"
+    flavour: str = "dense"
+    conv: bool = False
+
+    @nn.compact
+    def __call__(self, ids):
+        x = nn.Embed(VOCAB, WIDTH, name="embed")(ids)
+        if self.conv:
+            x = x + nn.Conv(WIDTH, (3,), name="conv")(x)
+        if self.lift == "scan":
+            stack = nn.scan(Block, variable_axes={"params": 0}, split_rngs={"params": True}, length=LAYERS)
+            x, _ = stack(self.flavour, name="layers")(x, None)
+        else:
+            block = {"plain": Block, "remat": nn.remat(Block), "jit": nn.jit(Block)}[self.lift]
+            for i in range(LAYERS):
+                x, _ = block(self.flavour, name=f"layer_{i}")(x)
+        return nn.Dense(CLASSES, name="classifier")(nn.LayerNorm(name="ln_f")(x).mean(1))
+
+
+MODELS = {
+    "plain": Classifier(),
+    "remat": Classifier(lift="remat"),
+    "jit": Classifier(lift="jit"),
+    "scan": Classifier(lift="scan"),
+    "mha": Classifier(flavour="mha"),
+    "einsum": Classifier(flavour="einsum", conv=True),
+    "scan-mha": Classifier(lift="scan", flavour="mha"),
+}
+
+METHODS = {
+    "freeze": jpeft.freeze(top=1),
+    "bitfit": jpeft.bitfit(),
+    "adapter": jpeft.adapter(size=4),
+    "lora": jpeft.lora(rank=2),
+    "lora-two-view": jpeft.lora(rank=2, view="two-view"),
+    "lora-factored": jpeft.lora(rank={r".*(up|down)/kernel": 3, ".*": 2}, view="factored", rslora=True, target=r".*(kernel|embedding)"),
+    "chain": jpeft.chain(bitfit=jpeft.bitfit(), lora=jpeft.lora(rank=2), adapter=jpeft.adapter(size=3)),
+    "chain-mergeable": jpeft.chain(lora=jpeft.lora(rank=2), second=jpeft.lora(rank=1, target=["up", "down"]), bitfit=jpeft.bitfit()),
+}
+
+# What a method's first output may differ from the base by, and whether it merges: True, or the reason it gives.
+NEAR_IDENTITY = {"adapter": 1e-2, "chain": 1e-2}
+MERGES = {"adapter": "nonlinear layer of its own", "chain": "nonlinear layer of its own"}
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """One cell of the table."""
+
+    method_name: str
+    model_name: str
+
+    @property
+    def method(self) -> jpeft.Method:
+        return METHODS[self.method_name]
+
+    @property
+    def model(self) -> nn.Module:
+        return MODELS[self.model_name]
+
+    @property
+    def params(self) -> Any:
+        return base(self.model_name)
+
+    @functools.cached_property
+    def peft(self) -> jpeft.Peft:
+        return jpeft.apply(self.params, method=self.method, key=jax.random.key(7))
+
+    @functools.cached_property
+    def noisy(self) -> jpeft.Peft:
+        return self.peft.replace(adapter=noised(self.peft.adapter))
+
+    @functools.cached_property
+    def forward(self):
+        return jax.jit(jpeft.wrap(self.model.apply, self.method))
+
+
+@functools.cache
+def base(model_name: str) -> Any:
+    return jax.jit(MODELS[model_name].init)(jax.random.key(0), batch()["x"])["params"]
+
+
+@functools.cache
+def base_logits(model_name: str) -> jax.Array:
+    return jax.jit(MODELS[model_name].apply)({"params": base(model_name)}, batch()["x"])
+
+
+@functools.cache
+def case(method_name: str, model_name: str) -> Case:
+    return Case(method_name, model_name)
+
+
+@functools.cache
+def batch() -> dict[str, jax.Array]:
+    x = jax.random.randint(jax.random.key(1), (BATCH, LENGTH), 0, VOCAB)
+    return {"x": x, "y": x[:, 0] % CLASSES}
+
+
+def noised(tree: Any, scale: float = 0.1, seed: int = 3) -> Any:
+    """The tree with noise on every leaf: zero-initialised leaves would hide a wrong merge or order."""
+    leaves, treedef = jax.tree.flatten(tree)
+    keys = jax.random.split(jax.random.key(seed), len(leaves))
+    draw = lambda key, leaf: (leaf + scale * jax.random.normal(key, leaf.shape)).astype(leaf.dtype)
+    return jax.tree.unflatten(treedef, [draw(key, leaf) for key, leaf in zip(keys, leaves, strict=True)])
+
+
+def compiled_flops(fn: Any, *args: Any) -> float:
+    """XLA's own count for the compiled function, with the optimisations that the suite otherwise does without."""
+    before = jax.config.read("jax_disable_most_optimizations")
+    jax.config.update("jax_disable_most_optimizations", False)
+    try:
+        return jax.jit(fn).lower(*args).compile().cost_analysis()["flops"]
+    finally:
+        jax.config.update("jax_disable_most_optimizations", before)

@@ -1,0 +1,102 @@
+"""Published and derived parameter counts, from abstract parameters: no weights are ever allocated."""
+
+import jax
+import pytest
+
+import jpeft
+from jpeft.models.bert import BertForSequenceClassification, BertModel, abstract_params
+from jpeft.models.bert_config import BertConfig
+
+
+def counted(params, method) -> jpeft.Summary:
+    return jpeft.summary(jax.eval_shape(lambda p: jpeft.apply(p, method=method), params))
+
+
+@pytest.fixture(scope="module")
+def bert_base():
+    return abstract_params(BertModel(BertConfig.bert_base_cased()))
+
+
+@pytest.fixture(scope="module")
+def roberta_base():
+    return abstract_params(BertModel(BertConfig.roberta_base(), pooling=False))
+
+
+def test_bitfit_on_bert_base(bert_base):
+    """Ben Zaken et al.: 0.09 % of BERT-base; encoder, embedding LayerNorm and pooler."""
+    s = counted(bert_base, jpeft.bitfit())
+    assert (s.trained, s.changed, s.base) == (102_912, 102_912, 108_310_272)
+
+
+def test_bitfit_subset_on_bert_base(bert_base):
+    assert counted(bert_base, jpeft.bitfit(subset="query+middle")).trained == 46_080
+
+
+def test_bitfit_on_bert_large():
+    params = abstract_params(BertModel(BertConfig.bert_large_cased()))
+    assert counted(params, jpeft.bitfit()).trained == 272_384
+    assert counted(params, jpeft.bitfit(subset="query+middle")).trained == 122_880
+
+
+def test_bitfit_with_head_on_bert_base():
+    params = abstract_params(BertForSequenceClassification(BertConfig.bert_base_cased(), num_labels=2))
+    assert counted(params, jpeft.bitfit()).trained == 104_450
+
+
+def test_bitfit_on_roberta_base(roberta_base):
+    assert counted(roberta_base, jpeft.bitfit()).trained == 102_144
+
+
+def test_adapter_on_bert_base(bert_base):
+    """Houlsby et al., m = 64: 24 adapters of 2 d m + m + d; 25 LayerNorms of 2 d besides."""
+    assert counted(bert_base, jpeft.adapter(size=64, train_norms=False)).trained == 2_379_264
+    s = counted(bert_base, jpeft.adapter(size=64))
+    assert (s.trained, s.changed) == (2_379_264 + 25 * 2 * 768, 25 * 2 * 768)
+
+
+def test_adapter_on_bert_large():
+    params = abstract_params(BertModel(BertConfig.bert_large_cased()))
+    assert counted(params, jpeft.adapter(size=64, train_norms=False)).trained == 6_343_680
+    assert counted(params, jpeft.adapter(size=64)).trained == 6_444_032
+
+
+def test_lora_on_roberta_base(roberta_base):
+    """Hu et al.: "0.3M" for rank 8 on query and value; they change 24 kernels of 768 x 768."""
+    s = counted(roberta_base, jpeft.lora(rank=8, target=["query", "value"]))
+    assert (s.trained, s.stored, s.changed) == (294_912, 294_912, 24 * 768 * 768)
+
+
+def test_lora_on_roberta_base_with_mnli_head():
+    params = abstract_params(BertForSequenceClassification(BertConfig.roberta_base(), num_labels=3))
+    assert counted(params, jpeft.lora(rank=8, target=["query", "value"])).trained == 887_811
+
+
+@pytest.mark.parametrize("scan", [False, True])
+def test_scanned_layers_count_alike(scan):
+    params = abstract_params(BertForSequenceClassification(BertConfig.bert_base_cased(scan=scan), num_labels=2))
+    counts = [counted(params, m).trained for m in (jpeft.bitfit(), jpeft.lora(), jpeft.adapter(), jpeft.freeze(top=2))]
+    layer = 4 * (768 * 768 + 768) + 2 * 768 * 3072 + 3072 + 768 + 4 * 768
+    pooler, head = 768 * 768 + 768, 2 * 768 + 2
+    lora = 8 * (12 * (4 * 2 * 768 + 2 * (768 + 3072)) + 2 * 768)
+    assert counts == [104_450, lora + head, 2_379_264 + 25 * 2 * 768 + head, 2 * layer + pooler + head]
+
+
+def test_freeze_two_blocks_of_gpt2_medium():
+    """Hu et al., FT-Top2: "25.19M" is two blocks of 12 d^2 + 13 d."""
+    d = 1024
+    shape = lambda *s: jax.ShapeDtypeStruct(s, "float32")
+    block = {
+        "ln_1": {"scale": shape(d), "bias": shape(d)},
+        "attn": {
+            "c_attn": {"kernel": shape(d, 3 * d), "bias": shape(3 * d)},
+            "c_proj": {"kernel": shape(d, d), "bias": shape(d)},
+        },
+        "ln_2": {"scale": shape(d), "bias": shape(d)},
+        "mlp": {
+            "c_fc": {"kernel": shape(d, 4 * d), "bias": shape(4 * d)},
+            "c_proj": {"kernel": shape(4 * d, d), "bias": shape(d)},
+        },
+    }
+    params = {"wte": {"embedding": shape(50257, d)}, "h": {str(i): block for i in range(24)}, "ln_f": {"scale": shape(d), "bias": shape(d)}}
+    assert counted(params, jpeft.freeze(top=2, also=None)).trained == 25_192_448
+    assert counted(params, jpeft.freeze(top=2)).trained == 25_192_448 + 2 * d

@@ -1,0 +1,293 @@
+"""The training step, the loop around it, and what a run leaves behind."""
+
+import dataclasses
+import json
+import os
+import warnings
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from tiny_text import make_model, make_rows, write_csv
+
+import jpeft
+import jpeft.task
+from jpeft.config import TrainConfig, changed_fields, from_json, parse_options, to_json
+from jpeft.metrics import accuracy, macro_f1
+from jpeft.plot import plot_curve
+from jpeft.run import RunFolder, keys, open_run
+from jpeft.schedule import learning_rate_schedule, optimizer
+from jpeft.snapshot import Progress, Snapshots
+from jpeft.train import make_step, prepare, train
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    """A model folder and a data folder, as fields of a configuration."""
+    folder = tmp_path_factory.mktemp("base")
+    make_model(folder / "model")
+    rows = make_rows(120)
+    for name, part in (("train", rows[:72]), ("validation", rows[72:95]), ("test", rows[95:])):
+        write_csv(folder / "data" / f"{name}.csv", part)
+    return {"model": str(folder / "model"), "data": str(folder / "data"), "max_length": 8, "progress": "none"}
+
+
+@pytest.fixture
+def config(base, tmp_path):
+    """A short run."""
+    return TrainConfig(**base, output=str(tmp_path / "run"), batch_size=16, epochs=2, log_every=3, checkpoint_every=4)
+
+
+def records(path):
+    """Lines of metrics.jsonl without timings."""
+    lines = [json.loads(line) for line in (path / "metrics.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in line.items() if k != "samples_per_second"} for line in lines]
+
+
+def bits(tree):
+    """The leaves' bytes."""
+    return [np.asarray(leaf).tobytes() for leaf in jax.tree.leaves(tree)]
+
+
+# --- small parts ------------------------------------------------------------------------------------------------------
+
+
+def test_options_are_literals_or_strings():
+    assert parse_options(["rank=8", "target=.*a=b.*", "on=false", "x=None", "alpha=1e-3", "t=('q', 'v')"]) == {
+        "rank": 8,
+        "target": ".*a=b.*",
+        "on": False,
+        "x": None,
+        "alpha": 1e-3,
+        "t": ("q", "v"),
+    }
+
+
+@pytest.mark.parametrize(("pairs", "message"), [(["rank"], "not of the form"), (["a=1", "a=2"], "given twice")])
+def test_bad_options(pairs, message):
+    with pytest.raises(ValueError, match=message):
+        parse_options(pairs)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"batch_size": 0}, "batch_size must be at least 1"),
+        ({"batch_size": 8, "accumulate": 3}, "does not divide"),
+        ({"warmup": 1.5}, "between 0 and 1"),
+        ({"learning_rate": 0.0}, "learning_rate must be positive"),
+        ({"resume": True, "overwrite": True}, "give one of them"),
+    ],
+)
+def test_config_refuses(changes, message):
+    with pytest.raises(ValueError, match=message):
+        train(TrainConfig(model="m", output="o", **changes))
+
+
+def test_config_round_trip():
+    config = TrainConfig(model="m", output="o", options=("rank=8",), steps=3, clip=None)
+    assert from_json(json.loads(json.dumps(to_json(config)))) == config
+    other = dataclasses.replace(config, seed=1, keep=7, output="p")
+    assert changed_fields(to_json(config), to_json(other)) == {"seed": (0, 1)}
+
+
+@pytest.mark.parametrize("shape", ["constant", "linear", "cosine"])
+def test_schedule(shape):
+    schedule = learning_rate_schedule(shape, 2.0, 100, warmup=0.1)
+    values = [float(schedule(step)) for step in range(101)]
+    assert values[0] == pytest.approx(2 / 11)
+    assert np.all(np.diff(values[:11]) > 0)
+    assert max(values) == values[10] == 2.0
+    assert values[100] == pytest.approx(2.0 if shape == "constant" else 0.0, abs=1e-6)
+    assert values[55] == pytest.approx({"constant": 2.0, "linear": 1.0, "cosine": 1.0}[shape], abs=1e-6)
+
+
+def test_metrics_by_hand():
+    expected, predicted = np.array([0, 0, 0, 1, 1, 3]), np.array([0, 0, 1, 1, 2, 3])
+    assert accuracy(predicted, expected) == pytest.approx(4 / 6)
+    # F1: class 0 2·2/(2+3), class 1 2·1/(2+2), class 2 0, class 3 1.
+    assert macro_f1(predicted, expected) == pytest.approx((0.8 + 0.5 + 0 + 1) / 4)
+
+
+def test_keys_are_independent_and_depend_on_the_seed():
+    drawn = [jax.random.key_data(key).tobytes() for seed in (0, 1) for key in keys(seed)[:3]]
+    assert len(set(drawn)) == 6
+    assert keys(0).data != keys(1).data
+
+
+def test_curve_is_a_picture(tmp_path):
+    lines = [{"step": s, "split": "train", "loss": 1 / s} for s in range(1, 20)]
+    lines += [{"step": s, "split": "validation", "loss": 1.1 / s, "accuracy": s / 20} for s in (5, 10, 15)]
+    plot_curve(tmp_path / "curve.png", lines, "accuracy", "title")
+    assert (tmp_path / "curve.png").read_bytes().startswith(b"\x89PNG")
+    plot_curve(tmp_path / "empty.png", [], "accuracy")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["curve.png", "empty.png"]
+
+
+# --- the step ---------------------------------------------------------------------------------------------------------
+
+
+def one_step(setup, accumulate, tx=None):
+    """Adapter and loss after one step from the start."""
+    tx = jpeft.optimizer(tx or optimizer(lambda step: 1e-2, clip=1.0), setup.peft)
+    forward = jpeft.wrap(setup.loaded.model.apply, setup.peft.method)
+    step = jax.jit(make_step(forward, tx, setup.task, setup.peft, accumulate))
+    adapter = setup.peft.adapter
+    batch = {name: column[:16] for name, column in setup.splits["train"].items()}
+    adapter, _, loss = step(adapter, tx.init(adapter), setup.peft.params, batch, jax.random.key(0), 0)
+    return adapter, loss
+
+
+@pytest.mark.parametrize("accumulate", [2, 16])
+def test_accumulation_changes_nothing_but_rounding(base, tmp_path, accumulate):
+    folder = make_model(tmp_path / "model", dropout=0.0)
+    setup = prepare(TrainConfig(**base | {"model": str(folder)}, output="unused"))
+    # Plain SGD: Adam would blow up the rounding of gradients near zero.
+    sgd = optax.chain(optax.clip_by_global_norm(0.1), optax.sgd(1.0))
+    (whole, loss), (split, split_loss) = one_step(setup, 1, sgd), one_step(setup, accumulate, sgd)
+    np.testing.assert_allclose(loss, split_loss, rtol=1e-5)
+    chex.assert_trees_all_close(whole, split, atol=1e-6)
+    moved = optax.tree.norm(jax.tree.map(jnp.subtract, whole, setup.peft.adapter))
+    np.testing.assert_allclose(moved, 0.1, rtol=1e-3)  # clipped, over the trained leaves alone
+
+
+def test_one_trace_one_donation_and_a_base_left_alone(config, monkeypatch):
+    traces = []
+    task = jpeft.task.SEQUENCE_CLASSIFICATION
+
+    def losses(logits, batch):
+        if isinstance(logits, jax.core.Tracer):
+            traces.append(logits.shape)
+        return task.losses(logits, batch)
+
+    monkeypatch.setitem(jpeft.task.TASKS, task.name, dataclasses.replace(task, losses=losses))
+    before = bits(prepare(config).loaded.params)
+    result = train(config)
+    assert result.steps == 10
+    # The body of lax.scan is traced a fixed number of times for the whole run.
+    assert len(traces) <= 2
+    assert bits(result.peft.params) == before
+
+
+def test_dropout_and_seed_matter(config, tmp_path):
+    def adapter(name, **changes):
+        changes = {"steps": 3, "output": str(tmp_path / name)} | changes
+        return bits(train(dataclasses.replace(config, **changes)).peft.adapter)
+
+    first = adapter("a")
+    assert adapter("b") == first
+    assert adapter("c", seed=1) != first
+    dry = make_model(tmp_path / "dry", dropout=0.0)
+    assert adapter("d", model=str(dry)) != first
+
+
+# --- runs -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("method", ["lora", "bitfit", "adapter", "freeze"])
+def test_every_method_learns_at_its_own_learning_rate(config, method):
+    changes = {"method": method, "steps": 60, "log_every": 20, "eval_every": 60, "checkpoint_every": 60}
+    result = train(dataclasses.replace(config, **changes))
+    losses = [line["loss"] for line in records(result.path) if line["split"] == "train"]
+    assert losses[-1] < 0.95 * losses[0], losses
+
+
+def test_what_a_run_leaves(config):
+    result = train(config)
+    folder = RunFolder(config.output)
+    assert {p.name for p in folder.path.iterdir()} == {
+        "config.json",
+        "metrics.jsonl",
+        "curve.png",
+        "checkpoints",
+        "adapter",
+        "result.json",
+    }
+    assert sorted(p.name for p in folder.checkpoints.iterdir()) == ["10", "8"]
+    lines = records(folder.path)
+    assert [(line["step"], line["split"]) for line in lines] == [
+        *((3, "train"), (5, "validation"), (6, "train"), (9, "train"), (10, "train"), (10, "validation")),
+    ]
+    assert result.to_json() == json.loads(folder.result.read_text())
+    # The last adapter is kept, so its metrics are those of the last evaluation.
+    assert result.validation == {k: v for k, v in lines[-1].items() if k in ("loss", "accuracy", "macro_f1")}
+    run = open_run(folder.path)
+    assert bits(run.peft.adapter) == bits(result.peft.adapter)
+    assert run.labels == ("fruit", "metal", "water")
+    assert result.trained == jpeft.summary(result.peft).trained
+
+
+def test_scan_remat_and_bfloat16_train(config):
+    result = train(dataclasses.replace(config, scan=True, remat=True, dtype="bfloat16", steps=2))
+    assert all(leaf.dtype == jnp.float32 for leaf in jax.tree.leaves(result.peft.adapter))
+
+
+def test_patience_stops_and_keeps_the_best(config):
+    # A rate of nearly nothing: the first evaluation stays the best.
+    changes = {"learning_rate": 1e-12, "patience": 2, "eval_every": 3, "steps": 60}
+    result = train(dataclasses.replace(config, **changes))
+    assert (result.best_step, result.steps) == (3, 9)
+    assert result.validation["accuracy"] == result.best
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(config, monkeypatch):
+    task = jpeft.task.SEQUENCE_CLASSIFICATION
+    diverging = dataclasses.replace(task, losses=lambda logits, batch: task.losses(logits, batch) * jnp.nan)
+    monkeypatch.setitem(jpeft.task.TASKS, task.name, diverging)
+    with pytest.raises(ValueError, match="the loss is nan at step 1: training diverged"):
+        train(config)
+
+
+def test_export_writes_the_merged_model(config):
+    result = train(dataclasses.replace(config, export=True))
+    merged = jpeft.models.load(RunFolder(config.output).merged)
+    assert merged.labels == ("fruit", "metal", "water")
+    assert not merged.new
+    chex.assert_trees_all_close(merged.params, jpeft.merge(result.peft), atol=1e-6)
+
+
+def test_export_is_refused_before_training(config):
+    with pytest.raises(ValueError, match="merge"):
+        train(dataclasses.replace(config, method="adapter", export=True))
+    assert not os.path.exists(config.output)
+
+
+# --- checkpoints ------------------------------------------------------------------------------------------------------
+
+
+def test_snapshot_round_trip(tmp_path):
+    arrays = {"adapter": {"a": jnp.arange(6.0).reshape(2, 3), "b": jnp.ones(2, jnp.bfloat16)}, "count": jnp.int32(3)}
+    progress = Progress(step=4, best=0.5, best_step=2, stale=1, latest=0.25, losses=(0.1, 0.2))
+    Snapshots(tmp_path / "s", keep=2).save(arrays, progress)
+    like = jax.tree.map(jnp.zeros_like, arrays)
+    restored, read = Snapshots(tmp_path / "s", keep=2).restore(like)
+    assert read == progress
+    assert bits(restored) == bits(arrays)
+    chex.assert_trees_all_equal_dtypes(restored, arrays)
+
+
+@pytest.mark.parametrize("damage", ["truncate", "flip", "delete", "unfinished"])
+def test_a_damaged_snapshot_is_named_and_the_one_before_is_used(tmp_path, damage):
+    snapshots = Snapshots(tmp_path, keep=3)
+    for step in (1, 2):
+        snapshots.save({"a": jnp.full(1000, step, jnp.float32)}, Progress(step=step))
+    files = sorted((tmp_path / "2" / "arrays").rglob("d/*"), key=lambda p: p.stat().st_size)
+    for file in files:
+        content = bytearray(file.read_bytes())
+        content[len(content) // 2] ^= 1
+        if damage == "delete":
+            file.unlink()
+        elif damage != "unfinished":
+            file.write_bytes(content if damage == "flip" else content[: len(content) // 2])
+    if damage == "unfinished":
+        (tmp_path / "2" / "checksums.json").unlink()
+    with pytest.warns(UserWarning, match=f"checkpoint {tmp_path}/2 is damaged"):
+        restored, progress = Snapshots(tmp_path, keep=3).restore({"a": jnp.zeros(1000)})
+    assert progress.step == 1
+    np.testing.assert_array_equal(restored["a"], 1)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert Snapshots(tmp_path, keep=3).restore({"a": jnp.zeros(1000)})[1].step == 1

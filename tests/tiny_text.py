@@ -1,0 +1,61 @@
+"""A tiny random BERT folder with a tokenizer, and sentences in three classes: for tests of trainer and command line."""
+
+import csv
+from pathlib import Path
+
+import jax
+import numpy as np
+
+import jpeft.models
+
+# A class shows in its own words; the rest is noise.
+WORDS = {"fruit": ("apple", "pear", "plum"), "metal": ("iron", "zinc", "lead"), "water": ("rain", "lake", "pond")}
+NOISE = ("the", "a", "some", "old", "new", "seen", "here", "now", "one", "two")
+
+
+def make_model(folder: Path, *, seed: int = 0, dropout: float = 0.1) -> Path:
+    """A two-layer BERT of width 16 with a word-level tokenizer, as a Hugging Face folder."""
+    from tokenizers import Tokenizer, models, pre_tokenizers, processors
+    from transformers import PreTrainedTokenizerFast
+
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", *NOISE, *(word for kind in WORDS.values() for word in kind)]
+    tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="[UNK]"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer.post_processor = processors.BertProcessing(("[SEP]", 3), ("[CLS]", 2))
+    special = {"pad_token": "[PAD]", "unk_token": "[UNK]", "cls_token": "[CLS]", "sep_token": "[SEP]"}
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, model_max_length=32, **special)
+    config = jpeft.models.BertConfig(
+        vocab_size=len(words),
+        hidden_size=16,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        intermediate_size=32,
+        max_position_embeddings=32,
+        hidden_dropout_prob=dropout,
+        attention_probs_dropout_prob=dropout,
+        # Far from zero, so that a random encoder tells words apart.
+        initializer_range=0.3,
+    )
+    model = jpeft.models.BertModel(config)
+    params = model.init(jax.random.key(seed), np.ones((1, 8), np.int32))["params"]
+    jpeft.models.save(folder, model, params, tokenizer=fast)
+    return folder
+
+
+def make_rows(count: int, *, seed: int = 0) -> list[tuple[str, str]]:
+    """`count` different (text, label) rows, classes in turn."""
+    rng = np.random.default_rng(seed)
+    rows: dict[str, str] = {}
+    while len(rows) < count:
+        label = sorted(WORDS)[len(rows) % len(WORDS)]
+        words = [*rng.choice(NOISE, 4), *rng.choice(WORDS[label], 2)]
+        rows[" ".join(rng.permutation(words))] = label
+    return list(rows.items())
+
+
+def write_csv(path: Path, rows: list[tuple[str, str]], header: tuple[str, str] = ("text", "label")) -> Path:
+    """The rows as a CSV file."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "w", newline="") as file:
+        csv.writer(file).writerows([header, *rows])
+    return path
