@@ -14,7 +14,7 @@ test: .venv/.dev ## every test (PYTEST_ARGS="-n 0 -k lora" narrows them down)
 	.venv/bin/python -m pytest $(PYTEST_ARGS)
 
 demo: .venv/.demo ## fine-tune a small pretrained encoder on the CPU; results in demo-out/
-	@JAX_COMPILATION_CACHE_DIR="$(CURDIR)/.jax_cache" .venv/bin/python examples/demo.py demo-out
+	@JAX_COMPILATION_CACHE_DIR="$(CURDIR)/.jax_cache" .venv/bin/python examples/demo.py --output demo-out
 
 lint: .venv/.dev ## ruff and pyright, without changing a file
 	.venv/bin/ruff check .

@@ -21,7 +21,7 @@ from flax import linen as nn
 
 import jpeft
 
-D, F, HEADS, LAYERS, VOCAB, BATCH, LENGTH = 768, 3072, 12, 4, 4096, 8, 128
+D, F, HEADS, LAYERS, VOCAB, BATCH, LENGTH = 768, 3072, 12, 4, 50257, 8, 128
 
 
 class Block(nn.Module):
@@ -64,7 +64,7 @@ def steps(variant: str, rank: int) -> dict[str, tuple[Callable[..., Any], tuple[
     params = jax.eval_shape(model.init, jax.random.key(0), ids)["params"]
     target = r"layer.*/kernel"
 
-    def loss(logits: jax.Array, ids: jax.Array) -> jax.Array:
+    def loss(logits: Any, ids: jax.Array) -> jax.Array:
         return -jnp.take_along_axis(jax.nn.log_softmax(logits[:, :-1]), ids[:, 1:, None], -1).mean()
 
     def lora(view: str) -> tuple[Callable[..., Any], tuple[Any, ...]]:
@@ -83,7 +83,10 @@ def steps(variant: str, rank: int) -> dict[str, tuple[Callable[..., Any], tuple[
 
     return {
         "forward pass": (lambda params, ids: loss(model.apply({"params": params}, ids), ids), (params, ids)),
-        "full fine-tuning": (lambda params, ids: jax.value_and_grad(lambda p: loss(model.apply({"params": p}, ids), ids))(params), (params, ids)),
+        "full fine-tuning": (
+            lambda params, ids: jax.value_and_grad(lambda p: loss(model.apply({"params": p}, ids), ids))(params),
+            (params, ids),
+        ),
         "LoRA, merged in step": (merged, lora("factored")[1]),
         "LoRA, factored": lora("factored"),
         "LoRA, two-view": lora("two-view"),

@@ -105,9 +105,7 @@ def clean(doc: str, names: frozenset[str]) -> str:
     signature = re.compile(r"([\w, \[\]]+ = ?)?[\w.]+\(.*\)( ->.*)?\s*")
     start = next((i for i in range(end) if lines[i].strip() and not signature.fullmatch(lines[i])), end)
     text = "\n".join(lines[start:end])
-    text = re.sub(
-        r"^\s*\.\. (?:version\w+|deprecated|legacy|index|currentmodule|plot|only)::.*$", " ", text, flags=re.M
-    )
+    text = re.sub(r"^\s*\.\. (?:version\w+|deprecated|legacy|index|currentmodule|plot|only)::.*$", " ", text, flags=re.M)
     text = re.sub(r"^\s*\.\.(?: [\w-]+::|(?=\s|$))", " ", text, flags=re.M)  # other directives: keep what they hold
     text = re.sub(r":[\w:.+-]+:`[~!]?([^`]*?)(?:\s+<[^`<>]+>)?`", r"\1", text)  # roles: `:ref:`title <target>``
     text = re.sub(r"`([^`<]+?)\s*<[^`>]*>`_+", r"\1", text)  # links
@@ -146,9 +144,7 @@ def _docstrings() -> tuple[frozenset[str], list[tuple[str, str]]]:
     try:
         scipy = importlib.import_module("scipy")
     except ImportError as error:
-        raise ValueError(
-            'the built-in data set is made of SciPy\'s documentation: pip install "jpeft[demo]"'
-        ) from error
+        raise ValueError('the built-in data set is made of SciPy\'s documentation: pip install "jpeft[demo]"') from error
     names = frozenset(info.name for info in pkgutil.iter_modules(scipy.__path__) if info.ispkg and _public(info.name))
     found = []
     for name in sorted(names):

@@ -154,9 +154,7 @@ def _train(config: TrainConfig) -> None:
     result = train(config)
     rows = {name: metrics for name in ("validation", "test") if (metrics := getattr(result, name))}
     _print_metrics(rows)
-    print(
-        f"{result.trained:,} trained parameters, {result.steps} steps in {result.seconds:.1f} s; saved in {result.path}"
-    )
+    print(f"{result.trained:,} trained parameters, {result.steps} steps in {result.seconds:.1f} s; saved in {result.path}")
 
 
 def _eval(args: EvalArgs) -> None:
@@ -181,9 +179,7 @@ def _predict(args: PredictArgs) -> None:
     if bool(args.text) == (args.input is not None):
         raise ValueError("give either texts with --text or a file with --input")
     if args.output is not None and Path(args.output).exists() and not args.overwrite:
-        raise ValueError(
-            f"the output file {args.output} is there already: choose another, or replace it with --overwrite"
-        )
+        raise ValueError(f"the output file {args.output} is there already: choose another, or replace it with --overwrite")
     run = open_run(args.run)
     if args.input is not None:
         table = data.read(args.input, text=run.config.text, pair=run.config.pair, label=None)
@@ -221,7 +217,8 @@ def _summary(args: SummaryArgs) -> None:
         peft = open_run(runs[0]).peft
     elif args.model is not None and not runs:
         config = TrainConfig(model=args.model, output="", method=args.method, options=options, max_length=1)
-        peft = attach(config, load_base(config, tuple(f"LABEL_{i}" for i in range(args.labels))).params)
+        loaded = load_base(config, tuple(f"LABEL_{i}" for i in range(args.labels)))
+        peft = attach(config, loaded.params, loaded.new)
     else:
         raise ValueError("give the folder of one run, or --model with --method and its options as NAME=VALUE")
     print(jpeft.summary(peft))

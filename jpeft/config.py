@@ -22,7 +22,9 @@ class TrainConfig:
         'lora'
     """
 
+    # (A blank line after each banner keeps it out of the flags' help.)
     # --- what is trained, on what -----------------------------------------------------------------
+
     # Folder with a Hugging Face checkpoint (config.json, model.safetensors, tokenizer files), or a hub id.
     model: str
     # Folder of the run: config, metrics, curve, checkpoints, adapter, result. Must be new or empty.
@@ -45,6 +47,7 @@ class TrainConfig:
     max_length: int = 128
 
     # --- optimisation -----------------------------------------------------------------------------
+
     # Examples per optimizer step.
     batch_size: int = 32
     # Passes over the training data.
@@ -73,6 +76,7 @@ class TrainConfig:
     seed: int = 0
 
     # --- evaluation, logging, checkpoints ---------------------------------------------------------
+
     # Steps between evaluations on the validation split; none for the end of each epoch.
     eval_every: int | None = None
     # Evaluations without a better validation metric before training stops; none never stops early.
@@ -96,9 +100,7 @@ class TrainConfig:
 
 
 # Changing one of these between an interrupted run and its continuation leaves the trained adapter as it is.
-WITHOUT_EFFECT = frozenset(
-    {"output", "log_every", "checkpoint_every", "keep", "resume", "overwrite", "export", "progress"}
-)
+WITHOUT_EFFECT = frozenset({"output", "log_every", "checkpoint_every", "keep", "resume", "overwrite", "export", "progress"})
 
 
 def parse_options(pairs: Iterable[str]) -> dict[str, Any]:
@@ -150,9 +152,7 @@ def from_json(values: Mapping[str, Any]) -> TrainConfig:
     """Inverse of `to_json`; fields unknown to this version are a ValueError."""
     known = {field.name for field in dataclasses.fields(TrainConfig)}
     if unknown := sorted(set(values) - known):
-        raise ValueError(
-            f"the run's configuration has unknown fields {unknown}: it was written by another version of jpeft"
-        )
+        raise ValueError(f"the run's configuration has unknown fields {unknown}: it was written by another version of jpeft")
     return TrainConfig(**{**values, "options": tuple(values.get("options", ()))})
 
 

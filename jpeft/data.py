@@ -57,9 +57,7 @@ class Table:
     label: list[str] | None = None
 
     def __post_init__(self) -> None:
-        lengths = {
-            f.name: len(column) for f in dataclasses.fields(self) if (column := getattr(self, f.name)) is not None
-        }
+        lengths = {f.name: len(column) for f in dataclasses.fields(self) if (column := getattr(self, f.name)) is not None}
         if len(set(lengths.values())) > 1:
             raise ValueError(f"the columns of a Table must have the same length, got {lengths}")
 
@@ -133,9 +131,7 @@ def _read_csv(path: Path, delimiter: str = ",") -> Columns:
                 if row:  # blank lines hold nothing
                     rows.append(row)
         except csv.Error as error:
-            raise ValueError(
-                f'{path}, line {reader.line_num}: {error}; a quotation mark within a quoted text is written ""'
-            ) from error
+            raise ValueError(f'{path}, line {reader.line_num}: {error}; a quotation mark within a quoted text is written ""') from error
     if len(set(names)) < len(names):
         raise ValueError(f"{path}: two columns of the same name in {', '.join(names)}")
     return {name: [row[i] for row in rows] for i, name in enumerate(names)}
@@ -152,9 +148,7 @@ def _read_jsonl(path: Path) -> Columns:
             except json.JSONDecodeError as error:
                 raise ValueError(f"{path}, line {number}: not JSON ({error}); one object a line is expected") from error
             if not isinstance(row, dict):
-                raise ValueError(
-                    f'{path}, line {number}: expected an object such as {{"text": "..."}}, got {line[:60]!r}'
-                )
+                raise ValueError(f'{path}, line {number}: expected an object such as {{"text": "..."}}, got {line[:60]!r}')
             rows.append(row)
     names = dict.fromkeys(name for row in rows for name in row)
     return {name: [row.get(name) for row in rows] for name in names}
@@ -371,9 +365,7 @@ def _folder(folder: Path, **columns: Any) -> dict[str, Table]:
     found = {name: [path for path in files if path.stem in aliases] for name, aliases in SPLIT_NAMES.items()}
     for name, paths in found.items():
         if len(paths) > 1:
-            raise ValueError(
-                f"{folder}: several {name} files, {', '.join(p.name for p in paths)}; leave only one there"
-            )
+            raise ValueError(f"{folder}: several {name} files, {', '.join(p.name for p in paths)}; leave only one there")
     if not found["train"]:
         there = ", ".join(sorted(path.name for path in folder.iterdir())[:10]) or "nothing"
         raise ValueError(f"{folder}: no train file; it holds {there}. Name it train{', train'.join(_READERS)}")
@@ -418,9 +410,7 @@ def _load_hub(spec: str) -> Any:
             return datasets.load_dataset(name, config)
         except OSError as error:  # not found, or the hub is out of reach
             problems.append(str(error))
-    raise ValueError(
-        f"{spec}: the hub gave no such data set ({'; '.join(problems)}); check its name and the connection"
-    )
+    raise ValueError(f"{spec}: the hub gave no such data set ({'; '.join(problems)}); check its name and the connection")
 
 
 def label_names(table: Table) -> tuple[str, ...]:
@@ -437,9 +427,7 @@ def label_names(table: Table) -> tuple[str, ...]:
         raise ValueError("the table has no labels to train on; read it with `label` naming their column")
     names = sorted(set(table.label))
     if len(names) < 2:
-        raise ValueError(
-            f"training needs at least two classes, got {names} in {len(table)} rows; check the label column"
-        )
+        raise ValueError(f"training needs at least two classes, got {names} in {len(table)} rows; check the label column")
     if all(re.fullmatch(r"-?[0-9]+", name) for name in names):
         names.sort(key=int)  # stable: "1" and "01" stay in order of name
     return tuple(names)

@@ -214,7 +214,8 @@ class Method:
     >>> import jax.numpy as jnp
     >>> from jpeft import Method, unflatten, flatten
     >>> def init(key, params, *, stats=None):
-    ...     return unflatten({f"{path}/scale": jnp.ones(k.shape[-1:]) for path, k in flatten(params).items() if path.endswith("out/kernel")})
+    ...     kernels = {path: leaf for path, leaf in flatten(params).items() if path.endswith("out/kernel")}
+    ...     return unflatten({f"{path}/scale": jnp.ones(kernel.shape[-1:]) for path, kernel in kernels.items()})
     >>> def call(layer, inputs, leaves, rng):
     ...     return layer(*inputs) * leaves["kernel"]["scale"]
     >>> Method(name="output_scale", init=init, call=call).name
@@ -365,8 +366,6 @@ def freeze(value: Any) -> Hashable:
 def thaw(value: Any) -> Any:
     """The JSON form of a frozen option: tuples become lists."""
     return [thaw(item) for item in value] if isinstance(value, tuple) else value
-
-
 
 
 __all__ = [

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -12,6 +13,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
+PALETTE = ("#9aa5b1", "#1f6fb2", "#d9822b", "#3a9a6b", "#8457b2", "#c0455e", "#6b7f2a", "#2f9c95")
 TRAIN, VALIDATION, METRIC, INK = "#9aa5b1", "#d9822b", "#1f6fb2", "#3b4451"
 
 
@@ -24,18 +26,47 @@ def plot_curve(path: str | os.PathLike[str], lines: Sequence[Mapping[str, Any]],
         metric: Name of the validation metric for the lower panel.
         title: Text above the picture.
     """
-    # The object interface: no global state, no display, safe beside a user's own pyplot.
-    figure = Figure(figsize=(7.2, 5.4), dpi=150, layout="constrained")
-    FigureCanvasAgg(figure)
-    upper, lower = figure.subplots(2, 1, sharex=True, height_ratios=[3, 2])
+    figure, upper, lower = _panels(title)
     train = [line for line in lines if line["split"] == "train"]
     validation = [line for line in lines if line["split"] == "validation"]
-    if title:
-        figure.suptitle(title, fontsize=11, color=INK, x=0.01, ha="left", fontweight="bold")
 
     _draw(upper, train, "loss", TRAIN, "training", marker="")
     _draw(upper, validation, "loss", VALIDATION, "validation")
     _draw(lower, validation, metric, METRIC, "validation")
+    _finish(upper, lower, metric)
+    if validation:
+        _name_best(lower, validation, metric)
+    _write(figure, path)
+
+
+def plot_curves(path: str | os.PathLike[str], runs: Mapping[str, Sequence[Mapping[str, Any]]], metric: str, title: str = "") -> None:
+    """Draws several runs into one PNG: training loss above, validation metric below, one colour a run.
+
+    Args:
+        path: The PNG to write, atomically.
+        runs: Lines of metrics.jsonl by the run's name.
+        metric: Name of the validation metric for the lower panel.
+        title: Text above the picture.
+    """
+    figure, upper, lower = _panels(title)
+    for color, (name, lines) in zip(itertools.cycle(PALETTE), runs.items()):
+        _draw(upper, [line for line in lines if line["split"] == "train"], "loss", color, name, marker="")
+        _draw(lower, [line for line in lines if line["split"] == "validation"], metric, color, name)
+    _finish(upper, lower, f"validation {metric}")
+    _write(figure, path)
+
+
+def _panels(title: str) -> tuple[Figure, Axes, Axes]:
+    # The object interface: no global state, no display, safe beside a user's own pyplot.
+    figure = Figure(figsize=(7.2, 5.4), dpi=150, layout="constrained")
+    FigureCanvasAgg(figure)
+    upper, lower = figure.subplots(2, 1, sharex=True, height_ratios=[3, 2])
+    if title:
+        figure.suptitle(title, fontsize=11, color=INK, x=0.01, ha="left", fontweight="bold")
+    return figure, upper, lower
+
+
+def _finish(upper: Axes, lower: Axes, metric: str) -> None:
     for axes, name in ((upper, "loss"), (lower, metric.replace("_", " "))):
         axes.set_ylabel(name, color=INK)
         axes.grid(axis="y", color="#e4e8ec", linewidth=0.8)
@@ -43,14 +74,14 @@ def plot_curve(path: str | os.PathLike[str], lines: Sequence[Mapping[str, Any]],
         axes.spines[["left", "bottom"]].set_color("#c5ccd3")
         axes.tick_params(colors=INK, labelsize=9)
         axes.margins(x=0.02, y=0.08)
-    if train or validation:
+    if upper.has_data():
         upper.legend(frameon=False, fontsize=9, labelcolor=INK)
     upper.set_ylim(bottom=0)
     lower.xaxis.set_major_locator(MaxNLocator(integer=True))
     lower.set_xlabel("step", color=INK)
-    if validation:
-        _name_best(lower, validation, metric)
 
+
+def _write(figure: Figure, path: str | os.PathLike[str]) -> None:
     path = Path(path)
     partial = path.with_name(f".{path.stem}.partial.png")
     figure.savefig(partial)
@@ -75,12 +106,7 @@ def _draw(axes: Axes, lines: Sequence[Mapping[str, Any]], name: str, color: str,
 
 def _name_best(axes: Axes, lines: Sequence[Mapping[str, Any]], metric: str) -> None:
     best = max(lines, key=lambda line: line[metric])
-    axes.annotate(
-        f"best {best[metric]:.3f} at step {best['step']}",
-        (best["step"], best[metric]),
-        xytext=(0, -16),
-        textcoords="offset points",
-        ha="right" if best["step"] > lines[-1]["step"] / 2 else "left",
-        fontsize=9,
-        color=METRIC,
-    )
+    axes.plot(best["step"], best[metric], "o", markersize=9, markerfacecolor="none", markeredgecolor=METRIC)
+    # Above the panel, where no curve can run through it.
+    text = f"best {best[metric]:.3f} at step {best['step']}"
+    axes.set_title(text, loc="right", fontsize=9, color=METRIC, pad=4)

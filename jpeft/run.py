@@ -14,7 +14,9 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import re
 import shutil
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -25,6 +27,7 @@ from jpeft import models
 from jpeft.config import TrainConfig, changed_fields, from_json, parse_options, to_json
 from jpeft.files import write_atomically, write_json
 from jpeft.peft import Peft
+from jpeft.select import HEAD
 from jpeft.task import Task, find_task
 
 
@@ -77,8 +80,7 @@ class RunFolder:
                 raise ValueError(f"cannot resume {self.path} with another configuration: {fields}")
         elif not config.overwrite:
             raise ValueError(
-                f"the output folder {self.path} is in use: choose another, continue its run with --resume, "
-                "or delete it with --overwrite"
+                f"the output folder {self.path} is in use: choose another, continue its run with --resume, or delete it with --overwrite"
             )
         else:
             # Only what a run wrote is deleted; a mistyped path must not cost someone a home directory.
@@ -146,15 +148,23 @@ def load_base(config: TrainConfig, labels: tuple[str, ...]) -> models.Loaded:
         key=keys(config.seed).head,
     )
     if config.max_length > loaded.config.max_length:
-        raise ValueError(
-            f"max_length={config.max_length} is more than the model's {loaded.config.max_length} positions"
-        )
+        raise ValueError(f"max_length={config.max_length} is more than the model's {loaded.config.max_length} positions")
     return loaded
 
 
-def attach(config: TrainConfig, params: Any) -> Peft:
-    """The base with a fresh adapter of the configured method."""
-    method = jpeft.make(config.method, **parse_options(config.options))
+def attach(config: TrainConfig, params: Any, fresh: Iterable[str] = ()) -> Peft:
+    """The base with a fresh adapter of the configured method.
+
+    Args:
+        config: Names the method.
+        params: The base.
+        fresh: Paths that the checkpoint did not hold. Beside the head this may be a pooler, which must not stay at its random start.
+    """
+    options = parse_options(config.options)
+    others = [path for path in fresh if not re.fullmatch(HEAD, path)]
+    if others and "head" not in options:
+        options["head"] = "|".join([HEAD, *sorted(map(re.escape, others))])
+    method = jpeft.make(config.method, **options)
     return jpeft.apply(params, method=method, key=keys(config.seed).adapter)
 
 

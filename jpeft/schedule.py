@@ -39,9 +39,7 @@ def learning_rate_schedule(shape: str, peak: float, steps: int, warmup: float = 
     return optax.join_schedules([optax.linear_schedule(peak / (rising + 1), peak, rising), shapes[shape]()], [rising])
 
 
-def optimizer(
-    schedule: optax.Schedule, *, weight_decay: float = 0.0, clip: float | None = None
-) -> optax.GradientTransformation:
+def optimizer(schedule: optax.Schedule, *, weight_decay: float = 0.0, clip: float | None = None) -> optax.GradientTransformation:
     """AdamW on a schedule after clipping by global norm; `jpeft.optimizer` confines it to the trained leaves.
 
     Args:

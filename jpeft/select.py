@@ -132,7 +132,7 @@ def matches(pattern: str, path: Path) -> bool:
 
 
 def named(name: str, path: Path) -> bool:
-    """Whether `name` is the leaf, its module, or a '/'-suffix of either: ``query`` and ``attention/self/query`` name ``.../query/kernel``."""
+    """Whether `name` is the leaf, its module, or a '/'-suffix of either: ``query`` and ``self/query`` name ``.../self/query/kernel``."""
     module = path.rpartition("/")[0]
     return f"/{path}".endswith(f"/{name}") or f"/{module}".endswith(f"/{name}")
 

@@ -11,13 +11,13 @@ import dataclasses
 import json
 import os
 import warnings
-import zlib
 from pathlib import Path
 
 import jax
 import orbax.checkpoint as ocp
 from jaxtyping import PyTree
 
+from jpeft.checkpoint.fingerprint import damaged_files, file_checksums
 from jpeft.files import write_json
 
 CHECKSUMS = "checksums.json"
@@ -70,7 +70,7 @@ class Snapshots:
         self._manager.save(progress.step, args=items)
         self._manager.wait_until_finished()
         folder = self._folder(progress.step)
-        write_json(folder / CHECKSUMS, _checksums(folder))
+        write_json(folder / CHECKSUMS, file_checksums(folder, skip=CHECKSUMS))
 
     def restore(self, like: PyTree) -> tuple[PyTree, Progress] | None:
         """The newest readable snapshot, in the structure and on the devices of `like`; None if there is none.
@@ -94,20 +94,13 @@ class Snapshots:
         folder = self._folder(step)
         if not (folder / CHECKSUMS).exists():
             raise ValueError("it was not written to the end")
-        saved, found = json.loads((folder / CHECKSUMS).read_text()), _checksums(folder)
         # Found here rather than by Orbax, whose other reads go on in the background when one fails.
-        if changed := sorted(name for name in saved.keys() | found.keys() if saved.get(name) != found.get(name)):
+        if changed := damaged_files(folder, json.loads((folder / CHECKSUMS).read_text()), skip=CHECKSUMS):
             raise ValueError(f"{changed[0]} is not as it was written ({len(changed)} such files)")
         abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), like)
         items = ocp.args.Composite(arrays=ocp.args.StandardRestore(abstract), progress=ocp.args.JsonRestore())
         read = self._manager.restore(step, args=items)
-        return read.arrays, Progress(**read.progress | {"losses": tuple(read.progress["losses"])})
+        return read["arrays"], Progress(**read["progress"] | {"losses": tuple(read["progress"]["losses"])})
 
     def _folder(self, step: int) -> Path:
         return Path(self.folder, str(step))
-
-
-def _checksums(folder: Path) -> dict[str, int]:
-    """CRC-32 of every file of a snapshot but the list itself."""
-    files = (path for path in folder.rglob("*") if path.is_file() and path.name != CHECKSUMS)
-    return {str(path.relative_to(folder)): zlib.crc32(path.read_bytes()) for path in sorted(files)}

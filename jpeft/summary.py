@@ -2,7 +2,6 @@
 
 from typing import NamedTuple
 
-
 from . import tree
 from .method import FREEZE
 from .peft import Peft
@@ -98,5 +97,3 @@ def _bytes(n: float | int) -> str:
             break
         n /= 1024
     return f"{n:,.0f} B" if unit == "B" else f"{n:,.1f} {unit}"
-
-

@@ -72,10 +72,7 @@ def _class_metrics(logits: np.ndarray, arrays: Arrays) -> dict[str, float]:
 
 def _class_predictions(logits: np.ndarray, labels: Sequence[str]) -> list[dict[str, Any]]:
     probabilities = np.asarray(jax.nn.softmax(logits.astype("float32"), axis=-1))
-    return [
-        {"label": labels[int(row.argmax())], "probabilities": dict(zip(labels, map(float, row)))}
-        for row in probabilities
-    ]
+    return [{"label": labels[int(row.argmax())], "probabilities": dict(zip(labels, map(float, row)))} for row in probabilities]
 
 
 SEQUENCE_CLASSIFICATION = Task(

@@ -107,7 +107,7 @@ def prepare(config: TrainConfig) -> Setup:
     }
     if (config.patience or config.keep_best) and "validation" not in splits:
         raise ValueError("patience and keep_best need a validation split, which the data has not")
-    peft = attach(config, loaded.params)
+    peft = attach(config, loaded.params, loaded.new)
     if config.export:
         # Refused now, by the method itself, rather than after hours of training.
         jpeft.merge(peft)
@@ -152,9 +152,7 @@ def make_step(
         logits = forward(bound.variables, **model_inputs(batch), deterministic=False, rngs={"dropout": key})
         return task.losses(logits, batch).mean() + jpeft.penalty(bound)
 
-    def step(
-        adapter: PyTree, opt_state: PyTree, params: PyTree, batch: dict[str, Array], key: Array, step: Array
-    ) -> Any:
+    def step(adapter: PyTree, opt_state: PyTree, params: PyTree, batch: dict[str, Array], key: Array, step: Array) -> Any:
         key = jax.random.fold_in(key, step)
         # [batch, ...] -> [accumulate, batch / accumulate, ...]
         micro = jax.tree.map(lambda x: x.reshape(accumulate, -1, *x.shape[1:]), batch)
@@ -208,9 +206,7 @@ def read_result(folder: RunFolder) -> Result:
 def _check_same(folder: RunFolder, setup: Setup) -> None:
     """A continuation must see the data and defaults it began with, which the configuration only names."""
     before, now = folder.about(), json.loads(json.dumps(setup.about()))
-    changed = [
-        name for name in ("method", "labels", "learning_rate", "steps", "base", "data") if before[name] != now[name]
-    ]
+    changed = [name for name in ("method", "labels", "learning_rate", "steps", "base", "data") if before[name] != now[name]]
     if changed:
         raise ValueError(f"cannot resume {folder.path}: since it began, its {', '.join(changed)} changed")
 
@@ -226,9 +222,7 @@ class _Trainer:
         self.batches = data.batches(setup.splits["train"], config.batch_size, seed=keys(config.seed).data)
         self.key = keys(config.seed).dropout
         self.schedule = learning_rate_schedule(config.schedule, setup.learning_rate, setup.steps, config.warmup)
-        self.tx = jpeft.optimizer(
-            optimizer(self.schedule, weight_decay=config.weight_decay, clip=config.clip), setup.peft
-        )
+        self.tx = jpeft.optimizer(optimizer(self.schedule, weight_decay=config.weight_decay, clip=config.clip), setup.peft)
         self.forward = jpeft.wrap(setup.loaded.model.apply, setup.peft.method)
         self.evaluator = Evaluator(self.forward, setup.task, config.batch_size)
 
@@ -320,7 +314,7 @@ class _Trainer:
         rate = (step - self._clock_step) * self.config.batch_size / elapsed
         record = {"step": step, "epoch": round(step / self.setup.steps_per_epoch, 4), "split": "train", "loss": loss}
         # The rate that the last of these steps used.
-        record |= {"learning_rate": float(self.schedule(step - 1)), "samples_per_second": round(rate, 1)}
+        record |= {"learning_rate": float(np.asarray(self.schedule(step - 1))), "samples_per_second": round(rate, 1)}
         self.folder.append(record)
         self.losses = []
         metric, latest = self.setup.task.metric, self.progress.latest

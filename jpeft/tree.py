@@ -167,7 +167,7 @@ def pop_grafts(params: Params) -> tuple[Params, dict[Path, Any]]:
 
 
 def fold(params: Params, adapter: Adapter, fold_fn: Callable[[Path, Any, dict[str, Any]], Any], *, why_not: str = "") -> Params:
-    """Merge: replaced leaves take their place, and ``fold_fn(path, leaf, leaves)`` gives the new value of each leaf that has leaves beside it.
+    """Merge: replaced leaves take their place; ``fold_fn(path, leaf, leaves)`` gives the new value of a leaf with leaves beside it.
 
     Raises:
       ValueError: if the adapter adds leaves to modules, which no parameter can take up; `why_not` ends the message.

@@ -304,11 +304,7 @@ def test_positions_and_core_can_be_widened(family, scan):
 
 def test_roberta_counts_positions_over_tokens_only():
     config = tiny("roberta")
-    layout = (
-        BertModel(config)
-        .bind({"params": random_params(BertModel(config))})
-        .positions(jnp.array([[5, 6, 7], [1, 8, 1]]), None, None)
-    )
+    layout = BertModel(config).bind({"params": random_params(BertModel(config))}).positions(jnp.array([[5, 6, 7], [1, 8, 1]]), None, None)
     np.testing.assert_array_equal(layout.position_ids, [[2, 3, 4], [1, 2, 1]])
 
 
@@ -343,9 +339,7 @@ def test_config_from_and_to_hf(family):
     config = tiny(family, hidden_act="gelu_new", classifier_dropout=0.25, initializer_range=0.5)
     hf = transformers.AutoConfig.for_model(family, **config.to_hf())
     assert BertConfig.from_hf(hf) == config
-    assert BertConfig.from_hf(hf, scan=True, dtype=jnp.bfloat16) == dataclasses.replace(
-        config, scan=True, dtype=jnp.bfloat16
-    )
+    assert BertConfig.from_hf(hf, scan=True, dtype=jnp.bfloat16) == dataclasses.replace(config, scan=True, dtype=jnp.bfloat16)
     with pytest.raises(ValueError, match="unsupported model_type 'gpt2'"):
         BertConfig.from_hf(transformers.GPT2Config())
     if family == "bert":

@@ -66,8 +66,14 @@ def test_another_base_is_refused(saved):
     ("params", "message"),
     [
         ({"other": PARAMS["dense"], "classifier": PARAMS["classifier"]}, "does not fit these parameters: .* missing.*left over"),
-        ({**PARAMS, "dense": {"kernel": jnp.ones((9, 4)), "bias": jnp.zeros(4)}}, r"'dense/kernel/a' has shape \[8, 2\], the base needs \[9, 2\]"),
-        ({**PARAMS, "more": {"kernel": jnp.ones((3, 3))}}, "2 leaves are missing, such as .'more/kernel/a', 'more/kernel/b'., and 0 are left over"),
+        (
+            {**PARAMS, "dense": {"kernel": jnp.ones((9, 4)), "bias": jnp.zeros(4)}},
+            r"'dense/kernel/a' has shape \[8, 2\], the base needs \[9, 2\]",
+        ),
+        (
+            {**PARAMS, "more": {"kernel": jnp.ones((3, 3))}},
+            "2 leaves are missing, such as .'more/kernel/a', 'more/kernel/b'., and 0 are left over",
+        ),
         ({"classifier": PARAMS["classifier"]}, "does not fit these parameters"),
     ],
 )

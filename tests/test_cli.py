@@ -61,6 +61,7 @@ def test_help_explains_every_flag(capfd):
     out = " ".join(capfd.readouterr().out.replace("│", " ").split())
     assert "Largest global norm of the gradient over the trained parameters" in out
     assert "NAME=VALUE" in out
+    assert "--- " not in out  # the configuration's section banners are not help
 
 
 def test_unknown_flag(capfd):

@@ -94,7 +94,9 @@ def test_save_and_load(cell, tmp_path):
 def test_vmaps_over_adapters(cell):
     adapters = [noised(cell.peft.adapter, seed=i) for i in range(3)]
     stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *adapters)
-    run = jax.jit(jax.vmap(lambda adapter: jpeft.wrap(cell.model.apply, cell.method)(cell.peft.replace(adapter=adapter).variables, batch()["x"])))
+    run = jax.jit(
+        jax.vmap(lambda adapter: jpeft.wrap(cell.model.apply, cell.method)(cell.peft.replace(adapter=adapter).variables, batch()["x"]))
+    )
     each = jnp.stack([cell.forward(cell.peft.replace(adapter=adapter).variables, batch()["x"]) for adapter in adapters])
     chex.assert_trees_all_close(run(stacked), each, atol=1e-5)
 

@@ -106,9 +106,7 @@ def test_wrap_passes_everything_through():
     chex.assert_trees_all_close((got, new), (want, state), atol=1e-6)
     _, new = forward(full, x, train=True, rngs={"dropout": KEY}, mutable=True)
     chex.assert_trees_all_equal_structs(new["params"], variables["params"])
-    chex.assert_trees_all_close(
-        forward(full, x, train=False, method=Net.twice), 2 * model.apply(variables, x, train=False), atol=1e-6
-    )
+    chex.assert_trees_all_close(forward(full, x, train=False, method=Net.twice), 2 * model.apply(variables, x, train=False), atol=1e-6)
 
 
 def test_keyword_inputs_are_adapted_too():

@@ -226,9 +226,7 @@ def test_what_is_missing_of_head_and_pooler_is_made(folder, scan):
     assert 0.8 * 0.02 < pooler.std() < 1.2 * 0.02
     assert abs(pooler.mean()) < 0.1 * 0.02
     assert_equal(make(key=jax.random.key(3)).params, loaded.params)
-    assert not np.array_equal(
-        make(key=jax.random.key(4)).params["classifier"]["kernel"], loaded.params["classifier"]["kernel"]
-    )
+    assert not np.array_equal(make(key=jax.random.key(4)).params["classifier"]["kernel"], loaded.params["classifier"]["kernel"])
     token = load(folder, task="token-classification", num_labels=4, key=jax.random.key(3))
     assert token.new == head  # no pooler there
 
@@ -375,9 +373,7 @@ def test_save_refuses_what_is_not_the_models(folder, tmp_path):
         save(out, loaded.model, {"params": loaded.params})
     with pytest.raises(ValueError, match=r"not in the model \['extra/kernel_lora_a'\]"):
         save(out, loaded.model, loaded.params | {"extra": {"kernel_lora_a": jnp.zeros(2)}})
-    with pytest.raises(
-        ValueError, match=r"classifier/kernel has shape \(16, 3\), the model needs \(16, 2\)|classifier/bias"
-    ):
+    with pytest.raises(ValueError, match=r"classifier/kernel has shape \(16, 3\), the model needs \(16, 2\)|classifier/bias"):
         save(out, BertForSequenceClassification(loaded.config, 2), loaded.params)
     with pytest.raises(ValueError, match=r"2 labels \(a, b\), but the head has 3 outputs"):
         save(out, loaded.model, loaded.params, labels=("a", "b"))

@@ -76,7 +76,9 @@ def adapter(
         for path in sites:
             geometry = kernel_axes(path, kernels[path], rules)
             if len(geometry.outputs) != 1:
-                raise ValueError(f"adapter: '{path}' {kernels[path]} has {len(geometry.outputs)} output axes; a bottleneck needs one feature axis.")
+                raise ValueError(
+                    f"adapter: '{path}' {kernels[path]} has {len(geometry.outputs)} output axes; a bottleneck needs one feature axis."
+                )
             stack = tuple(kernels[path][i] for i in geometry.stack)
             width = kernels[path][geometry.outputs[0]]
             module = path.rpartition("/")[0]

@@ -2,6 +2,8 @@
 
 import hashlib
 import zlib
+from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -21,8 +23,10 @@ def fingerprint(params: Params, *, skip: frozenset[str] = frozenset()) -> str:
       skip: Paths to leave out, such as leaves that an adapter replaces.
 
     >>> import jax.numpy as jnp
-    >>> fingerprint({"a": jnp.ones(3)}) == fingerprint({"a": jnp.ones(3)}), fingerprint({"a": jnp.ones(3)}) == fingerprint({"a": jnp.zeros(3)})
-    (True, False)
+    >>> fingerprint({"a": jnp.ones(3)}) == fingerprint({"a": jnp.ones(3)})
+    True
+    >>> fingerprint({"a": jnp.ones(3)}) == fingerprint({"a": jnp.zeros(3)})
+    False
     """
     leaves = {path: leaf for path, leaf in flatten(params).items() if path not in skip}
     sums = jax.device_get({path: _digest(jnp.asarray(leaf)) for path, leaf in leaves.items()})
@@ -35,9 +39,16 @@ def leaf_table(tree: Any) -> dict[str, list[Any]]:
     return {path: [list(leaf.shape), str(leaf.dtype)] for path, leaf in flatten(tree).items()}
 
 
-def crc(tree: Any) -> dict[str, int]:
-    """A checksum of every leaf's bytes, for finding a damaged file."""
-    return {path: zlib.crc32(jax.device_get(leaf).tobytes()) for path, leaf in flatten(tree).items()}
+def file_checksums(folder: Path, *, skip: str = "") -> dict[str, int]:
+    """CRC-32 of every file below a folder, but the one called `skip`: what was cut short, lost or changed is found before it is opened."""
+    files = (path for path in sorted(folder.rglob("*")) if path.is_file() and path.name != skip)
+    return {str(path.relative_to(folder)): zlib.crc32(path.read_bytes()) for path in files}
+
+
+def damaged_files(folder: Path, saved: Mapping[str, int], *, skip: str = "") -> list[str]:
+    """The files of a folder that are not as they were saved, or are missing, or were not there."""
+    found = file_checksums(folder, skip=skip)
+    return sorted(name for name in saved.keys() | found.keys() if saved.get(name) != found.get(name))
 
 
 @jax.jit

@@ -1,7 +1,7 @@
 """Adapters on disk: the adapter alone, through Orbax, with what it takes to refuse the wrong base.
 
-A directory holds ``adapter/`` (Orbax) and ``jpeft.json``: the method and its options, every leaf's shape, dtype and checksum, and a
-fingerprint of the base. It is written beside its place and moved there when it is complete.
+A directory holds ``adapter/`` (Orbax) and ``jpeft.json``: the method and its options, every leaf's shape and dtype, checksums of the
+files, and a fingerprint of the base. It is written beside its place and moved there when it is complete.
 """
 
 import json
@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from .. import registry, tree
 from ..method import Method
 from ..peft import Peft
-from .fingerprint import crc, fingerprint, leaf_table
+from .fingerprint import damaged_files, file_checksums, fingerprint, leaf_table
 
 _RECORD, _LEAVES, _FORMAT = "jpeft.json", "adapter", 1
 
@@ -50,7 +50,6 @@ def save(path: str | os.PathLike[str], peft: Peft, *, overwrite: bool = False) -
         "method": _config(peft.method),
         "base": fingerprint(peft.params, skip=_replaced(peft.params, peft.adapter)),
         "leaves": leaf_table(peft.adapter),
-        "crc": crc(peft.adapter),
     }
     target.parent.mkdir(parents=True, exist_ok=True)
     partial = target.parent / f".{target.name}.{uuid.uuid4().hex}.partial"
@@ -58,6 +57,7 @@ def save(path: str | os.PathLike[str], peft: Peft, *, overwrite: bool = False) -
         partial.mkdir()
         with ocp.StandardCheckpointer() as checkpointer:
             checkpointer.save(partial / _LEAVES, peft.adapter)
+        record["files"] = file_checksums(partial / _LEAVES)
         (partial / _RECORD).write_text(json.dumps(record, indent=1))
         if target.exists():
             shutil.rmtree(target)
@@ -93,21 +93,21 @@ def load(path: str | os.PathLike[str], params: tree.Params, *, method: Method | 
         raise ValueError(f"'{path}' holds no adapter: {_RECORD} is missing; there is {there}.")
     try:
         record = json.loads((source / _RECORD).read_text())
-        leaves, checksums, config = record["leaves"], record["crc"], record["method"]
+        leaves, files, config = record["leaves"], record["files"], record["method"]
     except (ValueError, KeyError, TypeError) as e:
         raise ValueError(f"'{source / _RECORD}' is damaged ({type(e).__name__}: {e}); save the adapter again.") from e
     if record.get("format") != _FORMAT:
         raise ValueError(f"'{path}' has format {record.get('format')}, this jpeft reads format {_FORMAT}; update jpeft.")
     method = _method(config, method, path)
+    # Looked at before Orbax opens anything: its other reads go on in the background when one fails.
+    if damaged := damaged_files(source / _LEAVES, files):
+        raise ValueError(f"The adapter in '{path}' is damaged: {damaged[0]} is not as it was saved ({len(damaged)} such files).")
     shapes = {name: jax.ShapeDtypeStruct(tuple(shape), jnp.dtype(dtype)) for name, (shape, dtype) in leaves.items()}
     try:
         with ocp.StandardCheckpointer() as checkpointer:
             adapter = checkpointer.restore(source / _LEAVES, target=tree.unflatten(shapes))
     except Exception as e:
         raise ValueError(f"The adapter in '{path}' is damaged or incomplete, Orbax says: {type(e).__name__}: {str(e)[:300]}") from e
-    damaged = [name for name, value in crc(adapter).items() if value != checksums.get(name)]
-    if damaged:
-        raise ValueError(f"The adapter in '{path}' is damaged: {damaged[:5]} do not have the checksums they were saved with.")
     _check_fit(params, adapter, method, path)
     if check_base and fingerprint(params, skip=_replaced(params, adapter)) != record["base"]:
         raise ValueError(
@@ -126,7 +126,9 @@ def _config(method: Method) -> dict[str, Any]:
 def _method(config: dict[str, Any], given: Method | None, path: Any) -> Method:
     if config.get("custom"):
         if given is None:
-            raise ValueError(f"The adapter in '{path}' belongs to the hand-made method {config['method']!r}: pass it, jpeft.load(..., method=...).")
+            raise ValueError(
+                f"The adapter in '{path}' belongs to the hand-made method {config['method']!r}: pass it, jpeft.load(..., method=...)."
+            )
         return given
     made = registry.make(config)
     if given is not None and given != made:

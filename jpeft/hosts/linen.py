@@ -103,7 +103,9 @@ def _is_lifted(module: nn.Module, method_name: str) -> bool:
     return _lifted_class(type(module), method_name)
 
 
-def _positional(module: nn.Module, method_name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+def _positional(
+    module: nn.Module, method_name: str, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """Keyword arguments that could have been positional moved there, so that `call` need not know how a model spells its calls."""
     if not kwargs:
         return args, kwargs
@@ -151,7 +153,7 @@ def _linear(module: nn.Module, method_name: str, own: Mapping[str, Any], args: t
     contractions are the layer's own.
     """
     if isinstance(module, nn.Embed):
-        return _embed(module, method_name, own)
+        return _embed(module, method_name)
     if "kernel" not in own or method_name != "__call__":
         return None
     ndim = own["kernel"].ndim
@@ -181,23 +183,25 @@ def _mix(h: jax.Array, b: jax.Array) -> jax.Array:
     return jnp.tensordot(h, b.astype(h.dtype), 1)
 
 
-def _embed(module: nn.Embed, method_name: str, own: Mapping[str, Any]) -> Linear:
-    del own
-    dtype = module.dtype
+def _promoted(module: Any, *arrays: jax.Array, **options: Any) -> tuple[jax.Array, ...]:
+    """The arrays in the dtype that the layer computes in, by the layer's own rule."""
+    return tuple(module.promote_dtype(*arrays, dtype=module.dtype, **options))
 
+
+def _embed(module: nn.Embed, method_name: str) -> Linear:
     def lookup(ids: jax.Array, a: jax.Array, b: jax.Array) -> jax.Array:
-        a, b = module.promote_dtype(a, b, dtype=dtype, inexact=False)
+        a, b = _promoted(module, a, b, inexact=False)
         return jnp.take(a, ids, axis=0) @ b
 
     def attend(query: jax.Array, a: jax.Array, b: jax.Array) -> jax.Array:
-        query, a, b = module.promote_dtype(query, a, b, dtype=dtype)
+        query, a, b = _promoted(module, query, a, b)
         return (query @ b.T) @ a.T
 
     return Linear("embedding", KernelAxes((), (0,), (1,)), attend if method_name == "attend" else lookup)
 
 
 def _einsum(module: nn.Einsum, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Linear | None:
-    """Split ``inputs,kernel->outputs`` into two equations through a rank axis: ``btd,dnh->btnh`` becomes ``btd,dr->btr`` and ``btr,rnh->btnh``."""
+    """Split an equation in two through a rank axis: ``btd,dnh->btnh`` becomes ``btd,dr->btr`` and ``btr,rnh->btnh``."""
     given = args[1] if len(args) > 1 else kwargs.get("einsum_str")
     equation = (given or module.einsum_str or "").replace(" ", "")
     if equation.count(",") != 1 or "->" not in equation:
@@ -217,7 +221,7 @@ def _einsum(module: nn.Einsum, args: tuple[Any, ...], kwargs: dict[str, Any]) ->
     hidden = "".join(rank if i == first_out else c for i, c in enumerate(result) if i == first_out or c not in {kernel[o] for o in outputs})
 
     def branch(x_: jax.Array, a: jax.Array, b: jax.Array) -> jax.Array:
-        x_, a, b = module.promote_dtype(x_, a, b, dtype=module.dtype)
+        x_, a, b = _promoted(module, x_, a, b)
         einsum = functools.partial(jnp.einsum, precision=module.precision, preferred_element_type=module.preferred_element_type)
         return einsum(f"{hidden},{eq_b}->{result}", einsum(f"{x},{eq_a}->{hidden}", x_, a).astype(b.dtype), b)
 
@@ -273,7 +277,11 @@ def _restack(axes: KernelAxes, inner: tuple[int, ...], outer: tuple[int, ...]) -
     """Add the axes that a scan has sliced away: those whose removal from the outer shape leaves the inner one, leading ones first."""
     if len(inner) == len(outer):
         return axes
-    stack = [i for i in range(len(outer)) if outer[:i] + outer[i + 1 :] == inner] if len(outer) - len(inner) == 1 else list(range(len(outer) - len(inner)))
+    stack = (
+        [i for i in range(len(outer)) if outer[:i] + outer[i + 1 :] == inner]
+        if len(outer) - len(inner) == 1
+        else list(range(len(outer) - len(inner)))
+    )
     at = set(stack[:1] if len(outer) - len(inner) == 1 else stack)
     places = [i for i in range(len(outer)) if i not in at]
     moved = (tuple(places[i] for i in part) for part in axes)

@@ -60,9 +60,7 @@ class BertConfig:
         if self.hidden_act not in ACTIVATIONS:
             raise ValueError(f"unknown hidden_act {self.hidden_act!r}; supported: {', '.join(ACTIVATIONS)}")
         if self.hidden_size % self.num_attention_heads:
-            raise ValueError(
-                f"hidden_size {self.hidden_size} is not a multiple of num_attention_heads {self.num_attention_heads}"
-            )
+            raise ValueError(f"hidden_size {self.hidden_size} is not a multiple of num_attention_heads {self.num_attention_heads}")
 
     @property
     def max_length(self) -> int:
@@ -83,16 +81,14 @@ class BertConfig:
         positions = getattr(config, "position_embedding_type", "absolute")
         if positions != "absolute":
             raise ValueError(f"position_embedding_type {positions!r} is not supported, only 'absolute'")
-        fields = {
-            field: getattr(config, hf) for field, hf in HF_FIELDS[config.model_type].items() if hasattr(config, hf)
-        }
+        fields: dict[str, Any] = {field: getattr(config, hf) for field, hf in HF_FIELDS[config.model_type].items() if hasattr(config, hf)}
         if config.model_type == "distilbert":
             fields |= {"type_vocab_size": 0, "layer_norm_eps": 1e-12}
         if fields.get("pad_token_id") is None:
             fields.pop("pad_token_id", None)
         for name in [n for n in fields if n.endswith(("_prob", "_dropout"))]:
             fields[name] = None if fields[name] is None else float(fields[name])
-        return cls(**({"model_type": config.model_type} | fields | overrides))
+        return cls(**_defaults(overrides, model_type=config.model_type, **fields))
 
     def to_hf(self) -> dict[str, Any]:
         """The fields as Hugging Face's configuration of this model type calls them; inverse of `from_hf`."""
@@ -109,20 +105,24 @@ class BertConfig:
     @classmethod
     def bert_large_cased(cls, **overrides: Any) -> "BertConfig":
         """333,579,264 parameters with the pooler."""
-        large = {"hidden_size": 1024, "num_hidden_layers": 24, "num_attention_heads": 16, "intermediate_size": 4096}
-        return cls.bert_base_cased(**(large | overrides))
+        large = _defaults(overrides, hidden_size=1024, num_hidden_layers=24, num_attention_heads=16, intermediate_size=4096)
+        return cls.bert_base_cased(**large)
 
     @classmethod
     def roberta_base(cls, **overrides: Any) -> "BertConfig":
         """124,645,632 parameters with the pooler."""
-        base = {"vocab_size": 50265, "max_position_embeddings": 514, "type_vocab_size": 1, "pad_token_id": 1}
-        return cls(**({"model_type": "roberta", "layer_norm_eps": 1e-5} | base | overrides))
+        base = {"vocab_size": 50265, "max_position_embeddings": 514, "type_vocab_size": 1, "pad_token_id": 1, "layer_norm_eps": 1e-5}
+        return cls(**_defaults(overrides, model_type="roberta", **base))
 
     @classmethod
     def distilbert_base(cls, **overrides: Any) -> "BertConfig":
         """66,362,880 parameters (the uncased vocabulary)."""
         base = {"num_hidden_layers": 6, "type_vocab_size": 0, "classifier_dropout": 0.2}
-        return cls(**({"model_type": "distilbert"} | base | overrides))
+        return cls(**_defaults(overrides, model_type="distilbert", **base))
+
+
+def _defaults(overrides: dict[str, Any], **defaults: Any) -> dict[str, Any]:
+    return defaults | overrides
 
 
 _BERT_FIELDS = (

@@ -93,9 +93,7 @@ class Embeddings(nn.Module):
         """Embed; ValueError if there are more positions than rows in the position table."""
         length = layout.position_ids.shape[-1]
         if length > self.config.max_length:  # a lookup past the table's end would give NaN, silently
-            raise ValueError(
-                f"{length} positions, but the position table holds {self.config.max_length}; truncate the input"
-            )
+            raise ValueError(f"{length} positions, but the position table holds {self.config.max_length}; truncate the input")
         hidden = self.word_embeddings(jnp.asarray(input_ids)) + self.position_embeddings(layout.position_ids)
         if self.config.type_vocab_size:
             hidden += self.token_type_embeddings(layout.token_type_ids)
@@ -272,11 +270,11 @@ class Encoder(nn.Module):
                 body,
                 variable_axes={"params": 0, "intermediates": 0},
                 split_rngs={"params": True, "dropout": True},
-                in_axes=nn.broadcast,
+                in_axes=nn.broadcast,  # pyright: ignore[reportArgumentType]
                 length=config.num_hidden_layers,
             )
             hidden, stacked = scan(layer(config, name="layer"), hidden, mask)
-            states += tuple(stacked) if output_hidden_states else ()
+            states += () if stacked is None else tuple(stacked)
         else:
             outputs = LayerStack(config, layer, name="layer")(hidden, mask, deterministic)
             hidden = outputs[-1]

@@ -17,8 +17,8 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from flax.traverse_util import flatten_dict, unflatten_dict
 
+from ..tree import flatten, unflatten
 from . import bert
 from .bert_config import MODEL_TYPES, BertConfig
 from .weights import HEAD, POOLER, Entry, Tensors, checkpoint_layout, read_json
@@ -171,9 +171,7 @@ def _labels(labels: Sequence[str] | None, num_labels: int | None, stored: Mappin
     return tuple(f"LABEL_{i}" for i in range(num_labels or 0))
 
 
-def _read_params(
-    model: nn.Module, stored: Tensors, fresh_head: bool, key: jax.Array
-) -> tuple[dict[str, Any], list[str]]:
+def _read_params(model: nn.Module, stored: Tensors, fresh_head: bool, key: jax.Array) -> tuple[dict[str, Any], list[str]]:
     """All parameters, and the paths of those that are freshly initialised."""
     params, new, missing = {}, [], []
     for entry in checkpoint_layout(model):
@@ -185,13 +183,11 @@ def _read_params(
         elif absent:
             missing += absent
         else:
-            params[entry.path] = jnp.asarray(
-                entry.join([stored.read(name, entry.tensor_shape) for name in entry.names])
-            )
+            params[entry.path] = jnp.asarray(entry.join([stored.read(name, entry.tensor_shape) for name in entry.names]))
     if missing:
         shown = ", ".join(missing[:8]) + (", ..." if len(missing) > 8 else "")
         raise ValueError(f"the checkpoint lacks {len(missing)} tensors of the {model.config.model_type} body: {shown}")
-    return unflatten_dict(params, sep="/"), new
+    return unflatten(params), new
 
 
 def _fresh(entry: Entry, config: BertConfig, key: jax.Array) -> jax.Array:
@@ -241,7 +237,7 @@ def save(
     if folder.exists() and not empty and not (folder / "config.json").is_file():
         raise ValueError(f"{folder} exists and is not a model folder (no config.json); it will not be replaced")
     layout = checkpoint_layout(model)
-    leaves = flatten_dict(params, sep="/")
+    leaves = flatten(params)
     _check_params(layout, leaves)
     config = _hf_config(model, labels)
 

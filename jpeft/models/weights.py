@@ -14,8 +14,8 @@ from typing import Any
 import flax.linen as nn
 import jax
 import numpy as np
-from flax.traverse_util import flatten_dict
 
+from ..tree import flatten
 from .bert import abstract_params
 
 # Last component of a parameter's path -> last component of the tensor's name, and whether it is transposed.
@@ -63,9 +63,7 @@ class Entry:
         """The tensors this parameter is made of, by name; inverse of `join`."""
         parts = np.asarray(leaf) if self.stacked else np.asarray(leaf)[None]
         # safetensors writes the underlying buffer whatever the strides: a transposed view would be stored untransposed.
-        return {
-            name: np.ascontiguousarray(part.T if self.transposed else part) for name, part in zip(self.names, parts)
-        }
+        return {name: np.ascontiguousarray(part.T if self.transposed else part) for name, part in zip(self.names, parts)}
 
 
 def checkpoint_layout(model: nn.Module) -> list[Entry]:
@@ -77,7 +75,7 @@ def checkpoint_layout(model: nn.Module) -> list[Entry]:
     ('pooler/dense/kernel', ('pooler.dense.weight',))
     """
     entries = []
-    for path, leaf in flatten_dict(abstract_params(model), sep="/").items():
+    for path, leaf in flatten(abstract_params(model)).items():
         *modules, last = path.split("/")
         suffix, transposed = _LEAVES[last]
         name = ".".join([*modules, suffix])
@@ -160,9 +158,7 @@ class Tensors:
             raise ValueError(f"{file} does not hold {stored}, though the index beside it says so")
         found = tuple(opened.get_slice(stored).get_shape())
         if found != shape:
-            hint = (
-                "; fresh_head=True leaves the checkpoint's head out" if HEAD.fullmatch(name.replace(".", "/")) else ""
-            )
+            hint = "; fresh_head=True leaves the checkpoint's head out" if HEAD.fullmatch(name.replace(".", "/")) else ""
             raise ValueError(f"{file}: {stored} has shape {found}, the model needs {shape}{hint}")
         self._done.add(canonical)
         return opened.get_tensor(stored)

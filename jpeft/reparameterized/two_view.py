@@ -52,7 +52,9 @@ def _two_view(run: Run, linear: Linear, scale: float, params: Mapping[str, Any],
     return run(_substituted(linear, scale, params, a, b), x)
 
 
-def _forward(run: Run, linear: Linear, scale: float, params: Mapping[str, Any], x: jax.Array, a: jax.Array, b: jax.Array) -> tuple[jax.Array, Any]:
+def _forward(
+    run: Run, linear: Linear, scale: float, params: Mapping[str, Any], x: jax.Array, a: jax.Array, b: jax.Array
+) -> tuple[jax.Array, Any]:
     # The merged kernel is not kept for the backward pass: forming it again costs 2DFr, keeping it a second copy of the weights.
     return run(_substituted(linear, scale, params, a, b), x), (params, x, a, b)
 

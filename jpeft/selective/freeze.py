@@ -43,7 +43,7 @@ def freeze(
       A `Method` that replaces leaves, works in any framework and merges by keeping them.
 
     Raises:
-      ValueError: for a negative `top`; from `init`, if there are fewer layers than `top`, no layers are found, or two stacks could be meant.
+      ValueError: for a negative `top`; from `init`, if there are fewer layers than `top`, or none, or two stacks.
 
     >>> import jax.numpy as jnp, jpeft
     >>> params = {f"layer_{i}": {"kernel": jnp.ones((4, 4))} for i in range(3)} | {"ln_f": {"scale": jnp.ones(4)}}
@@ -62,7 +62,9 @@ def freeze(
         if target is not None:
             return tree.unflatten({path: tree.copy(leaves[path]) for path in select(leaves, target, params=params)})
         stack = find_layers(leaves, layers) if top else {}
-        trained = {path: take(leaves[path]) if index is None else tree.copy(leaves[path]) for path, index in uppermost(stack, leaves).items()}
+        trained = {
+            path: take(leaves[path]) if index is None else tree.copy(leaves[path]) for path, index in uppermost(stack, leaves).items()
+        }
         outside = [path for path in leaves if path not in stack]
         if also == "auto":
             after = [path for path in outside if top and re.search(rf"(^|/){_AFTER}$", path) and "embed" not in path]
@@ -74,7 +76,7 @@ def freeze(
         stacked = {leaves[path].shape[:1] for path, index in stack.items() if index is None}
         if len(stacked) > 1 or () in stacked:
             raise ValueError(
-                f"freeze: the leaves below {next(iter(stack)).rpartition('/')[0]!r} do not share a leading axis, so they are not a stack of "
+                f"freeze: the leaves below {next(iter(stack)).rpartition('/')[0]!r} do not share a leading axis, so they are no stack of "
                 "layers. Say where the layers are with layers=r'...(\\d+)...', or name the leaves with target=...."
             )
         total = stacked.pop()[0] if stacked else 1 + max((i for i in stack.values() if i is not None), default=-1)
@@ -89,7 +91,10 @@ def freeze(
         del rng
         base = tree.flatten(params)
         new = tree.flatten(adapter)
-        whole = {path: leaf if leaf.shape == base[path].shape else jnp.concatenate([base[path][: -leaf.shape[0]], leaf]) for path, leaf in new.items()}
+        whole = {
+            path: leaf if leaf.shape == base[path].shape else jnp.concatenate([base[path][: -leaf.shape[0]], leaf])
+            for path, leaf in new.items()
+        }
         return tree.replace(params, whole)
 
     def changed_fn(params: tree.Params, adapter: tree.Adapter) -> int:
@@ -109,7 +114,7 @@ def find_layers(leaves: dict[str, Any], pattern: str | None) -> dict[str, int | 
         regex = re.compile(pattern)
         if regex.groups != 1:
             raise ValueError(f"layers={pattern!r} needs exactly one group, (\\d+), for the layer's index.")
-        found = {path: int(m[1]) for path in leaves if (m := regex.match(path))}
+        found: dict[str, int | None] = {path: int(m[1]) for path in leaves if (m := regex.match(path))}
         if not found:
             raise ValueError(f"layers={pattern!r} matches none of the {len(leaves)} parameters, such as {list(leaves)[:5]}.")
         return found
