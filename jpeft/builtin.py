@@ -25,12 +25,6 @@ MAX_CHARACTERS = 400  # about 100 word pieces: fits `max_length=128`
 TEST = 0.20  # share of all texts
 VALIDATION = 0.06  # share of all texts, taken from the other 80 %
 
-# A paragraph that a decorator adds to most functions of one subpackage: it would be learnt instead of their own words.
-_BATCHED = (
-    r"(?:The documentation is written assuming [^.]+\. However, a|A)rray argument\(s\) of this function may.*?"
-    r"for details\."
-)
-
 
 def builtin() -> dict[str, Table]:
     """The built-in data set, split 74 / 6 / 20 % by a hash of the text, each class in each split.
@@ -85,8 +79,8 @@ def paragraphs() -> Table:
 def clean(doc: str, names: frozenset[str]) -> str:
     """The opening paragraphs of a docstring as plain text, at most `MAX_CHARACTERS` long.
 
-    Signature lines, reStructuredText markup, footnotes and everything from the first section ("Parameters", ...) on go;
-    so do import paths, which would give the label away.
+    ReStructuredText markup, footnotes and everything from the first section ("Parameters", ...) on go; so do import paths,
+    which would give the label away. Signatures at the top of compiled functions' docstrings stay.
 
     Args:
       doc: A docstring.
@@ -101,17 +95,14 @@ def clean(doc: str, names: frozenset[str]) -> str:
     headings = (i for i in range(len(lines) - 1) if lines[i].strip() and rule.fullmatch(lines[i + 1]))
     end = next(headings, len(lines))
     end = next((i for i in range(end) if lines[i].lstrip().startswith(">>>")), end)
-    # "y = gamma(x, out=None)": compiled functions open with their signature, sometimes with several.
-    signature = re.compile(r"([\w, \[\]]+ = ?)?[\w.]+\(.*\)( ->.*)?\s*")
-    start = next((i for i in range(end) if lines[i].strip() and not signature.fullmatch(lines[i])), end)
-    text = "\n".join(lines[start:end])
+    text = "\n".join(lines[:end])
     text = re.sub(r"^\s*\.\. (?:version\w+|deprecated|legacy|index|currentmodule|plot|only)::.*$", " ", text, flags=re.M)
     text = re.sub(r"^\s*\.\.(?: [\w-]+::|(?=\s|$))", " ", text, flags=re.M)  # other directives: keep what they hold
     text = re.sub(r":[\w:.+-]+:`[~!]?([^`]*?)(?:\s+<[^`<>]+>)?`", r"\1", text)  # roles: `:ref:`title <target>``
     text = re.sub(r"`([^`<]+?)\s*<[^`>]*>`_+", r"\1", text)  # links
     text = re.sub(r"\s*\[[\w-]+\]_", "", text)  # footnotes
     text = " ".join(_without_paths(text.replace("`~", "").replace("`", "").replace("::", ":"), names).split())
-    return _cut(" ".join(re.sub(_BATCHED, "", text).split()))
+    return _cut(text)
 
 
 def _without_paths(text: str, names: frozenset[str]) -> str:

@@ -100,7 +100,7 @@ class BertConfig:
     @classmethod
     def bert_base_cased(cls, **overrides: Any) -> "BertConfig":
         """108,310,272 parameters with the pooler."""
-        return cls(**({"vocab_size": 28996} | overrides))
+        return cls(**_defaults(overrides, vocab_size=28996))
 
     @classmethod
     def bert_large_cased(cls, **overrides: Any) -> "BertConfig":
