@@ -30,10 +30,6 @@ def init(key: jax.Array, width: int, size: int, std: float, stack: tuple[int, ..
 def apply(leaves: dict[str, Any], h: jax.Array, activation: str) -> jax.Array:
     """``W_up act(W_down h + b_down) + b_up``, computed in the dtype of `h`."""
     down, up = jax.tree.map(lambda leaf: leaf.astype(h.dtype), (leaves["down"], leaves["up"]))
-    inner = ACTIVATIONS[activation](_affine(h, down))  # (..., size)
-    return _affine(inner, up)
-
-
-def _affine(x: jax.Array, layer: dict[str, jax.Array]) -> jax.Array:
-    """``x W + b``, spelled so that it passes with ``jax_numpy_rank_promotion="raise"``."""
-    return x @ layer["kernel"] + layer["bias"].reshape((1,) * (x.ndim - 1) + (-1,))
+    rows = h.reshape(-1, h.shape[-1])  # a matrix: with two leading axes XLA for CPU transposes all that the gradients contract
+    inner = ACTIVATIONS[activation](rows @ down["kernel"] + down["bias"][None])  # (rows, size)
+    return (inner @ up["kernel"] + up["bias"][None]).reshape(h.shape)

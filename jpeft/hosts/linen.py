@@ -11,7 +11,7 @@ the scope are sliced and passed along like any other parameter, so `nn.scan`, `n
 import functools
 import inspect
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -162,11 +162,14 @@ def _linear(module: nn.Module, method_name: str, own: Mapping[str, Any], args: t
     if isinstance(module, nn.DenseGeneral):
         stack, outputs = (len(v) if isinstance(v, (tuple, list)) else 1 for v in (module.batch_dims, module.features))
         axes = KernelAxes(tuple(range(stack)), tuple(range(stack, ndim - outputs)), tuple(range(ndim - outputs, ndim)))
-        last = module.clone(use_bias=False, axis=-1)
-        return Linear("kernel", axes, lambda x, a, b: _run(last, b, _run(module.clone(use_bias=False, features=(a.shape[-1],)), a, x)))
+        down, up = (lambda r: module.clone(use_bias=False, features=(r,))), module.clone(use_bias=False, axis=-1)
+        trailing = _trailing(module.axis)
+        branch = lambda x, a, b: _run(up, b, _run(down(a.shape[-1]), a, x))
+        return Linear("kernel", axes, branch if stack or not trailing else functools.partial(_by_rows, branch, trailing))
     if isinstance(module, nn.Dense):
-        wide = module.clone(use_bias=False)
-        return Linear("kernel", KernelAxes((), (0,), (1,)), lambda x, a, b: _run(wide, b, _run(wide.clone(features=a.shape[-1]), a, x)))
+        down, up = (lambda r: module.clone(use_bias=False, features=r)), module.clone(use_bias=False)
+        branch = lambda x, a, b: _run(up, b, _run(down(a.shape[-1]), a, x))
+        return Linear("kernel", KernelAxes((), (0,), (1,)), functools.partial(_by_rows, branch, 1))
     if type(module) is nn.Conv and module.feature_group_count == 1 and module.mask is None:
         axes = KernelAxes((), tuple(range(ndim - 1)), (ndim - 1,))
         return Linear("kernel", axes, lambda x, a, b: _mix(_run(module.clone(use_bias=False, features=a.shape[-1]), a, x), b))
@@ -177,6 +180,21 @@ def _run(module: nn.Module, kernel: jax.Array, x: jax.Array) -> jax.Array:
     out = module.apply({"params": {"kernel": kernel}}, x)
     assert isinstance(out, jax.Array)
     return out
+
+
+def _trailing(axis: int | Sequence[int]) -> int:
+    """How many axes a DenseGeneral contracts if they are the last ones, in order; 0 otherwise."""
+    axes = list(axis) if isinstance(axis, Sequence) else [axis]
+    return len(axes) if axes == list(range(-len(axes), 0)) else 0
+
+
+def _by_rows(branch: Callable[..., jax.Array], trailing: int, x: jax.Array, a: jax.Array, b: jax.Array) -> jax.Array:
+    """The branch on the input as a matrix of rows.
+
+    With two leading axes, XLA for CPU transposes what the gradients of ``a`` and ``b`` contract, and computes it a second time for that.
+    """
+    rows = branch(x.reshape(-1, *x.shape[x.ndim - trailing :]), a, b)
+    return rows.reshape(*x.shape[: x.ndim - trailing], *rows.shape[1:])
 
 
 def _mix(h: jax.Array, b: jax.Array) -> jax.Array:

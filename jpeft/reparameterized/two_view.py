@@ -65,8 +65,9 @@ def _backward(run: Run, linear: Linear, scale: float, kept: Any, dy: jax.Array) 
     _, pull_layer = jax.vjp(run, _substituted(linear, scale, params, a, b), x)
     dparams, dx = pull_layer(dy)
     _, pull_branch = jax.vjp(functools.partial(linear.branch, x), a, b)
-    da, db = pull_branch((scale * dy).astype(dy.dtype))
-    return dparams, dx, da, db
+    # The scale goes onto the small results: on dy it would make XLA compute what dy is made of a second time.
+    da, db = pull_branch(dy)
+    return dparams, dx, (scale * da).astype(a.dtype), (scale * db).astype(b.dtype)
 
 
 _two_view.defvjp(_forward, _backward)

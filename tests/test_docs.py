@@ -1,0 +1,65 @@
+"""What the documents say, run: docstring examples, the README's loop, the guide's method."""
+
+import doctest
+import importlib
+import pkgutil
+import re
+from pathlib import Path
+
+import chex
+import jax
+import jax.numpy as jnp
+import optax
+import pytest
+from tables import base, base_logits, batch, case, noised
+
+import jpeft
+
+ROOT = Path(__file__).parents[1]
+MODULES = ["jpeft", *(m.name for m in pkgutil.walk_packages(jpeft.__path__, "jpeft.") if not m.name.endswith("__main__"))]
+
+
+def code_blocks(file: str) -> list[str]:
+    return re.findall(r"```python\n(.*?)```", (ROOT / file).read_text(), flags=re.DOTALL)
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_docstring_examples(name):
+    module = importlib.import_module(name)
+    scope = {"jax": jax, "jnp": jnp, "jpeft": jpeft, "key": jax.random.key(0)}
+    results = doctest.testmod(module, extraglobs=scope, optionflags=doctest.NORMALIZE_WHITESPACE)
+    assert results.failed == 0
+
+
+def test_the_readme_loop_trains():
+    cell = case("lora", "plain")
+    loop, options = code_blocks("README.md")
+    scope = {"params": cell.params, "model": cell.model, "batches": [batch()] * 30}
+    exec(re.sub(r"jpeft\.save\(.*", "", loop), scope)
+    assert scope["loss"] < 0.5 * optax.softmax_cross_entropy_with_integer_labels(base_logits("plain"), batch()["y"]).mean()
+    got = cell.model.apply({"params": scope["merged"]}, batch()["x"])
+    chex.assert_trees_all_close(got, scope["forward"](scope["peft"].variables, batch()["x"]), atol=1e-5)
+    exec(options, {"jpeft": jpeft, "params": cell.params})
+
+
+def test_the_guide_to_a_new_method():
+    (code,) = code_blocks("docs/adding_a_method.md")
+    scope: dict = {}
+    exec(code, scope)
+    method = scope["scale"]()
+    cell = case("lora", "plain")
+    peft = jpeft.apply(base("plain"), method=method)
+    forward = jpeft.wrap(cell.model.apply, method)
+    chex.assert_trees_all_close(forward(peft.variables, batch()["x"]), base_logits("plain"), atol=1e-5)
+    changed = forward(peft.replace(adapter=noised(peft.adapter)).variables, batch()["x"])
+    assert jnp.abs(changed - base_logits("plain")).max() > 1e-2
+
+
+def test_the_readme_names_what_exists():
+    readme = (ROOT / "README.md").read_text()
+    for name in jpeft.methods():
+        assert f"| `{name}` |" in readme
+    for path in re.findall(r"\]\(([\w./]+)\)", readme):
+        assert (ROOT / path).exists(), path
+    for target in re.findall(r"^make (\w+)", readme, flags=re.MULTILINE):
+        assert re.search(rf"^{target}:", (ROOT / "Makefile").read_text(), flags=re.MULTILINE), target
