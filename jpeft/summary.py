@@ -13,6 +13,7 @@ class Row(NamedTuple):
     module: str
     trained: int
     stored: int
+    bytes: int
 
 
 class Summary(NamedTuple):
@@ -25,7 +26,7 @@ class Summary(NamedTuple):
       base: Scalars of the base.
       bytes: Bytes of the adapter.
       base_bytes: Bytes of the base.
-      rows: `trained` and `stored` for each module.
+      rows: `trained`, `stored` and `bytes` for each module.
     """
 
     trained: int
@@ -39,9 +40,11 @@ class Summary(NamedTuple):
     def __str__(self) -> str:
         """A table for the terminal."""
         width = max([len(row.module) for row in self.rows] + [len("module")])
-        lines = [f"{'module':<{width}} {'trained':>14} {'stored':>14}"]
-        lines += [f"{row.module:<{width}} {row.trained:>14,} {row.stored:>14,}" for row in self.rows]
         share = lambda n: f"{100 * n / self.base:.4g} %" if self.base else "-"
+        lines = [f"{'module':<{width}} {'trained':>14} {'stored':>14} {'size':>12} {'of the base':>12}"]
+        lines += [
+            f"{row.module:<{width}} {row.trained:>14,} {row.stored:>14,} {_bytes(row.bytes):>12} {share(row.stored):>12}" for row in self.rows
+        ]
         lines += [
             "",
             f"base     {self.base:>14,}  {_bytes(self.base_bytes)}",
@@ -72,9 +75,10 @@ def summary(peft: Peft, *, depth: int | None = None) -> Summary:
     leaves = tree.flatten(peft.adapter)
     counts: dict[str, list[int]] = {}
     for path, leaf in leaves.items():
-        row = counts.setdefault(_module(path, depth), [0, 0])
+        row = counts.setdefault(_module(path, depth), [0, 0, 0])
         row[0] += leaf.size if labels[path] != FREEZE else 0
         row[1] += leaf.size
+        row[2] += tree.nbytes(leaf)
     return Summary(
         trained=sum(leaf.size for path, leaf in leaves.items() if labels[path] != FREEZE),
         stored=tree.size(peft.adapter),
