@@ -13,8 +13,10 @@ help: ## list the targets
 test: .venv/.dev ## every test (PYTEST_ARGS="-n 0 -k lora" narrows them down)
 	.venv/bin/python -m pytest $(PYTEST_ARGS)
 
+# The MALLOC_ settings keep the C library from returning a step's buffers to the system only to ask for them again.
 demo: .venv/.demo ## fine-tune a small pretrained encoder on the CPU; results in demo-out/
-	@JAX_COMPILATION_CACHE_DIR="$(CURDIR)/.jax_cache" .venv/bin/python examples/demo.py --output demo-out
+	@JAX_COMPILATION_CACHE_DIR="$(CURDIR)/.jax_cache" MALLOC_MMAP_THRESHOLD_=4294967296 MALLOC_TRIM_THRESHOLD_=4294967296 \
+	  .venv/bin/python examples/demo.py --output demo-out
 
 lint: .venv/.dev ## ruff and pyright, without changing a file
 	.venv/bin/ruff check .

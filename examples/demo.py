@@ -33,8 +33,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, default=Path("demo-out"))
     parser.add_argument("--model", help="folder of the encoder; by default the installed all-MiniLM-L6-v2")
-    parser.add_argument("--epochs", type=int, default=4)
-    parser.add_argument("--max-length", type=int, default=64)
+    parser.add_argument("--epochs", type=int, default=3)
+    parser.add_argument("--max-length", type=int, default=48)
     args = parser.parse_args()
     model, console, begun = args.model or minilm(), Console(), time.perf_counter()
 

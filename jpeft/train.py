@@ -30,7 +30,7 @@ from jpeft.peft import Peft
 from jpeft.plot import plot_curve
 from jpeft.progress import Reporter, reporter
 from jpeft.run import RunFolder, attach, keys, load_base, open_run, save_merged
-from jpeft.schedule import learning_rate_schedule, optimizer
+from jpeft.schedule import faster, learning_rate_schedule, optimizer
 from jpeft.snapshot import Progress, Snapshots
 from jpeft.task import Arrays, Task, find_task, model_inputs
 
@@ -222,7 +222,8 @@ class _Trainer:
         self.batches = data.batches(setup.splits["train"], config.batch_size, seed=keys(config.seed).data)
         self.key = keys(config.seed).dropout
         self.schedule = learning_rate_schedule(config.schedule, setup.learning_rate, setup.steps, config.warmup)
-        self.tx = jpeft.optimizer(optimizer(self.schedule, weight_decay=config.weight_decay, clip=config.clip), setup.peft)
+        tx = jpeft.optimizer(optimizer(self.schedule, weight_decay=config.weight_decay, clip=config.clip), setup.peft)
+        self.tx = faster(tx, setup.peft.adapter, setup.loaded.new, config.head_rate)
         self.forward = jpeft.wrap(setup.loaded.model.apply, setup.peft.method)
         self.evaluator = Evaluator(self.forward, setup.task, config.batch_size)
 

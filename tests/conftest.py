@@ -34,5 +34,3 @@ def key() -> jax.Array:
     """A fixed random key; split it for more."""
     return jax.random.key(0)
 
-
-# --- METHODS x MODELS: one row per method, one per model; every conformance test runs on their product ---

@@ -119,8 +119,10 @@ def test_gradients_are_those_of_plain_autodiff(cell):
         grads = jax.jit(jax.grad(loss))(cell.noisy.adapter)
         slope = sum(jnp.vdot(g, d) for g, d in zip(jax.tree.leaves(grads), jax.tree.leaves(along), strict=True))
         move = lambda t: jax.tree.map(lambda a, d: a + t * d, cell.noisy.adapter, along)
-        numeric = (loss(move(3e-3)) - loss(move(-3e-3))) / 6e-3
-        assert slope == pytest.approx(float(numeric), rel=2e-2, abs=2e-2)
+        # Five-point stencil: its error falls with the fourth power of the step, so float32 noise can be kept small beside it.
+        h = 3e-3
+        numeric = (8 * (loss(move(h)) - loss(move(-h))) - (loss(move(2 * h)) - loss(move(-2 * h)))) / (12 * h)
+        assert slope == pytest.approx(float(numeric), rel=1e-2, abs=2e-2)
         return
     wrapped = lambda a: jnp.sum(jnp.sin(cell.forward(cell.noisy.replace(adapter=a).variables, batch()["x"])))
     merged = lambda a: jnp.sum(jnp.sin(cell.model.apply({"params": jpeft.merge(cell.noisy.replace(adapter=a))}, batch()["x"])))

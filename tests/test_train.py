@@ -19,7 +19,7 @@ from jpeft.config import TrainConfig, changed_fields, from_json, parse_options, 
 from jpeft.metrics import accuracy, macro_f1
 from jpeft.plot import plot_curve
 from jpeft.run import RunFolder, keys, open_run
-from jpeft.schedule import learning_rate_schedule, optimizer
+from jpeft.schedule import faster, learning_rate_schedule, optimizer
 from jpeft.snapshot import Progress, Snapshots
 from jpeft.train import make_step, prepare, train
 
@@ -300,3 +300,12 @@ def test_a_damaged_snapshot_is_named_and_the_one_before_is_used(tmp_path, damage
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert Snapshots(tmp_path, keep=3).restore({"a": jnp.zeros(1000)})[1].step == 1
+
+
+def test_a_new_head_learns_faster():
+    """`faster` multiplies the updates of the named leaves alone, in a plain adapter and within a chain's part."""
+    for adapter in ({"classifier": {"bias": np.ones(2)}, "a": np.ones(2)}, {"part": {"classifier": {"bias": np.ones(2)}}, "a": np.ones(2)}):
+        tx = faster(optax.sgd(0.1), adapter, {"classifier/bias"}, 5.0)
+        updates, _ = tx.update(adapter, tx.init(adapter), adapter)
+        flat = jpeft.flatten(updates)
+        assert [round(float(flat[path][0]), 6) for path in sorted(flat)] == [-0.1, -0.5]

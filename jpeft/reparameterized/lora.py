@@ -43,7 +43,8 @@ def lora(
       init: ``a`` is uniform in +-1/sqrt(fan_in) ("kaiming", the authors' code) or N(0, 1/r^2) ("gaussian"). For embeddings it is ``b``
         that is random, N(0, 1), and ``a`` that is zero.
       view: How training computes it. "two-view" takes forward and dX from the merged kernel and da, db from the factors
-        (`jpeft.reparameterized.two_view`); "factored" is the equation above; "auto" takes the cheaper one for each layer's shape.
+        (`jpeft.reparameterized.two_view`); "factored" is the equation above, and the one for forward-mode derivatives; "auto" takes
+        the cheaper one for each layer's shape.
       axes: Geometry of kernels with more than two axes, ``((regex, KernelAxes), ...)``, e.g. from `jpeft.kernel_axes`.
       head: Task head to train along: "auto", a regex, or None.
 
