@@ -55,8 +55,8 @@ def main() -> None:
         if args.only and not any(part in row for part in args.only):
             continue
         results = []
+        rate = args.learning_rate or methods()[method].learning_rate
         for seed in args.seeds:
-            rate = args.learning_rate or methods()[method].learning_rate
             folder = args.runs / f"{method}-{'-'.join(options) or 'default'}-{rate:g}-{seed}"
             config = TrainConfig(
                 model=minilm(),

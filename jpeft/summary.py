@@ -43,7 +43,8 @@ class Summary(NamedTuple):
         share = lambda n: f"{100 * n / self.base:.4g} %" if self.base else "-"
         lines = [f"{'module':<{width}} {'trained':>14} {'stored':>14} {'size':>12} {'of the base':>12}"]
         lines += [
-            f"{row.module:<{width}} {row.trained:>14,} {row.stored:>14,} {_bytes(row.bytes):>12} {share(row.stored):>12}" for row in self.rows
+            f"{row.module:<{width}} {row.trained:>14,} {row.stored:>14,} {_bytes(row.bytes):>12} {share(row.stored):>12}"
+            for row in self.rows
         ]
         lines += [
             "",

@@ -33,4 +33,3 @@ def pytest_configure(config: pytest.Config) -> None:
 def key() -> jax.Array:
     """A fixed random key; split it for more."""
     return jax.random.key(0)
-
