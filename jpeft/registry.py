@@ -32,7 +32,7 @@ class MethodInfo(NamedTuple):
 
 _METHODS = (
     MethodInfo("freeze", "selective", "train the top layers and what follows them, freeze the rest", freeze, 5e-4),
-    MethodInfo("bitfit", "selective", "train the biases (all, or query and middle-of-MLP)", bitfit, 4e-3),
+    MethodInfo("bitfit", "selective", "train the biases (all, or query and middle-of-MLP)", bitfit, 6e-3),
     MethodInfo("adapter", "additive", "bottleneck layers after attention and feed-forward (Houlsby)", adapter, 2e-3),
     MethodInfo("lora", "reparameterized", "low-rank updates of kernels, merged for inference", lora, 2e-3),
 )
