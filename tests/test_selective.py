@@ -78,8 +78,9 @@ def test_freeze_shortens_the_backward_pass():
     def flops(top):
         peft = jpeft.apply(cell.params, method=jpeft.freeze(top=top, also=None))
         forward = jpeft.wrap(cell.model.apply, peft.method)
-        grad = jax.grad(lambda a: forward(peft.replace(adapter=a).variables, batch()["x"]).sum())
-        return compiled_flops(grad, peft.adapter)
+        # Everything is an argument: constants would be folded, and with them the work that is counted.
+        loss = lambda adapter, peft, x: jnp.sin(forward(peft.replace(adapter=adapter).variables, x)).sum()
+        return compiled_flops(jax.grad(loss), peft.adapter, peft, batch()["x"])
 
     forward = compiled_flops(cell.model.apply, {"params": cell.params}, batch()["x"])
     block = flops(2) - flops(1)
