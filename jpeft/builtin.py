@@ -80,7 +80,8 @@ def clean(doc: str, names: frozenset[str]) -> str:
     """The opening paragraphs of a docstring as plain text, at most `MAX_CHARACTERS` long.
 
     ReStructuredText markup, footnotes and everything from the first section ("Parameters", ...) on go; so do import paths,
-    which would give the label away. Signatures at the top of compiled functions' docstrings stay.
+    which would give the label away. All other words stay, also the signatures at the top of compiled functions' docstrings and the
+    paragraph on batches that a decorator puts into many functions of linear algebra.
 
     Args:
       doc: A docstring.
