@@ -25,7 +25,8 @@ from jpeft.plot import plot_curves
 from jpeft.task import find_task, model_inputs
 from jpeft.train import train
 
-ROWS = {"head only": ("freeze", ("top=0",)), "LoRA": ("lora", ()), "BitFit": ("bitfit", ())}
+# Name -> method, options, learning rate (None: the method's own; that of `freeze` is for layers, a head alone can take larger steps).
+ROWS = {"head only": ("freeze", ("top=0",), 4e-3), "LoRA": ("lora", (), None), "BitFit": ("bitfit", (), None)}
 
 
 def main() -> None:
@@ -39,7 +40,7 @@ def main() -> None:
     model, console, begun = args.model or minilm(), Console(), time.perf_counter()
 
     results = {}
-    for row, (method, options) in ROWS.items():
+    for row, (method, options, rate) in ROWS.items():
         console.rule(f"{row}: {method}({', '.join(options)})")
         results[row] = train(
             TrainConfig(
@@ -47,6 +48,7 @@ def main() -> None:
                 output=str(args.output / row.replace(" ", "-").lower()),
                 method=method,
                 options=options,
+                learning_rate=rate,
                 epochs=args.epochs,
                 max_length=args.max_length,
                 overwrite=True,
