@@ -4,7 +4,7 @@ import jax
 import pytest
 
 import jpeft
-from jpeft.models.bert import BertForSequenceClassification, BertModel, abstract_params
+from jpeft.models import BertForSequenceClassification, BertModel, abstract_params
 from jpeft.models.bert_config import BertConfig
 
 

@@ -10,8 +10,12 @@ from .bert import BertForSequenceClassification as BertForSequenceClassification
 from .bert import BertForTokenClassification as BertForTokenClassification
 from .bert import BertModel as BertModel
 from .bert import BertOutput as BertOutput
-from .bert import abstract_params as abstract_params
 from .bert_config import BertConfig as BertConfig
+from .decoder import DecoderOutput as DecoderOutput
+from .gpt2 import GPT2Config as GPT2Config
+from .gpt2 import GPT2LMHeadModel as GPT2LMHeadModel
+from .gpt2 import GPT2Model as GPT2Model
 from .hf import Loaded as Loaded
 from .hf import load as load
 from .hf import save as save
+from .weights import abstract_params as abstract_params

@@ -8,12 +8,10 @@ References: Devlin et al., `BERT <https://arxiv.org/abs/1810.04805>`_, 2018; Liu
 <https://arxiv.org/abs/1907.11692>`_, 2019; Sanh et al., `DistilBERT <https://arxiv.org/abs/1910.01108>`_, 2019.
 """
 
-import functools
 from typing import Any
 
 import flax.linen as nn
 import flax.struct
-import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
@@ -44,6 +42,7 @@ class BertOutput:
 class BertModel(nn.Module):
     """The encoder without a head.
 
+    >>> from jpeft.models import abstract_params
     >>> model = BertModel(BertConfig.bert_base_cased(num_hidden_layers=1))
     >>> jax.eval_shape(model.apply, {"params": abstract_params(model)}, jnp.ones((2, 5), int)).pooled.shape
     (2, 768)
@@ -264,13 +263,3 @@ class BertForMaskedLM(nn.Module):
             hidden = _transform(config, hidden, "vocab_transform", "vocab_layer_norm")
             bias = VocabBias(config, name="vocab_projector")()
         return body.attend(hidden).astype(jnp.float32) + bias.astype(jnp.float32)[None, None]
-
-
-def abstract_params(model: nn.Module) -> dict[str, Any]:
-    """The parameter tree of a model as `jax.ShapeDtypeStruct`s; nothing is computed or allocated.
-
-    >>> abstract_params(BertForMaskedLM(BertConfig.roberta_base(scan=True)))["lm_head"]["bias"].shape
-    (50265,)
-    """
-    init = functools.partial(model.init, jax.random.key(0))
-    return jax.eval_shape(init, jax.ShapeDtypeStruct((1, 2), jnp.int32))["params"]

@@ -1,24 +1,13 @@
 """Configuration of the BERT family."""
 
 import dataclasses
-import functools
 from typing import Any
 
-import flax.linen as nn
 import jax.numpy as jnp
 
-MODEL_TYPES = ("bert", "roberta", "distilbert")
+from .activations import ACTIVATIONS
 
-ACTIVATIONS = {
-    "gelu": functools.partial(nn.gelu, approximate=False),  # erf, as BERT was trained
-    "gelu_python": functools.partial(nn.gelu, approximate=False),
-    "gelu_new": functools.partial(nn.gelu, approximate=True),
-    "gelu_pytorch_tanh": functools.partial(nn.gelu, approximate=True),
-    "relu": nn.relu,
-    "silu": nn.silu,
-    "swish": nn.silu,
-    "tanh": nn.tanh,
-}
+MODEL_TYPES = ("bert", "roberta", "distilbert")
 
 
 @dataclasses.dataclass(frozen=True)

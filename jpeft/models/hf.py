@@ -19,8 +19,9 @@ import jax
 import jax.numpy as jnp
 
 from ..tree import flatten, unflatten
-from . import bert
-from .bert_config import MODEL_TYPES, BertConfig
+from . import families
+from .bert_config import BertConfig
+from .decoder_config import DecoderConfig
 from .weights import HEAD, POOLER, Entry, Tensors, checkpoint_layout, read_json
 
 # --- reading ---
@@ -38,7 +39,7 @@ class Loaded:
     folder: Path  # the local folder everything was read from
 
     @property
-    def config(self) -> BertConfig:
+    def config(self) -> BertConfig | DecoderConfig:
         """The model's configuration."""
         return self.model.config
 
@@ -50,16 +51,6 @@ class Loaded:
         from transformers import AutoTokenizer
 
         return AutoTokenizer.from_pretrained(self.folder)
-
-
-# Task -> model class, and Hugging Face's class for each model type.
-TASKS: dict[str, tuple[type[nn.Module], str]] = {
-    "encoder": (bert.BertModel, "Model"),
-    "sequence-classification": (bert.BertForSequenceClassification, "ForSequenceClassification"),
-    "token-classification": (bert.BertForTokenClassification, "ForTokenClassification"),
-    "masked-lm": (bert.BertForMaskedLM, "ForMaskedLM"),
-}
-_HF_FAMILY = {"bert": "Bert", "roberta": "Roberta", "distilbert": "DistilBert"}
 
 
 def load(
@@ -79,7 +70,8 @@ def load(
 
     Args:
       path: a folder with config.json and model.safetensors (or its shards and their index), or a hub id.
-      task: "encoder", "sequence-classification", "token-classification" or "masked-lm".
+      task: "encoder", "sequence-classification", "token-classification" or "masked-lm" for an encoder, "decoder" (without a
+        head) or "causal-lm" for a decoder.
       labels: names of the classes; those of the checkpoint's configuration if None.
       num_labels: instead of `labels`, if they have no names.
       dtype: of the computation.
@@ -98,11 +90,12 @@ def load(
 
     >>> loaded = load("distilbert-base-cased", labels=("no", "yes"), scan=True)  # doctest: +SKIP
     """
-    if task not in TASKS:
-        raise ValueError(f"unknown task {task!r}; there are {', '.join(TASKS)}")
+    if task not in families.TASKS:
+        raise ValueError(f"unknown task {task!r}; there are {', '.join(families.TASKS)}")
     folder = _folder(path)
-    raw, hf_config = _read_config(folder)
-    config = BertConfig.from_hf(hf_config, dtype=dtype, param_dtype=param_dtype, remat=remat, scan=scan)
+    raw, hf_config = _read_config(folder, task)
+    family = families.of(hf_config.model_type)
+    config = family.config.from_hf(hf_config, dtype=dtype, param_dtype=param_dtype, remat=remat, scan=scan)
     if task == "masked-lm" and not getattr(hf_config, "tie_word_embeddings", True):
         raise ValueError(f"{folder / 'config.json'} has tie_word_embeddings=false; only a tied decoder is supported")
 
@@ -110,7 +103,8 @@ def load(
     known = {"id2label", "num_labels", "_num_labels"} & raw.keys()
     names = _labels(labels, num_labels, hf_config.id2label if known else None) if classify else ()
     # A configuration of two unnamed labels, the default, is written without them.
-    model = TASKS[task][0](config, len(names) or hf_config.num_labels) if classify else TASKS[task][0](config)
+    cls: Any = family.tasks[task][0]
+    model = cls(config, len(names) or hf_config.num_labels) if classify else cls(config)
 
     stored = Tensors(folder, config.model_type)
     params, new = _read_params(model, stored, fresh_head, jax.random.key(0) if key is None else key)
@@ -118,7 +112,7 @@ def load(
         if any(HEAD.fullmatch(name) for name in new):
             raise ValueError(f"{folder} names no labels and has no {task} head: pass labels=(...) or num_labels=")
         names = tuple(hf_config.id2label[i] for i in range(hf_config.num_labels))
-    return Loaded(model, params, names, frozenset(new), stored.unused(tied=task == "masked-lm"), folder)
+    return Loaded(model, params, names, frozenset(new), stored.unused(tied=task.endswith("-lm")), folder)
 
 
 _WEIGHTS = ["config.json", "model*.safetensors", "model.safetensors.index.json"]
@@ -142,12 +136,13 @@ def _folder(path: str | os.PathLike[str]) -> Path:
         raise ValueError(f"there is no folder {path}, and the hub did not give it either: {error}") from error
 
 
-def _read_config(folder: Path) -> tuple[dict[str, Any], Any]:
+def _read_config(folder: Path, task: str) -> tuple[dict[str, Any], Any]:
     """config.json as it stands, and as a configuration of `transformers`."""
     file = folder / "config.json"
     raw = read_json(file, f"{folder} has no config.json: not a Hugging Face model folder")
-    if raw.get("model_type") not in MODEL_TYPES:
-        raise ValueError(f"{file}: model_type {raw.get('model_type')!r}; supported: {', '.join(MODEL_TYPES)}")
+    supported = families.model_types(task)
+    if raw.get("model_type") not in supported:
+        raise ValueError(f"{file}: model_type {raw.get('model_type')!r}; supported: {', '.join(supported)}, for the task {task!r}")
     from transformers import AutoConfig
 
     try:
@@ -190,7 +185,7 @@ def _read_params(model: nn.Module, stored: Tensors, fresh_head: bool, key: jax.A
     return unflatten(params), new
 
 
-def _fresh(entry: Entry, config: BertConfig, key: jax.Array) -> jax.Array:
+def _fresh(entry: Entry, config: BertConfig | DecoderConfig, key: jax.Array) -> jax.Array:
     """Hugging Face's initialisation: kernels N(0, initializer_range²), LayerNorm scales 1, biases 0."""
     last = entry.path.rsplit("/", 1)[-1]
     if last == "kernel":
@@ -277,7 +272,8 @@ def _check_params(layout: list[Entry], leaves: Mapping[str, Any]) -> None:
 def _hf_config(model: nn.Module, labels: Sequence[str] | None) -> Any:
     from transformers import AutoConfig
 
-    kind = next(suffix for cls, suffix in TASKS.values() if isinstance(model, cls))
+    family, model_type = families.of(model.config.model_type), model.config.model_type
+    kind = next(suffix for cls, suffix in family.tasks.values() if isinstance(model, cls))
     count = getattr(model, "num_labels", 0)
     fields = model.config.to_hf()
     if count:
@@ -285,5 +281,5 @@ def _hf_config(model: nn.Module, labels: Sequence[str] | None) -> Any:
         if len(labels) != count:
             raise ValueError(f"{len(labels)} labels ({', '.join(labels)}), but the head has {count} outputs")
         fields |= {"id2label": dict(enumerate(labels)), "label2id": {label: i for i, label in enumerate(labels)}}
-    fields |= {"architectures": [_HF_FAMILY[model.config.model_type] + kind], "dtype": model.config.param_dtype.name}
-    return AutoConfig.for_model(model.config.model_type, **fields)
+    fields |= {"architectures": [family.names[model_type] + kind], "dtype": model.config.param_dtype.name}
+    return AutoConfig.for_model(model_type, **fields)

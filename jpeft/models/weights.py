@@ -1,10 +1,12 @@
 """Which tensors of a Hugging Face checkpoint make up which parameter, and how they are found in its files.
 
 Parameter paths are Hugging Face's tensor names with slashes, so one rule, `checkpoint_layout`, serves both directions:
-a Linear's weight is (out, in) there and (in, out) here, and parameters of scanned layers are the tensors stacked.
+a Linear's weight is (out, in) there and (in, out) here (GPT-2 alone stores most of its kernels as we do), and parameters
+of scanned layers are the tensors stacked.
 """
 
 import dataclasses
+import functools
 import json
 import re
 from collections.abc import Iterable, Sequence
@@ -13,28 +15,35 @@ from typing import Any
 
 import flax.linen as nn
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from ..tree import flatten
-from .bert import abstract_params
+from . import families
 
-# Last component of a parameter's path -> last component of the tensor's name, and whether it is transposed.
-_LEAVES = {
-    "kernel": ("weight", True),
-    "embedding": ("weight", False),
-    "scale": ("weight", False),
-    "bias": ("bias", False),
-}
+# Last component of a parameter's path -> last component of the tensor's name.
+_LEAVES = {"kernel": "weight", "embedding": "weight", "scale": "weight", "bias": "bias"}
 
 # What may be missing from a checkpoint: the head, as every task has its own, and the pooler, as not all tasks need it.
 HEAD = re.compile(r"(classifier|pre_classifier|cls|lm_head|vocab_\w+)/.*")
 POOLER = re.compile(r"(\w+/)?pooler/.*")
 
 # Written into many checkpoints, needed by none.
-_BUFFER = re.compile(r".*\.position_ids")
+_BUFFER = re.compile(r".*\.position_ids|h\.\d+\.attn\.(masked_)?bias|.*rotary_emb\.inv_freq")
 
 # Copies of the word embedding and of the decoder's bias under a second name.
-_TIED = re.compile(r"cls\.predictions\.decoder\.\w+|lm_head\.decoder\.\w+|vocab_projector\.weight")
+_TIED = re.compile(r"cls\.predictions\.decoder\.\w+|lm_head\.decoder\.\w+|lm_head\.weight|vocab_projector\.weight")
+
+
+def abstract_params(model: nn.Module) -> dict[str, Any]:
+    """The parameter tree of a model as `jax.ShapeDtypeStruct`s; nothing is computed or allocated.
+
+    >>> from jpeft.models import BertConfig, BertForMaskedLM
+    >>> abstract_params(BertForMaskedLM(BertConfig.roberta_base(scan=True)))["lm_head"]["bias"].shape
+    (50265,)
+    """
+    init = functools.partial(model.init, jax.random.key(0))
+    return jax.eval_shape(init, jax.ShapeDtypeStruct((1, 2), jnp.int32))["params"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,14 +83,14 @@ def checkpoint_layout(model: nn.Module) -> list[Entry]:
     >>> entry.path, entry.names
     ('pooler/dense/kernel', ('pooler.dense.weight',))
     """
-    entries = []
+    entries, family, config = [], families.of(model.config.model_type), model.config
     for path, leaf in flatten(abstract_params(model)).items():
         *modules, last = path.split("/")
-        suffix, transposed = _LEAVES[last]
-        name = ".".join([*modules, suffix])
-        stacked = model.config.scan and "layer" in modules
-        layers = range(model.config.num_hidden_layers)
-        names = tuple(name.replace("layer.", f"layer.{i}.", 1) for i in layers) if stacked else (name,)
+        transposed = last == "kernel" and not family.untransposed.fullmatch(path)
+        stacked = config.scan and family.blocks in modules
+        at = modules.index(family.blocks) + 1 if stacked else 0
+        owners = [[*modules[:at], str(i), *modules[at:]] for i in range(config.num_hidden_layers)] if stacked else [modules]
+        names = tuple(".".join([*owner, _LEAVES[last]]) for owner in owners)
         entries.append(Entry(path, names, transposed, stacked, leaf.shape, leaf.dtype))
     return entries
 
@@ -102,12 +111,12 @@ def read_json(file: Path, missing: str) -> dict[str, Any]:
 class Tensors:
     """The tensors in a folder's safetensors files, found by name whatever the checkpoint's age or head.
 
-    A bare encoder is saved without the prefix "bert.", a model with a head with it; LayerNorm's weight and bias were
+    A bare body is saved without the prefix ("bert.", "transformer.", ...), a model with a head with it; LayerNorm's weight and bias were
     once called gamma and beta.
     """
 
     def __init__(self, folder: Path, model_type: str):
-        self._prefix = f"{model_type}."
+        self._prefix = f"{families.of(model_type).prefix or model_type}."
         self._files: dict[Path, Any] = {}
         single, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
         if single.is_file():

@@ -1,0 +1,320 @@
+"""Decoders as linen modules: parity with torch, folders in and out, caches, padding, dtypes, and room for middleware."""
+
+import dataclasses
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax.traverse_util import flatten_dict
+from test_bert import VARIANTS, random_params, run
+from test_hf import assert_equal, edit
+
+import jpeft
+from jpeft.models import GPT2Config, GPT2LMHeadModel, GPT2Model, abstract_params, load, save
+
+SIZES = {"vocab_size": 50, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 4, "max_position_embeddings": 32}
+SPECIAL = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
+# Name of a case -> configuration, language model, body, and what the names of torch's classes begin and end with.
+CASES = {
+    "gpt2": (GPT2Config(**SIZES, **SPECIAL), GPT2LMHeadModel, GPT2Model, "GPT2", "LMHeadModel"),
+    "gpt2-untied": (
+        GPT2Config(**SIZES, **SPECIAL, intermediate_size=24, tie_word_embeddings=False),
+        GPT2LMHeadModel,
+        GPT2Model,
+        "GPT2",
+        "LMHeadModel",
+    ),
+}
+WITHOUT_TWINS = [case for case in CASES if not case.endswith("tied")]  # for what heads have no part in
+LENGTHS = (9, 5)  # real tokens of the two sequences; the rest is padding
+
+
+def language_model(case, **overrides):
+    config, cls, *_ = CASES[case]
+    return cls(dataclasses.replace(config, **overrides))
+
+
+def batch(side="right"):
+    """Ids and mask of LENGTHS, padded on one side."""
+    mask = (np.arange(max(LENGTHS)) < np.array(LENGTHS)[:, None]).astype(np.int32)
+    mask = mask if side == "right" else mask[:, ::-1].copy()
+    ids = np.random.default_rng(0).integers(3, 50, mask.shape).astype(np.int32)
+    return np.where(mask, ids, 0).astype(np.int32), mask
+
+
+def torch_model(case, body=False):
+    torch = pytest.importorskip("torch")
+    transformers = pytest.importorskip("transformers")
+    config, _, _, prefix, suffix = CASES[case]
+    hf = transformers.AutoConfig.for_model(config.model_type, **config.to_hf())
+    hf._attn_implementation = "eager"
+    torch.manual_seed(0)
+    model = getattr(transformers, prefix + ("Model" if body else suffix))(hf).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.2 * torch.randn_like(parameter))
+    return model
+
+
+def torch_run(model, ids, mask, **options):
+    import torch
+
+    with torch.no_grad():
+        positions = torch.tensor(np.maximum(np.cumsum(mask, 1) - 1, 0))
+        return model(torch.tensor(ids).long(), attention_mask=torch.tensor(mask), position_ids=positions, **options)
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    """(case, body) -> folder of a tiny random torch model, and what it answers to `batch`, padded on either side."""
+    done = {}
+
+    def make(case, body=False):
+        if (case, body) not in done:
+            model = torch_model(case, body)
+            outputs = {side: torch_run(model, *batch(side), output_hidden_states=True) for side in ("right", "left")}
+            folder = tmp_path_factory.mktemp(case)
+            model.save_pretrained(folder)
+            done[case, body] = folder, outputs
+        return done[case, body]
+
+    return make
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("case", CASES)
+def test_equals_torch(checkpoint, case, variant):
+    folder, expected = checkpoint(case)
+    loaded = load(folder, task="causal-lm", **VARIANTS[variant])
+    assert loaded.new == loaded.unused == frozenset()
+    assert loaded.config == dataclasses.replace(CASES[case][0], **VARIANTS[variant])
+    for side in ("right", "left"):
+        ids, mask = batch(side)
+        logits = run(loaded.model, loaded.params, ids, mask)
+        assert logits.dtype == jnp.float32
+        real = mask.astype(bool)
+        np.testing.assert_allclose(logits[real], expected[side].logits.numpy()[real], atol=1e-4)
+
+
+@pytest.mark.parametrize("variant", ["plain", "scan-remat"])
+@pytest.mark.parametrize("case", CASES)
+def test_body_equals_torch(checkpoint, case, variant):
+    folder, expected = checkpoint(case, body=True)
+    loaded = load(folder, task="decoder", **VARIANTS[variant])
+    assert loaded.new == loaded.unused == frozenset()
+    ids, mask = batch()
+    output, real = run(loaded.model, loaded.params, ids, mask, output_hidden_states=True), mask.astype(bool)
+    assert len(output.hidden_states) == 3
+    for got, want in zip((output.last_hidden_state, *output.hidden_states), (expected["right"][0], *expected["right"].hidden_states)):
+        np.testing.assert_allclose(got[real], want.numpy()[real], atol=1e-4)
+
+
+@pytest.mark.parametrize("scan", [False, True])
+@pytest.mark.parametrize("case", CASES)
+def test_round_trip_and_torch_opens_it(tmp_path, case, scan):
+    transformers = pytest.importorskip("transformers")
+    config, *_, prefix, suffix = CASES[case]
+    model = language_model(case, scan=scan)
+    params = random_params(model)
+    save(tmp_path / "out", model, params)
+    loaded = load(tmp_path / "out", task="causal-lm", scan=scan)
+    assert_equal(loaded.params, params)
+    assert loaded.new == loaded.unused == frozenset()
+    assert loaded.config == dataclasses.replace(config, scan=scan)
+    hf, info = getattr(transformers, prefix + suffix).from_pretrained(tmp_path / "out", output_loading_info=True)
+    assert not any(info[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    assert hf.config.architectures == [prefix + suffix]
+    ids, mask = batch()
+    got, real = run(model, params, ids, mask), mask.astype(bool)
+    np.testing.assert_allclose(got[real], torch_run(hf.eval(), ids, mask).logits.numpy()[real], atol=2e-4)
+
+
+def test_scan_is_the_plain_parameters_stacked(checkpoint):
+    folder, _ = checkpoint("gpt2")
+    plain, scanned = (flatten_dict(load(folder, task="causal-lm", scan=scan).params, sep="/") for scan in (False, True))
+    assert scanned["transformer/h/attn/c_attn/kernel"].shape == (2, 16, 48)
+    for path, leaf in scanned.items():
+        parts = [plain[path.replace("/h/", f"/h/{i}/")] for i in range(2)] if "/h/" in path else plain[path]
+        np.testing.assert_array_equal(leaf, np.stack(parts) if isinstance(parts, list) else parts)
+
+
+def test_gpt2_checkpoints_of_other_makes(checkpoint, tmp_path):
+    """The hub's gpt2 has neither the prefix nor the head, but masks; others have the tied head written out."""
+    expected = load(checkpoint("gpt2")[0], task="causal-lm")
+    save(tmp_path / "out", expected.model, expected.params)
+
+    def rename(tensors):
+        bare = {name.removeprefix("transformer."): tensor for name, tensor in tensors.items()}
+        masks = {f"h.{i}.attn.{name}": np.ones((1, 1, 4, 4), np.float32) for i in range(2) for name in ("bias", "masked_bias")}
+        return bare | masks | {"lm_head.weight": bare["wte.weight"].copy()}
+
+    edit(tmp_path / "out", rename)
+    loaded = load(tmp_path / "out", task="causal-lm")
+    assert_equal(loaded.params, expected.params)
+    assert loaded.new == loaded.unused == frozenset()
+    body = load(tmp_path / "out", task="decoder")
+    assert_equal(body.params, expected.params["transformer"])
+    assert body.unused == {"lm_head.weight"}
+
+
+def test_tasks_of_other_families_are_refused(checkpoint, tmp_path):
+    folder, _ = checkpoint("gpt2")
+    with pytest.raises(ValueError, match="model_type 'gpt2'; supported: bert, roberta, distilbert, for the task 'masked-lm'"):
+        load(folder, task="masked-lm")
+
+
+@pytest.mark.parametrize(
+    ("config", "total"),
+    [(GPT2Config.gpt2(), 124_439_808), (GPT2Config.gpt2_medium(), 354_823_168)],
+    ids=["gpt2", "gpt2-medium"],
+)
+def test_gpt2_parameter_totals(config, total):
+    for scan in (False, True):
+        params = abstract_params(GPT2LMHeadModel(dataclasses.replace(config, scan=scan)))
+        assert sum(leaf.size for leaf in jax.tree.leaves(params)) == total
+
+
+def test_gpt2_errors():
+    transformers = pytest.importorskip("transformers")
+    with pytest.raises(ValueError, match="hidden_size 768 is not a multiple of num_attention_heads 5"):
+        GPT2Config(num_attention_heads=5)
+    with pytest.raises(ValueError, match="unknown hidden_act 'mish'"):
+        GPT2Config(hidden_act="mish")
+    with pytest.raises(ValueError, match="unknown model_type 'bert'; supported: gpt2"):
+        GPT2Config(model_type="bert")
+    with pytest.raises(ValueError, match="unsupported model_type 'bert'"):
+        GPT2Config.from_hf(transformers.BertConfig())
+    for name in ("add_cross_attention", "scale_attn_by_inverse_layer_idx"):
+        with pytest.raises(ValueError, match=f"{name}=True; only {name}=False is supported"):
+            GPT2Config.from_hf(transformers.GPT2Config(**{name: True}))
+    model = language_model("gpt2")
+    params = abstract_params(model)
+    with pytest.raises(ValueError, match="33 positions, but the position table holds 32"):
+        jax.eval_shape(model.apply, {"params": params}, jnp.full((1, 33), 5))
+
+
+# --- padding, caches, numerics ---
+
+
+@pytest.mark.parametrize("case", WITHOUT_TWINS)
+def test_padding_does_not_matter(case):
+    model = language_model(case)
+    params, short = random_params(model), LENGTHS[1]
+    for side, cut in (("right", slice(None, short)), ("left", slice(-short, None))):
+        ids, mask = batch(side)
+        alone = run(model, params, ids[1:, cut])
+        np.testing.assert_allclose(run(model, params, ids, mask)[1:, cut], alone, atol=1e-4)
+        np.testing.assert_allclose(run(model, params, ids[1:, cut], mask[1:, cut]), alone, atol=1e-5)
+
+
+@pytest.mark.parametrize("side", ["right", "left"])
+@pytest.mark.parametrize("variant", ["plain", "scan-remat"])
+@pytest.mark.parametrize("case", WITHOUT_TWINS)
+def test_a_cache_changes_nothing(case, variant, side):
+    """A padded prompt of LENGTHS, three tokens more in one call, two in one each: as if all had been there from the start."""
+    model = language_model(case, **VARIANTS[variant])
+    params, (ids, mask) = random_params(model), batch(side)
+    more = np.random.default_rng(1).integers(3, 50, (2, 5)).astype(np.int32)
+    step = jax.jit(lambda variables, ids: model.apply(variables, ids, mutable=["cache"]))
+    prefill = jax.jit(lambda params: model.apply({"params": params}, ids, mask, cache_length=20, mutable=["cache"]))
+    prompt, cache = prefill(params)
+    real = mask.astype(bool)
+    np.testing.assert_allclose(prompt[real], run(model, params, ids, mask)[real], atol=1e-4)
+    logits = []
+    for part in (more[:, :3], more[:, 3:4], more[:, 4:]):
+        out, cache = step({"params": params} | cache, part)
+        logits.append(out)
+    logits = np.concatenate(logits, 1)
+    for row, length in enumerate(LENGTHS):
+        whole = np.concatenate([ids[row][mask[row].astype(bool)], more[row]])[None]
+        np.testing.assert_allclose(logits[row], run(model, params, whole)[0, length:], atol=1e-4)
+
+
+def test_a_prompt_longer_than_its_cache_is_refused():
+    model = language_model("gpt2")
+    with pytest.raises(ValueError, match="9 positions do not fit into a cache of 8"):
+        model.apply({"params": random_params(model)}, *batch(), cache_length=8, mutable=["cache"])
+
+
+def test_logits_at_one_token():
+    model = language_model("gpt2")
+    params, (ids, mask) = random_params(model), batch()
+    last = np.array(LENGTHS) - 1
+    got = run(model, params, ids, mask, logits_at=last)
+    np.testing.assert_allclose(got[:, 0], run(model, params, ids, mask)[np.arange(2), last], atol=1e-5)
+
+
+@pytest.mark.parametrize("case", WITHOUT_TWINS)
+def test_bfloat16_is_near_float32(case):
+    exact, half = language_model(case), language_model(case, dtype=jnp.bfloat16)
+    params = random_params(exact)
+    assert {leaf.dtype for leaf in jax.tree.leaves(abstract_params(half))} == {jnp.dtype("float32")}
+    got, want = (run(model, params, *batch()) for model in (half, exact))
+    assert got.dtype == jnp.float32
+    assert not np.array_equal(got, want)
+    np.testing.assert_allclose(got, want, atol=0.1 * float(jnp.abs(want).max()))
+
+
+@pytest.mark.parametrize("variant", ["plain", "scan-remat"])
+def test_dropout_is_active_in_training_only(variant):
+    model = language_model("gpt2", **VARIANTS[variant])
+    params, inputs = random_params(model), batch()
+    train = jax.jit(lambda key: model.apply({"params": params}, *inputs, deterministic=False, rngs={"dropout": key}))
+    plain = run(model, params, *inputs)
+    first, again, other = (train(jax.random.key(seed)) for seed in (0, 0, 1))
+    np.testing.assert_array_equal(first, again)
+    assert not np.allclose(first, other)
+    assert not np.allclose(first, plain)
+
+
+@pytest.mark.parametrize("scan", [False, True])
+@pytest.mark.parametrize("case", WITHOUT_TWINS)
+def test_positions_and_core_can_be_widened(case, scan):
+    """What prompts and prefixes do: lengthen what passes through the two parameterless modules and the embedding."""
+    extra, before = 2, (2, 0)
+    config, _, body, *_ = CASES[case]
+    model = body(dataclasses.replace(config, scan=scan))
+    params, inputs = random_params(model), batch()
+
+    def lengthen(*, core, visible):
+        def interceptor(next_fun, args, kwargs, context):
+            name = context.module.name if context.method_name == "__call__" else None
+            if core and name == "core":
+                query, key, value, mask = args
+                key, value = (jnp.pad(x, [(0, 0), before, (0, 0), (0, 0)], constant_values=1.0) for x in (key, value))
+                return next_fun(query, key, value, pad_mask(mask), **kwargs)
+            if not core and name == "positions":
+                layout = next_fun(*args, **kwargs)
+                return layout._replace(position_ids=jnp.pad(layout.position_ids, [(0, 0), before]), mask=pad_mask(layout.mask))
+            if not core and name in ("wte", "embed_tokens"):
+                return jnp.pad(next_fun(*args, **kwargs), [(0, 0), before, (0, 0)], constant_values=0.5)
+            return next_fun(*args, **kwargs)
+
+        def pad_mask(mask):
+            return jnp.pad(mask, [(0, 0), (0, 0), (0, 0), before], constant_values=visible)
+
+        with nn.intercept_methods(interceptor):
+            return run(model, params, *inputs).last_hidden_state[:, 0 if core else extra :]
+
+    plain = run(model, params, *inputs).last_hidden_state
+    real = inputs[1].astype(bool)
+    for core in (False, True):
+        np.testing.assert_allclose(lengthen(core=core, visible=False)[real], plain[real], atol=1e-4)
+        assert not np.allclose(lengthen(core=core, visible=True)[real], plain[real], atol=1e-2)
+
+
+@pytest.mark.parametrize("scan", [False, True])
+@pytest.mark.parametrize("method", ["lora", "bitfit", "adapter"])
+@pytest.mark.parametrize("case", WITHOUT_TWINS)
+def test_methods_find_their_places(case, method, scan):
+    """With default options: identity at first (nearly so for the adapter), and every kernel of a block has its low-rank update."""
+    model = language_model(case, scan=scan)
+    params = random_params(model)
+    peft = jpeft.apply(params, method=method)
+    got = jax.jit(jpeft.wrap(model.apply, peft.method))(peft.variables, *batch())
+    np.testing.assert_allclose(got, run(model, params, *batch()), atol=0.1 if method == "adapter" else 1e-5)
+    if method == "lora":
+        inside = {path for path in flatten_dict(params, sep="/") if path.endswith("kernel") and not path.startswith("lm_head")}
+        assert inside <= {path.rpartition("/")[0] for path in flatten_dict(peft.adapter, sep="/")}
