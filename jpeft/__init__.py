@@ -30,6 +30,7 @@ from .registry import methods as methods
 from .reparameterized.lora import lora as lora
 from .select import KernelAxes as KernelAxes
 from .selective.bitfit import bitfit as bitfit
+from .selective.fish_mask import fish_mask as fish_mask
 from .selective.freeze import freeze as freeze
 from .summary import Summary as Summary
 from .summary import summary as summary

@@ -39,6 +39,9 @@ def chain(**parts: Method) -> Method:
         if name == "params":
             raise ValueError("chain(params=...): 'params' is the base's own collection; choose another name.")
     items = tuple(parts.items())
+    needs = {part.needs for part in parts.values() if part.needs is not None}
+    if len(needs) > 1:
+        raise ValueError(f"chain: its parts need different statistics, {sorted(needs)}, and stats= holds one.")
 
     def init_fn(key: jax.Array, params: tree.Params, *, stats: Any = None) -> tree.Adapter:
         out: dict[str, Any] = {}
@@ -55,6 +58,15 @@ def chain(**parts: Method) -> Method:
             out[name] = tree.unflatten({path: leaf for path, leaf in tree.flatten(adapter).items() if path not in replaced})
             replaced |= mine.keys()
             beside |= dict.fromkeys(adapts, name)
+        return out
+
+    def shapes_fn(params: tree.Params, adapter: tree.Adapter) -> tree.Adapter:
+        out: dict[str, Any] = {}
+        replaced: set[str] = set()
+        for name, part in items:
+            expected = part.expected(params, adapter.get(name, {}))
+            out[name] = tree.unflatten({path: leaf for path, leaf in tree.flatten(expected).items() if path not in replaced})
+            replaced |= tree.split(params, expected)[0].keys()
         return out
 
     def bind_fn(params: tree.Params, adapter: tree.Adapter, *, rng: jax.Array | None = None) -> tree.Params:
@@ -87,6 +99,8 @@ def chain(**parts: Method) -> Method:
         changed=lambda params, adapter: tree.size(
             [leaf for path, leaf in tree.flatten(params).items() if any(path in p for p in _changed_paths(params, adapter, items))]
         ),
+        needs=needs.pop() if needs else None,
+        shapes=shapes_fn,
         stages=tuple(stage for _, part in items for stage in part.stages),
         name="chain",
         parts=items,

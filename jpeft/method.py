@@ -89,6 +89,17 @@ class ChangedFn(Protocol):
     def __call__(self, params: Params, adapter: Adapter) -> int: ...
 
 
+@runtime_checkable
+class ShapesFn(Protocol):
+    """``(params, adapter) -> shapes``: what an adapter read from disk must look like on this base, or a ValueError with what is wrong.
+
+    Only a method needs it whose `init` lets the *values* of its statistics decide how large the leaves are: FishMask knows the number of
+    weights it trains, but only the data says how many of them lie in which tensor. For all others it is what `init` makes.
+    """
+
+    def __call__(self, params: Params, adapter: Adapter) -> Adapter: ...
+
+
 @dataclasses.dataclass(frozen=True)
 class Linear:
     """What is linear about a layer: the parameter that acts as its kernel, its geometry, and how a low-rank kernel is applied.
@@ -204,6 +215,8 @@ class Method:
       labels: Names what in the adapter is trained.
       penalty: Added to the loss.
       changed: Counts the base scalars that take another value.
+      needs: What `init` must be given as ``stats``: "fisher" for `jpeft.stats.fisher` of the training data, or None. The trainer makes it.
+      shapes: The shapes of an adapter on a base, for a method whose `init` alone does not tell; None where it does.
       stages: How the method moves on in training; empty for a method with a single stage.
       name: Name of the method, and of its collection in `Peft.variables`.
       options: The options it was made with, as sorted pairs; None for a method made by hand.
@@ -229,6 +242,8 @@ class Method:
     labels: LabelsFn = trainable
     penalty: PenaltyFn = no_penalty
     changed: ChangedFn = touched
+    needs: str | None = None
+    shapes: ShapesFn | None = None
     stages: tuple[Any, ...] = ()
     name: str = "custom"
     options: tuple[tuple[str, Hashable], ...] | None = None
@@ -239,7 +254,8 @@ class Method:
             return (self.name, self.parts)
         if self.options is not None:
             return (self.name, self.options)
-        return (self.name, self.init, self.bind, self.call, self.merge, self.labels, self.penalty, self.changed, self.stages)
+        functions = (self.init, self.bind, self.call, self.merge, self.labels, self.penalty, self.changed, self.shapes)
+        return (self.name, functions, self.needs, self.stages)
 
     def __eq__(self, other: object) -> bool:
         """Equal for the same factory and options; a hand-made method equals another one made of the same functions."""
@@ -272,6 +288,14 @@ class Method:
         if self.options is None:
             raise ValueError(f"The method '{self.name}' was made by hand and has no configuration: pass the Method itself, method=...")
         return {"method": self.name, **{key: thaw(value) for key, value in self.options}}
+
+    def expected(self, params: Params, adapter: Adapter) -> Adapter:
+        """The shapes that an adapter must have on this base: those that `init` makes, unless the method says otherwise.
+
+        Raises:
+          ValueError: if the method does not fit the base, or, where it can tell so itself, the adapter does not.
+        """
+        return jax.eval_shape(self.init, jax.random.key(0), params) if self.shapes is None else self.shapes(params, adapter)
 
     # --- the adapter as collections -----------------------------------------------------------------------------------------------
 
@@ -381,6 +405,7 @@ __all__ = [
     "MergeFn",
     "Method",
     "PenaltyFn",
+    "ShapesFn",
     "TRAIN",
     "factory",
     "freeze",

@@ -16,7 +16,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -152,20 +152,27 @@ def load_base(config: TrainConfig, labels: tuple[str, ...]) -> models.Loaded:
     return loaded
 
 
-def attach(config: TrainConfig, params: Any, fresh: Iterable[str] = ()) -> Peft:
+def attach(config: TrainConfig, params: Any, fresh: Iterable[str] = (), statistics: Mapping[str, Callable[[], Any]] | None = None) -> Peft:
     """The base with a fresh adapter of the configured method.
 
     Args:
         config: Names the method.
         params: The base.
         fresh: Paths that the checkpoint did not hold. Beside the head this may be a pooler, which must not stay at its random start.
+        statistics: What `Method.needs` may name, by that name; made only if it does.
+
+    Raises:
+        ValueError: if the method needs something that is not there.
     """
     options = parse_options(config.options)
     others = [path for path in fresh if not re.fullmatch(HEAD, path)]
     if others and "head" not in options:
         options["head"] = "|".join([HEAD, *sorted(map(re.escape, others))])
     method = jpeft.make(config.method, **options)
-    return jpeft.apply(params, method=method, key=keys(config.seed).adapter)
+    make = (statistics or {}).get(method.needs or "")
+    if method.needs and make is None:
+        raise ValueError(f"{config.method} needs {method.needs!r} statistics of training data, which are not at hand here")
+    return jpeft.apply(params, method=method, key=keys(config.seed).adapter, stats=make() if make is not None else None)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -20,7 +20,7 @@ import optax
 from jaxtyping import Array, PyTree
 
 import jpeft
-from jpeft import data, models
+from jpeft import data, models, stats
 from jpeft.checkpoint.fingerprint import fingerprint
 from jpeft.config import TrainConfig, check_values, resolved, to_json
 from jpeft.evaluate import Evaluator
@@ -107,7 +107,7 @@ def prepare(config: TrainConfig) -> Setup:
     }
     if (config.patience or config.keep_best) and "validation" not in splits:
         raise ValueError("patience and keep_best need a validation split, which the data has not")
-    peft = attach(config, loaded.params, loaded.new)
+    peft = attach(config, loaded.params, loaded.new, {"fisher": lambda: _fisher(config, task, loaded, splits["train"])})
     if config.export:
         # Refused now, by the method itself, rather than after hours of training.
         jpeft.merge(peft)
@@ -123,6 +123,19 @@ def prepare(config: TrainConfig) -> Setup:
         steps=config.steps or config.epochs * per_epoch,
         steps_per_epoch=per_epoch,
     )
+
+
+def _fisher(config: TrainConfig, task: Task, loaded: models.Loaded, arrays: Arrays) -> PyTree:
+    """Fisher information of the training split, by its true labels and without dropout; the same whenever it is made."""
+
+    apply: Callable[..., Any] = loaded.model.apply
+
+    def losses(params: PyTree, batch: dict[str, Array]) -> Array:
+        return task.losses(apply({"params": params}, **model_inputs(batch), deterministic=True), batch)
+
+    ds = data.batches(arrays, config.batch_size, seed=keys(config.seed).data)
+    examples = len(next(iter(arrays.values())))
+    return stats.fisher(losses, loaded.params, iter(ds), num_samples=min(1024, examples))
 
 
 def make_step(

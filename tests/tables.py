@@ -6,9 +6,11 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import optax
 from flax import linen as nn
 
 import jpeft
+from jpeft.stats import fisher
 
 WIDTH, HEADS, LENGTH, BATCH, LAYERS, CLASSES, VOCAB = 16, 2, 6, 5, 2, 3, 23
 
@@ -81,13 +83,18 @@ MODELS = {
 METHODS = {
     "freeze": jpeft.freeze(top=1),
     "bitfit": jpeft.bitfit(),
+    "fish_mask": jpeft.fish_mask(sparsity=0.05),
     "adapter": jpeft.adapter(size=4),
     "lora": jpeft.lora(rank=2),
     "lora-two-view": jpeft.lora(rank=2, view="two-view"),
     "lora-factored": jpeft.lora(rank={r".*(up|down)/kernel": 3, ".*": 2}, view="factored", rslora=True, target=r".*(kernel|embedding)"),
     "chain": jpeft.chain(bitfit=jpeft.bitfit(), lora=jpeft.lora(rank=2), adapter=jpeft.adapter(size=3)),
+    "chain-sparse": jpeft.chain(lora=jpeft.lora(rank=1), fish=jpeft.fish_mask(sparsity=0.03)),
     "chain-mergeable": jpeft.chain(lora=jpeft.lora(rank=2), second=jpeft.lora(rank=1, target=["up", "down"]), bitfit=jpeft.bitfit()),
 }
+
+# Methods that are told by data what to train.
+NEED_STATS = {"fish_mask", "chain-sparse"}
 
 # What a method's first output may differ from the base by, and whether it merges: True, or the reason it gives.
 NEAR_IDENTITY = {"adapter": 1e-2, "chain": 1e-2}
@@ -113,9 +120,13 @@ class Case:
     def params(self) -> Any:
         return base(self.model_name)
 
+    @property
+    def stats(self) -> Any:
+        return information(self.model_name) if self.method_name in NEED_STATS else None
+
     @functools.cached_property
     def peft(self) -> jpeft.Peft:
-        return jpeft.apply(self.params, method=self.method, key=jax.random.key(7))
+        return jpeft.apply(self.params, method=self.method, key=jax.random.key(7), stats=self.stats)
 
     @functools.cached_property
     def noisy(self) -> jpeft.Peft:
@@ -134,6 +145,14 @@ def base(model_name: str) -> Any:
 @functools.cache
 def base_logits(model_name: str) -> jax.Array:
     return jax.jit(MODELS[model_name].apply)({"params": base(model_name)}, batch()["x"])
+
+
+@functools.cache
+def information(model_name: str) -> Any:
+    def losses(params, batch):
+        return optax.softmax_cross_entropy_with_integer_labels(MODELS[model_name].apply({"params": params}, batch["x"]), batch["y"])
+
+    return fisher(losses, base(model_name), [batch()], chunk=BATCH)
 
 
 @functools.cache

@@ -151,7 +151,7 @@ def _is_chain(base: dict[str, Any], new: dict[str, Any]) -> bool:
 def _check_fit(params: tree.Params, adapter: tree.Adapter, method: Method, path: Any) -> None:
     """Compare the adapter with the one that its method would make for these parameters."""
     try:
-        expected = leaf_table(jax.eval_shape(method.init, jax.random.key(0), params))
+        expected = leaf_table(method.expected(params, adapter))
     except (ValueError, TypeError) as e:
         raise ValueError(f"The adapter in '{path}' does not fit these parameters: {e}") from e
     found = leaf_table(adapter)

@@ -1,0 +1,83 @@
+"""FishMask: train the weights that carry the most Fisher information."""
+
+import functools
+from typing import Any
+
+import jax
+
+from .. import tree
+from ..method import Method, factory, not_head, with_head
+from . import sparse
+
+
+@factory
+def fish_mask(
+    *,
+    sparsity: float = 0.005,
+    head: str | None = "auto",
+) -> Method:
+    r"""FishMask: ``theta = theta_0 + m * delta``, m = 1 for the k weights of highest Fisher information, fixed before training.
+
+    k of all weights together, not of each tensor, are chosen once. The adapter holds these k differences and where they belong, so that
+    gradients, optimizer moments and the checkpoint are of size k and not of the model's size; see `jpeft.selective.sparse`.
+
+    Args:
+      sparsity: Share of the parameters that may change; 0.005 is the paper's main setting. The head is trained whole and counted inside:
+        ``k = int(total * sparsity) - |head|``.
+      head: Task head to train along: "auto", a regex, or None.
+
+    Returns:
+      A `Method` that works in any framework and merges by adding the differences. `jpeft.apply` needs ``stats=``, the Fisher information
+      (`jpeft.stats.fisher`), as arrays; the parameters may be abstract.
+
+    Raises:
+      ValueError: for a sparsity outside (0, 1]; from `init`, without stats, or if they are abstract, of another model, or zero outside the
+        head, or if the head uses up the budget.
+
+    >>> import jax.numpy as jnp, jpeft
+    >>> from jpeft.stats import fisher
+    >>> params = {"kernel": jnp.array([[1.0, 2.0], [3.0, 4.0]])}
+    >>> losses = lambda params, batch: (batch["x"] @ params["kernel"]).sum(-1)
+    >>> stats = fisher(losses, params, [{"x": jnp.array([[0.1, 1.0], [0.2, 1.0]])}])
+    >>> peft = jpeft.apply(params, method="fish_mask", sparsity=0.5, stats=stats)
+    >>> peft.adapter["kernel"]["indices"]
+    Array([[2., 3.]], dtype=float32)
+
+    To choose anew now and then, as the paper does to save communication, merge what was learnt and begin again from there:
+    ``jpeft.apply(jpeft.merge(peft), method=peft.method, stats=fisher(losses, jpeft.merge(peft), batches))``.
+
+    Reference: Sung, Nair and Raffel, Training Neural Networks with Fixed Sparse Masks, 2021, https://arxiv.org/abs/2111.09839.
+
+    Differs from the authors' code, which multiplies dense gradients by the mask before the optimizer's step, so that weight decay still
+    moves what the mask excludes, and memory is that of full fine-tuning. Decay here acts on the difference to the pretrained weights.
+    """
+    if not 0 < sparsity <= 1:
+        raise ValueError(f"sparsity={sparsity} must be a share of the parameters, above 0 and at most 1.")
+
+    def init_fn(key: jax.Array, params: tree.Params, *, stats: Any = None) -> tree.Adapter:
+        del key
+        leaves = not_head(params, head)
+        scores = sparse.concrete(leaves, stats, "fish_mask", _HOW)
+        if not any(score.any() for score in scores.values()):
+            raise ValueError(
+                "fish_mask: the Fisher information is zero everywhere outside the head, so it says nothing about what to train. "
+                "A head that begins at zero passes no gradient on: give it small random values before taking the statistics."
+            )
+        chosen = sparse.choose(scores, sparse.budget(params, sparsity, head))
+        return tree.unflatten(sparse.leaves(leaves, chosen))
+
+    return Method(
+        init=with_head(init_fn, head),
+        bind=sparse.bind,
+        merge=sparse.bind,
+        labels=sparse.labels,
+        changed=sparse.changed,
+        shapes=functools.partial(sparse.shapes, sparsity=sparsity, head=head),
+        needs="fisher",
+    )
+
+
+_HOW = (
+    "Make the Fisher information of your data first: from jpeft.stats import fisher; stats = fisher(losses, params, batches), with "
+    "losses(params, batch) the loss of each example; then jpeft.apply(params, method='fish_mask', stats=stats)."
+)

@@ -1,0 +1,219 @@
+"""FishMask: which entries, how many, and that nothing else is ever held or moved."""
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from tables import MODELS, base, batch, case, information, noised
+
+import jpeft
+from jpeft.models.bert import BertForSequenceClassification, abstract_params
+from jpeft.models.bert_config import BertConfig
+from jpeft.selective import sparse
+from jpeft.stats import fisher
+
+PARAMS = {
+    "a": {"kernel": jnp.arange(12.0).reshape(3, 4), "bias": jnp.zeros(4)},
+    "b": {"kernel": jnp.ones((4, 5))},
+    "classifier": {"kernel": jnp.ones((5, 2))},
+}
+
+
+def scores(seed=0, params=PARAMS):
+    return jax.tree.map(jnp.abs, noised(jax.tree.map(jnp.zeros_like, params), seed=seed))
+
+
+def chosen(peft) -> dict[str, list[int]]:
+    """The indices that an adapter holds, by path."""
+    flat = jpeft.flatten(peft.adapter)
+    return {path.removesuffix("/indices"): sparse.decode(leaf).tolist() for path, leaf in flat.items() if path.endswith("/indices")}
+
+
+# --- which ---------------------------------------------------------------------------------------------------------------------------
+
+
+def test_the_highest_scores_of_all_tensors_together():
+    stats = scores()
+    peft = jpeft.apply(PARAMS, method="fish_mask", sparsity=0.4, stats=stats)
+    keep = int(46 * 0.4) - 10
+    body = {path: np.asarray(leaf) for path, leaf in jpeft.flatten(stats).items() if "classifier" not in path}
+    ranked = sorted(((score, path, i) for path, leaf in body.items() for i, score in enumerate(leaf.reshape(-1))), reverse=True)[:keep]
+    want = {path: sorted(i for _, p, i in ranked if p == path) for path in {p for _, p, _ in ranked}}
+    assert chosen(peft) == want
+    assert peft.adapter["classifier"]["kernel"].shape == (5, 2)
+
+
+def test_ties_go_to_the_first_in_tree_order():
+    stats = jax.tree.map(jnp.ones_like, PARAMS)
+    assert chosen(jpeft.apply(PARAMS, method="fish_mask", sparsity=0.35, stats=stats)) == {"a/bias": [0, 1, 2, 3], "a/kernel": [0, 1]}
+    stats["b"]["kernel"] = stats["b"]["kernel"].at[2, 1].set(2.0)
+    assert chosen(jpeft.apply(PARAMS, method="fish_mask", sparsity=0.25, stats=stats)) == {"b/kernel": [11]}
+
+
+@pytest.mark.parametrize(
+    ("config", "total", "keep", "body"),
+    [
+        (BertConfig.bert_large_cased(), 333_581_314, 1_667_906, 1_665_856),
+        (BertConfig.bert_base_cased(vocab_size=30_522), 109_483_778, 547_418, 545_880),
+    ],
+)
+def test_published_counts(config, total, keep, body):
+    params = abstract_params(BertForSequenceClassification(config, num_labels=2))
+    assert jpeft.tree.size(params) == total
+    assert sparse.budget(params, 0.005, head=None) == keep
+    assert sparse.budget(params, 0.005, head="auto") == body
+
+
+def test_counts_of_a_model():
+    cell = case("fish_mask", "plain")
+    s = jpeft.summary(cell.peft)
+    assert s.trained == s.changed == int(s.base * 0.05)
+    head = jpeft.tree.size(cell.params["classifier"])
+    assert s.stored == head + 2 * (s.trained - head)
+
+
+# --- how much ------------------------------------------------------------------------------------------------------------------------
+
+
+def test_exactly_k_entries_change_in_training():
+    cell = case("fish_mask", "plain")
+    tx = jpeft.optimizer(optax.adamw(1e-2, weight_decay=0.1), cell.peft)
+    adapter, opt_state = cell.peft.adapter, tx.init(cell.peft.adapter)
+    loss = lambda a: optax.softmax_cross_entropy_with_integer_labels(
+        cell.forward(cell.peft.replace(adapter=a).variables, batch()["x"]), batch()["y"]
+    ).mean()
+    step = jax.jit(jax.grad(loss))
+    for _ in range(3):
+        updates, opt_state = tx.update(step(adapter), opt_state, adapter)
+        adapter = optax.apply_updates(adapter, updates)
+    merged = jpeft.merge(cell.peft.replace(adapter=adapter))
+    different = sum(int(np.count_nonzero(new != old)) for new, old in zip(*map(jax.tree.leaves, (merged, cell.params)), strict=True))
+    assert different == int(jpeft.tree.size(cell.params) * 0.05)
+    assert chosen(cell.peft.replace(adapter=adapter)) == chosen(cell.peft)
+
+
+def test_nothing_dense_is_held():
+    """Two moments of what is trained and a step count: no mask, no gradient and no moment of a weight's own size."""
+    cell = case("fish_mask", "plain")
+    k = jpeft.summary(cell.peft).trained
+    state = jpeft.optimizer(optax.adamw(1e-2), cell.peft).init(cell.peft.adapter)
+    assert jpeft.tree.size(state) == 2 * k + 1
+    grads = jax.eval_shape(jax.grad(lambda a: cell.forward(cell.peft.replace(adapter=a).variables, batch()["x"]).sum()), cell.peft.adapter)
+    chex.assert_trees_all_equal_shapes(grads, cell.peft.adapter)
+
+
+def test_differences_survive_in_half_precision():
+    """Many small steps add up beside a bfloat16 weight, which would round each of them away."""
+    params = {"kernel": jnp.ones((2, 2), jnp.bfloat16)}
+    peft = jpeft.apply(params, method="fish_mask", sparsity=0.25, stats={"kernel": jnp.eye(2)})
+    adapter = peft.adapter
+    for _ in range(100):
+        adapter = {"kernel": {**adapter["kernel"], "values": adapter["kernel"]["values"] + 1e-3}}
+    bound = jpeft.merge(peft.replace(adapter=adapter))["kernel"]
+    assert bound.dtype == jnp.bfloat16
+    np.testing.assert_allclose(bound[0, 0].astype(jnp.float32), 1.1, atol=4e-3)
+
+
+# --- indices -------------------------------------------------------------------------------------------------------------------------
+
+
+def test_indices_are_exact_whole_numbers():
+    index = np.array([0, 1, 2**24 - 1, 2**24, 2**24 + 1, 31_000_003, 2**31 - 2])
+    digits = sparse.encode(index, 2**31 - 1)
+    assert (digits.dtype, digits.shape) == (jnp.float32, (2, 7))
+    np.testing.assert_array_equal(sparse.decode(digits + 0.0), index)
+    assert sparse.encode(np.array([2**24 - 1]), 2**24).shape == (1, 1)
+
+
+def test_indices_take_no_gradient():
+    cell = case("fish_mask", "plain")
+    grads = jax.grad(lambda a: cell.forward(cell.peft.replace(adapter=a).variables, batch()["x"]).sum())(cell.noisy.adapter)
+    flat = jpeft.flatten(grads)
+    assert not any(leaf.any() for path, leaf in flat.items() if path.endswith("/indices"))
+
+
+# --- where it works ------------------------------------------------------------------------------------------------------------------
+
+
+def test_any_pytree_and_the_dense_host():
+    params = [{"w": jnp.ones((2, 3))}, {"w": jnp.ones((3, 2))}]
+    stats = jax.tree.map(lambda p: jnp.arange(p.size, dtype=jnp.float32).reshape(p.shape), params)
+    peft = jpeft.apply(params, method="fish_mask", sparsity=0.5, stats=stats)
+    peft = peft.replace(adapter=noised(peft.adapter))
+    model = lambda params, x: x @ params[0]["w"] @ params[1]["w"]
+    x = jnp.ones((1, 2))
+    merged = jpeft.merge(peft)
+    assert isinstance(merged, list)
+    chex.assert_trees_all_close(jpeft.wrap(model, peft.method)(peft.variables, x), model(merged, x))
+
+
+def test_abstract_parameters_with_concrete_stats():
+    stats = scores()
+    abstract = jax.eval_shape(lambda p: jpeft.apply(p, method="fish_mask", sparsity=0.4, stats=stats), PARAMS)
+    chex.assert_trees_all_equal_shapes_and_dtypes(abstract.adapter, jpeft.apply(PARAMS, "fish_mask", sparsity=0.4, stats=stats).adapter)
+
+
+def test_choosing_anew_begins_from_what_was_learnt():
+    stats = information("plain")
+    peft = case("fish_mask", "plain").noisy
+    again = jpeft.apply(jpeft.merge(peft), method=peft.method, stats=stats)
+    again_logits = MODELS["plain"].apply({"params": jpeft.merge(again)}, batch()["x"])
+    chex.assert_trees_all_close(again_logits, case("fish_mask", "plain").forward(peft.variables, batch()["x"]), atol=1e-5)
+    assert chosen(again) == chosen(peft)
+
+
+# --- on disk -------------------------------------------------------------------------------------------------------------------------
+
+
+def test_loading_needs_no_stats(tmp_path):
+    peft = jpeft.apply(PARAMS, method="fish_mask", sparsity=0.4, stats=scores())
+    jpeft.save(tmp_path / "out", peft)
+    chex.assert_trees_all_equal(jpeft.load(tmp_path / "out", PARAMS).adapter, peft.adapter)
+
+
+def test_loading_refuses_another_model(tmp_path):
+    peft = jpeft.apply(PARAMS, method="fish_mask", sparsity=0.4, stats=scores())
+    jpeft.save(tmp_path / "out", peft)
+    bigger = {**PARAMS, "c": {"kernel": jnp.ones((4, 5))}}
+    with pytest.raises(ValueError, match="does not fit these parameters: it changes 8 entries, where sparsity=0.4 of this base is 16"):
+        jpeft.load(tmp_path / "out", bigger, check_base=False)
+    swapped = {**PARAMS, "a": {"kernel": PARAMS["a"]["kernel"][:2], "bias": jnp.zeros(4)}, "b": {"kernel": jnp.ones((4, 6))}}
+    with pytest.raises(ValueError, match="does not fit these parameters: it changes entry .* of 'a/kernel', which has 8"):
+        jpeft.load(tmp_path / "out", swapped, check_base=False)
+
+
+# --- errors --------------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("sparsity", [0.0, 1.5, -0.1])
+def test_sparsity_is_a_share(sparsity):
+    with pytest.raises(ValueError, match="must be a share"):
+        jpeft.fish_mask(sparsity=sparsity)
+
+
+def test_errors():
+    method = jpeft.fish_mask(sparsity=0.4)
+    with pytest.raises(ValueError, match=r"was given none. Make the Fisher information .*fisher\(losses, params, batches\)"):
+        jpeft.apply(PARAMS, method=method)
+    with pytest.raises(ValueError, match="stats must be arrays: make them outside of jit"):
+        jax.eval_shape(lambda p, s: jpeft.apply(p, method=method, stats=s), PARAMS, scores())
+    with pytest.raises(ValueError, match="2 are missing or differ, such as 'a/bias'"):
+        jpeft.apply(PARAMS, method=method, stats={"b": PARAMS["b"]})
+    with pytest.raises(ValueError, match="zero everywhere outside the head.*A head that begins at zero"):
+        jpeft.apply(PARAMS, method=method, stats=jax.tree.map(jnp.zeros_like, PARAMS))
+    with pytest.raises(ValueError, match="'a/bias' are not finite"):
+        jpeft.apply(PARAMS, method=method, stats=scores() | {"a": {"kernel": jnp.ones((3, 4)), "bias": jnp.full(4, jnp.nan)}})
+    with pytest.raises(ValueError, match="which the head with 10 uses up"):
+        jpeft.apply(PARAMS, method="fish_mask", stats=scores())
+
+
+def test_a_zero_head_is_found_out():
+    params = {**base("plain"), "classifier": jax.tree.map(jnp.zeros_like, base("plain")["classifier"])}
+
+    def losses(params, batch):
+        return optax.softmax_cross_entropy_with_integer_labels(MODELS["plain"].apply({"params": params}, batch["x"]), batch["y"])
+
+    with pytest.raises(ValueError, match="A head that begins at zero"):
+        jpeft.apply(params, method="fish_mask", sparsity=0.05, stats=fisher(losses, params, [batch()], chunk=5))
