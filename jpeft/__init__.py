@@ -11,6 +11,8 @@ Pretrained models (`jpeft.models`), the trainer (`jpeft.train`) and the command 
 from importlib.metadata import version as _version
 
 from .additive.adapter import adapter as adapter
+from .additive.p_tuning_v2 import p_tuning_v2 as p_tuning_v2
+from .additive.prefix_tuning import prefix_tuning as prefix_tuning
 from .chain import chain as chain
 from .checkpoint.orbax import load as load
 from .checkpoint.orbax import save as save
@@ -21,6 +23,7 @@ from .method import Method as Method
 from .optim import optimizer as optimizer
 from .peft import Peft as Peft
 from .peft import apply as apply
+from .peft import fold as fold
 from .peft import merge as merge
 from .peft import penalty as penalty
 from .peft import wrap as wrap

@@ -89,6 +89,10 @@ def chain(**parts: Method) -> Method:
             params = part.merge(params, adapter[name])
         return params
 
+    def fold_fn(params: tree.Params, adapter: tree.Adapter) -> tuple[Method, tree.Adapter]:
+        folded = {name: part.fold(params, adapter[name]) if part.fold else (part, adapter[name]) for name, part in items}
+        return chain(**{name: part for name, (part, _) in folded.items()}), {name: leaves for name, (_, leaves) in folded.items()}
+
     return Method(
         init=init_fn,
         bind=bind_fn,
@@ -101,6 +105,7 @@ def chain(**parts: Method) -> Method:
         ),
         needs=needs.pop() if needs else None,
         shapes=shapes_fn,
+        fold=fold_fn if any(part.fold for _, part in items) else None,
         stages=tuple(stage for _, part in items for stage in part.stages),
         name="chain",
         parts=items,

@@ -100,6 +100,13 @@ class ShapesFn(Protocol):
     def __call__(self, params: Params, adapter: Adapter) -> Adapter: ...
 
 
+@runtime_checkable
+class FoldFn(Protocol):
+    """``(params, adapter) -> (method, adapter)``: the same model, with what only training needs computed once and left out."""
+
+    def __call__(self, params: Params, adapter: Adapter) -> "tuple[Method, Adapter]": ...
+
+
 @dataclasses.dataclass(frozen=True)
 class Linear:
     """What is linear about a layer: the parameter that acts as its kernel, its geometry, and how a low-rank kernel is applied.
@@ -217,6 +224,7 @@ class Method:
       changed: Counts the base scalars that take another value.
       needs: What `init` must be given as ``stats``: "fisher" for `jpeft.stats.fisher` of the training data, or None. The trainer makes it.
       shapes: The shapes of an adapter on a base, for a method whose `init` alone does not tell; None where it does.
+      fold: Reduces the adapter to what inference needs, for methods that train more than that (a reparametrised prefix); None for others.
       stages: How the method moves on in training; empty for a method with a single stage.
       name: Name of the method, and of its collection in `Peft.variables`.
       options: The options it was made with, as sorted pairs; None for a method made by hand.
@@ -244,6 +252,7 @@ class Method:
     changed: ChangedFn = touched
     needs: str | None = None
     shapes: ShapesFn | None = None
+    fold: FoldFn | None = None
     stages: tuple[Any, ...] = ()
     name: str = "custom"
     options: tuple[tuple[str, Hashable], ...] | None = None
@@ -254,7 +263,7 @@ class Method:
             return (self.name, self.parts)
         if self.options is not None:
             return (self.name, self.options)
-        functions = (self.init, self.bind, self.call, self.merge, self.labels, self.penalty, self.changed, self.shapes)
+        functions = (self.init, self.bind, self.call, self.merge, self.labels, self.penalty, self.changed, self.shapes, self.fold)
         return (self.name, functions, self.needs, self.stages)
 
     def __eq__(self, other: object) -> bool:
@@ -398,6 +407,7 @@ __all__ = [
     "CallFn",
     "ChangedFn",
     "FREEZE",
+    "FoldFn",
     "InitFn",
     "LabelsFn",
     "Layer",

@@ -1,4 +1,4 @@
-"""The public verbs: apply a method to parameters, wrap a model, merge, and the penalty."""
+"""The public verbs: apply a method to parameters, wrap a model, merge, fold, and the penalty."""
 
 import dataclasses
 from collections.abc import Callable, Mapping
@@ -125,6 +125,25 @@ def merge(peft: Peft) -> Params:
     (8, 4)
     """
     return peft.method.merge(peft.params, peft.adapter)
+
+
+def fold(peft: Peft) -> Peft:
+    """The same model with the adapter reduced to what inference needs, which is what to store and share.
+
+    A reparametrised prefix or an encoded prompt trains a network that computes it. Folded, the network is left out and its result stays;
+    the method is then the one that holds just that. Keep the original to go on training. Any other method is returned as it is.
+
+    >>> import jpeft
+    >>> from jpeft.models.bert import BertConfig, BertModel, abstract_params
+    >>> params = abstract_params(BertModel(BertConfig(num_hidden_layers=2)))
+    >>> peft = jax.eval_shape(lambda p: jpeft.apply(p, method="prefix_tuning", length=5, mlp=64), params)
+    >>> jpeft.summary(peft).stored, jpeft.summary(jax.eval_shape(jpeft.fold, peft)).stored
+    (252736, 15360)
+    """
+    if peft.method.fold is None:
+        return peft
+    method, adapter = peft.method.fold(peft.params, peft.adapter)
+    return Peft(peft.params, adapter, method)
 
 
 def penalty(peft: Peft) -> jax.Array:

@@ -5,6 +5,8 @@ from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 from .additive.adapter import adapter
+from .additive.p_tuning_v2 import p_tuning_v2
+from .additive.prefix_tuning import prefix_tuning
 from .chain import chain
 from .method import Method
 from .reparameterized.lora import lora
@@ -36,6 +38,8 @@ _METHODS = (
     MethodInfo("bitfit", "selective", "train the biases (all, or query and middle-of-MLP)", bitfit, 6e-3),
     MethodInfo("fish_mask", "selective", "train the weights of highest Fisher information (needs stats)", fish_mask, 2e-3),
     MethodInfo("adapter", "additive", "bottleneck layers after attention and feed-forward (Houlsby)", adapter, 2e-3),
+    MethodInfo("prefix_tuning", "additive", "trained keys and values in every layer, made by an MLP in training", prefix_tuning, 1e-3),
+    MethodInfo("p_tuning_v2", "additive", "deep prompts: trained keys and values in every layer and a task head", p_tuning_v2, 1e-2),
     MethodInfo("lora", "reparameterized", "low-rank updates of kernels, merged for inference", lora, 2e-3),
 )
 

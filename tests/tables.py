@@ -11,6 +11,8 @@ from flax import linen as nn
 
 import jpeft
 from jpeft.stats import fisher
+from jpeft.models.bert import BertForSequenceClassification
+from jpeft.models.bert_config import BertConfig
 
 WIDTH, HEADS, LENGTH, BATCH, LAYERS, CLASSES, VOCAB = 16, 2, 6, 5, 2, 3, 23
 
@@ -70,6 +72,16 @@ class Classifier(nn.Module):
         return nn.Dense(CLASSES, name="classifier")(nn.LayerNorm(name="ln_f")(x).mean(1))
 
 
+def encoder(**changes: Any) -> nn.Module:
+    """A BERT: the methods that lengthen a sequence or its keys need its modules `positions` and `core`."""
+    config = BertConfig(
+        vocab_size=VOCAB, hidden_size=WIDTH, num_hidden_layers=LAYERS, num_attention_heads=HEADS, intermediate_size=2 * WIDTH,
+        max_position_embeddings=32, initializer_range=0.3, **changes,
+    )  # fmt: skip
+    return BertForSequenceClassification(config, num_labels=CLASSES)
+
+
+ENCODERS = {"bert": encoder(), "bert-remat": encoder(remat=True), "bert-scan": encoder(scan=True)}
 MODELS = {
     "plain": Classifier(),
     "remat": Classifier(lift="remat"),
@@ -78,6 +90,7 @@ MODELS = {
     "mha": Classifier(flavour="mha"),
     "einsum": Classifier(flavour="einsum", conv=True),
     "scan-mha": Classifier(lift="scan", flavour="mha"),
+    **ENCODERS,
 }
 
 METHODS = {
@@ -95,10 +108,19 @@ METHODS = {
 
 # Methods that are told by data what to train.
 NEED_STATS = {"fish_mask", "chain-sparse"}
+# Methods that need an encoder; all others meet the models that are none.
+ON_ENCODERS = {
+    "prefix_tuning": jpeft.prefix_tuning(length=3, mlp=5),
+    "p_tuning_v2": jpeft.p_tuning_v2(length=3),
+}
+METHODS |= ON_ENCODERS
 
 # What a method's first output may differ from the base by, and whether it merges: True, or the reason it gives.
-NEAR_IDENTITY = {"adapter": 1e-2, "chain": 1e-2}
-MERGES = {"adapter": "nonlinear layer of its own", "chain": "nonlinear layer of its own"}
+NEAR_IDENTITY = {"adapter": 1e-2, "chain": 1e-2} | dict.fromkeys(ON_ENCODERS, 10.0)
+MERGES = {"adapter": "nonlinear layer of its own", "chain": "nonlinear layer of its own"} | {
+    "prefix_tuning": "lengthens the keys and values",
+    "p_tuning_v2": "lengthens the keys and values",
+}
 
 
 @dataclasses.dataclass(frozen=True)

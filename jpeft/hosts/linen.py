@@ -45,6 +45,7 @@ def wrap(fn: Callable[..., Any], method: Method) -> Callable[..., Any]:
         params = tag(method.bind(unbox(others["params"]), adapter, rng=rng), method)
         with nn.intercept_methods(functools.partial(_intercept, method)):
             out = fn({**others, "params": params}, *args, **kwargs)
+        _check_met(params, method)
         if kwargs.get("mutable", False) is not False and isinstance(out, tuple) and isinstance(out[-1], Mapping) and "params" in out[-1]:
             out = (*out[:-1], {**out[-1], "params": pop_grafts(out[-1]["params"])[0]})
         return out
@@ -82,10 +83,27 @@ def _intercept(method: Method, next_fun: Callable[..., Any], args: tuple[Any, ..
     tagged = module.scope.get_variable("params", GRAFT)
     if f"{hash(method):x}" not in tagged:
         return next_fun(*args, **kwargs)  # another wrap's leaves: a wrapped model inside a wrapped model
+    _met.add((method, module.path[-1] if module.path else ""))
     args, kwargs = _positional(module, context.method_name, args, kwargs)
     layer = _layer(module, context.method_name, next_fun, kwargs, args)
     rng = module.make_rng(_DROPOUT) if module.has_rng(_DROPOUT) else None
     return method.call(layer, args, tagged[f"{hash(method):x}"], rng)
+
+
+# (method, name of a module) that met. By name, not by path: `nn.jit` traces one of many equal blocks, and none at all the second time.
+_met: set[tuple[Method, str]] = set()
+
+
+def _check_met(params: Params, method: Method) -> None:
+    """Refuse leaves on a module that did not run. A module with parameters is taken to exist; one without may be a mere guess."""
+    clean, grafts = pop_grafts(params)
+    owners = flatten(clean)
+    for path in grafts:
+        if path and (method, path.rpartition("/")[2]) not in _met and not any(name.startswith(f"{path}/") for name in owners):
+            raise ValueError(
+                f"{method.name} adds to the module '{path}', but no such module ran. Lengthening a sequence or its keys needs a model "
+                "with a parameterless module there, as those of jpeft.models have: `AttentionCore` and `Positions` in bert_encoder.py."
+            )
 
 
 @functools.cache
