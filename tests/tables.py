@@ -10,9 +10,9 @@ import optax
 from flax import linen as nn
 
 import jpeft
-from jpeft.stats import fisher
 from jpeft.models.bert import BertForSequenceClassification
 from jpeft.models.bert_config import BertConfig
+from jpeft.stats import fisher
 
 WIDTH, HEADS, LENGTH, BATCH, LAYERS, CLASSES, VOCAB = 16, 2, 6, 5, 2, 3, 23
 
