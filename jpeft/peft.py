@@ -134,7 +134,7 @@ def fold(peft: Peft) -> Peft:
     the method is then the one that holds just that. Keep the original to go on training. Any other method is returned as it is.
 
     >>> import jpeft
-    >>> from jpeft.models.bert import BertConfig, BertModel, abstract_params
+    >>> from jpeft.models import BertConfig, BertModel, abstract_params
     >>> params = abstract_params(BertModel(BertConfig(num_hidden_layers=2)))
     >>> peft = jax.eval_shape(lambda p: jpeft.apply(p, method="prefix_tuning", length=5, mlp=64), params)
     >>> jpeft.summary(peft).stored, jpeft.summary(jax.eval_shape(jpeft.fold, peft)).stored

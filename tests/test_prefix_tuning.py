@@ -12,7 +12,8 @@ from tables import Classifier, batch, noised
 
 import jpeft
 from jpeft.additive.prefix_tuning import key_values, sites
-from jpeft.models.bert import BertForSequenceClassification, BertForTokenClassification, BertModel, abstract_params
+from jpeft.models import abstract_params
+from jpeft.models.bert import BertForSequenceClassification, BertForTokenClassification, BertModel
 from jpeft.models.bert_config import BertConfig
 from jpeft.models.bert_encoder import SelfAttention
 
