@@ -9,7 +9,9 @@ the table holds the mean and the range over the seeds. Finished runs are kept in
 
 import argparse
 import importlib.util
+import shlex
 import statistics
+import sys
 import tempfile
 from pathlib import Path
 
@@ -79,8 +81,8 @@ def main() -> None:
     if args.output:
         args.output.parent.mkdir(parents=True, exist_ok=True)
         args.output.write_text(
-            f"# Accuracy on the built-in data\n\n{len(args.seeds)} seeds, jax {jax.__version__}, {jax.devices()[0].device_kind}.\n"
-            f"Made by `python benchmarks/scipy_docs.py --seeds {' '.join(map(str, args.seeds))} --output {args.output}`.\n\n{table}\n"
+            f"# Accuracy on the built-in data\n\nSeeds {args.seeds}, jax {jax.__version__}, {jax.devices()[0].device_kind}.\n"
+            f"Made by `python {shlex.join(sys.argv)}`.\n\n{table}\n"
         )
 
 
