@@ -48,6 +48,11 @@ class DecoderConfig:
             raise ValueError(f"unknown hidden_act {self.hidden_act!r}; supported: {', '.join(ACTIVATIONS)}")
 
     @property
+    def max_length(self) -> int:
+        """Longest sequence that positions are defined for."""
+        return self.max_position_embeddings
+
+    @property
     def head_size(self) -> int:
         """Width of one attention head."""
         return self.hidden_size // self.num_attention_heads
