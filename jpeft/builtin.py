@@ -79,9 +79,9 @@ def paragraphs() -> Table:
 def clean(doc: str, names: frozenset[str]) -> str:
     """The opening paragraphs of a docstring as plain text, at most `MAX_CHARACTERS` long.
 
-    ReStructuredText markup, footnotes and everything from the first section ("Parameters", ...) on go; so do import paths,
-    which would give the label away. All other words stay, also the signatures at the top of compiled functions' docstrings and the
-    paragraph on batches that a decorator puts into many functions of linear algebra.
+    ReStructuredText markup, footnotes and everything from the first section ("Parameters", ...) on go; so do import paths and the
+    subpackage's name in references, which would give the label away. All other words stay, also the signatures at the top of compiled
+    functions' docstrings and the paragraph on batches that a decorator puts into many functions of linear algebra.
 
     Args:
       doc: A docstring.
@@ -99,6 +99,7 @@ def clean(doc: str, names: frozenset[str]) -> str:
     text = "\n".join(lines[:end])
     text = re.sub(r"^\s*\.\. (?:version\w+|deprecated|legacy|index|currentmodule|plot|only)::.*$", " ", text, flags=re.M)
     text = re.sub(r"^\s*\.\.(?: [\w-]+::|(?=\s|$))", " ", text, flags=re.M)  # other directives: keep what they hold
+    text = re.sub(rf":ref:`(?:tutorial-)?(?:{'|'.join(sorted(names))})_(\w+)`", r"\1", text)  # a chapter's anchor, `:ref:`linalg_batch``
     text = re.sub(r":[\w:.+-]+:`[~!]?([^`]*?)(?:\s+<[^`<>]+>)?`", r"\1", text)  # roles: `:ref:`title <target>``
     text = re.sub(r"`([^`<]+?)\s*<[^`>]*>`_+", r"\1", text)  # links
     text = re.sub(r"\s*\[[\w-]+\]_", "", text)  # footnotes

@@ -93,6 +93,7 @@ def test_splits_know_it_by_name(tables, monkeypatch):
         ("Write ``import scipy.stats as s`` first.", "Write from SciPy as s first."),
         ("Needs :math:`n << d` [1]_, see `the page <https://example.org>`_.", "Needs n << d, see the page."),
         ("Old.\n\n.. deprecated:: 1.2\n.. math:: x = y\n\nFor example:\n\n>>> f(1)", "Old. x = y For example:"),
+        ("See :ref:`linalg_batch` for details.", "See batch for details."),
         ("The signal. Sparse stats", "The signal. Sparse stats"),
         ("f(x)", "f(x)"),
     ],
