@@ -22,3 +22,8 @@ def write_atomically(path: str | os.PathLike[str], content: str | bytes) -> None
 def write_json(path: str | os.PathLike[str], value: Any) -> None:
     """Writes JSON atomically, indented, with a final newline."""
     write_atomically(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+
+
+def size_on_disk(folder: str | os.PathLike[str]) -> int:
+    """Bytes of all files in a folder and below."""
+    return sum(path.stat().st_size for path in Path(folder).rglob("*") if path.is_file())

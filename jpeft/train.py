@@ -23,8 +23,9 @@ import jpeft
 from jpeft import data, models, stats
 from jpeft.checkpoint.fingerprint import fingerprint
 from jpeft.config import TrainConfig, check_values, resolved, to_json
+from jpeft.cost import cost
 from jpeft.evaluate import Evaluator
-from jpeft.files import write_json
+from jpeft.files import size_on_disk, write_json
 from jpeft.interrupt import InterruptedRun, deferred_signals
 from jpeft.peft import Peft
 from jpeft.plot import plot_curve
@@ -47,7 +48,7 @@ class Result:
     best_step: int
     # Finished steps; fewer than planned after early stopping.
     steps: int
-    # Number of trained scalars.
+    # Scalars that are trained, that the kept adapter holds, and of the base that change; see `jpeft.Summary`.
     trained: int
     # Wall time of this process's part of the training loop with its evaluations, and of compiling the step before it.
     seconds: float
@@ -56,6 +57,17 @@ class Result:
     path: Path
     # The base with the trained adapter.
     peft: Peft = dataclasses.field(repr=False)
+    # (Runs of earlier versions lack what follows.)
+    stored: int | None = None
+    changed: int | None = None
+    # Size of the saved adapter's files.
+    adapter_bytes: int | None = None
+    # Seconds a step: the median over the lines of metrics.jsonl, of the whole run, without evaluations and checkpoints between them.
+    step_seconds: float | None = None
+    # Floating point operations of a compiled step, and the peak of its temporary memory; of the last stage, if the method has several.
+    # No FLOPs with accumulate or scan, because XLA counts the body of a loop once.
+    flops: float | None = None
+    temporary_bytes: int | None = None
 
     def to_json(self) -> dict[str, Any]:
         """All but the arrays and the folder."""
@@ -277,7 +289,9 @@ class _Trainer:
         """The step, compiled ahead for the shapes it will see: another shape is an error, not a recompilation."""
         step = make_step(self.forward, self.tx, self.setup.task, self.setup.peft, self.config.accumulate)
         arguments = (self.adapter, self.opt_state, self.setup.peft.params, self.batches[0], self.key, np.int32(0))
-        return jax.jit(step, donate_argnums=(0, 1)).lower(*arguments).compile()
+        compiled = jax.jit(step, donate_argnums=(0, 1)).lower(*arguments).compile()
+        self.cost = cost(compiled)
+        return compiled
 
     def _loop(self, step: Callable[..., Any], signals: list[int]) -> None:
         self._start_clock()
@@ -375,23 +389,34 @@ class _Trainer:
             name: self.evaluator.metrics(kept, self.setup.splits[name]) if name in self.setup.splits else {}
             for name in ("validation", "test")
         }
+        jpeft.save(self.folder.adapter, kept, overwrite=True)
+        summary = jpeft.summary(kept)
         result = Result(
             **metrics,
             best=self.progress.best,
             best_step=self.progress.best_step,
             steps=self.progress.step,
-            trained=jpeft.summary(kept).trained,
+            trained=summary.trained,
             seconds=round(seconds, 3),
             compile_seconds=round(compile_seconds, 3),
             path=self.folder.path,
             peft=kept,
+            stored=summary.stored,
+            changed=summary.changed,
+            adapter_bytes=size_on_disk(self.folder.adapter),
+            step_seconds=self._step_seconds(),
+            flops=None if self.config.scan or self.config.accumulate > 1 else self.cost.flops,
+            temporary_bytes=self.cost.temporary_bytes,
         )
-        jpeft.save(self.folder.adapter, kept, overwrite=True)
         if self.config.export:
             save_merged(self.folder.merged, self.setup.loaded, kept)
         plot_run(self.folder, self.setup.task.metric)
         write_json(self.folder.result, result.to_json())
         return result
+
+    def _step_seconds(self) -> float:
+        rates = [record["samples_per_second"] for record in self.folder.records() if record["split"] == "train"]
+        return float(self.config.batch_size / np.median(rates))
 
 
 def plot_run(folder: RunFolder, metric: str) -> None:

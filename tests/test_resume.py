@@ -77,7 +77,9 @@ def assert_same(run, unbroken):
     assert records(run) == records(unbroken)
     results = [json.loads((folder / "result.json").read_text()) for folder in (run, unbroken)]
     for result in results:
-        del result["seconds"], result["compile_seconds"]
+        # Orbax splits the same arrays into files as it happens to have time.
+        for name in ("seconds", "compile_seconds", "step_seconds", "adapter_bytes"):
+            del result[name]
     assert results[0] == results[1]
 
 

@@ -21,7 +21,7 @@ from jpeft.plot import plot_curve
 from jpeft.run import RunFolder, keys, open_run
 from jpeft.schedule import faster, learning_rate_schedule, optimizer
 from jpeft.snapshot import Progress, Snapshots
-from jpeft.train import make_step, prepare, train
+from jpeft.train import make_step, prepare, read_result, train
 
 
 @pytest.fixture(scope="module")
@@ -232,7 +232,30 @@ def test_what_a_run_leaves(config):
     run = open_run(folder.path)
     assert bits(run.peft.adapter) == bits(result.peft.adapter)
     assert run.labels == ("fruit", "metal", "water")
-    assert result.trained == jpeft.summary(result.peft).trained
+    summary = jpeft.summary(result.peft)
+    assert (result.trained, result.stored, result.changed) == (summary.trained, summary.stored, summary.changed)
+
+
+def test_the_result_tells_what_a_step_costs(config):
+    """FLOPs and bytes that grow as they must, a time that is the logged one, the size of the adapter's files."""
+    big, small = (
+        train(dataclasses.replace(config, output=f"{config.output}-{size}", batch_size=size, steps=4, log_every=2)) for size in (16, 8)
+    )
+    # Two matrix products of the batch's 128 tokens, forward and back, with each kernel of the two layers, and what else there is.
+    kernels = 2 * (4 * 16 * 16 + 2 * 16 * 32)
+    assert big.flops > 2 * 2 * 16 * 8 * kernels
+    assert 1.6 < big.flops / small.flops < 2.1
+    assert big.temporary_bytes > small.temporary_bytes > 0
+    rates = [line["samples_per_second"] for line in RunFolder(big.path).records() if line["split"] == "train"]
+    assert big.step_seconds == pytest.approx(16 / np.mean(rates))
+    assert big.adapter_bytes == sum(p.stat().st_size for p in RunFolder(big.path).adapter.rglob("*") if p.is_file())
+    # An earlier version's result is read as well.
+    values = json.loads(RunFolder(small.path).result.read_text())
+    for name in ("stored", "flops", "step_seconds"):
+        del values[name]
+    RunFolder(small.path).result.write_text(json.dumps(values))
+    again = read_result(RunFolder(small.path))
+    assert (again.trained, again.flops) == (small.trained, None)
 
 
 def test_scan_remat_and_bfloat16_train(config):
