@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,9 @@ PALETTE = ("#9aa5b1", "#1f6fb2", "#d9822b", "#3a9a6b", "#8457b2", "#c0455e", "#6
 TRAIN, VALIDATION, METRIC, INK = "#9aa5b1", "#d9822b", "#1f6fb2", "#3b4451"
 
 
-def plot_curve(path: str | os.PathLike[str], lines: Sequence[Mapping[str, Any]], metric: str, title: str = "") -> None:
+def plot_curve(
+    path: str | os.PathLike[str], lines: Sequence[Mapping[str, Any]], metric: str, title: str = "", *, higher_is_better: bool = True
+) -> None:
     """Draws the lines of a metrics.jsonl into a PNG, atomically.
 
     Args:
@@ -25,6 +27,7 @@ def plot_curve(path: str | os.PathLike[str], lines: Sequence[Mapping[str, Any]],
         lines: Records with `step`, `split` ("train" or "validation"), `loss` and, for validation, the metrics.
         metric: Name of the validation metric for the lower panel.
         title: Text above the picture.
+        higher_is_better: Which value of the metric is marked as the best.
     """
     figure, upper, lower = _panels(title)
     train = [line for line in lines if line["split"] == "train"]
@@ -35,7 +38,7 @@ def plot_curve(path: str | os.PathLike[str], lines: Sequence[Mapping[str, Any]],
     _draw(lower, validation, metric, METRIC, "validation")
     _finish(upper, lower, metric)
     if validation:
-        _name_best(lower, validation, metric)
+        _name_best(lower, validation, metric, max if higher_is_better else min)
     _write(figure, path)
 
 
@@ -104,8 +107,8 @@ def _draw(axes: Axes, lines: Sequence[Mapping[str, Any]], name: str, color: str,
         )
 
 
-def _name_best(axes: Axes, lines: Sequence[Mapping[str, Any]], metric: str) -> None:
-    best = max(lines, key=lambda line: line[metric])
+def _name_best(axes: Axes, lines: Sequence[Mapping[str, Any]], metric: str, choose: Callable[..., Any]) -> None:
+    best = choose(lines, key=lambda line: line[metric])
     axes.plot(best["step"], best[metric], "o", markersize=9, markerfacecolor="none", markeredgecolor=METRIC)
     # Above the panel, where no curve can run through it.
     text = f"best {best[metric]:.3f} at step {best['step']}"

@@ -29,7 +29,7 @@ class Task:
 
     # As `jpeft.models.load(task=...)` knows it.
     name: str
-    # The validation metric that early stopping and keep_best watch; higher is better.
+    # The validation metric that early stopping, keep_best and comparisons look at.
     metric: str
     # Training table -> label names in the order of the logits.
     labels: Callable[[data.Table], tuple[str, ...]]
@@ -41,6 +41,12 @@ class Task:
     metrics: Callable[[np.ndarray, Arrays], dict[str, float]]
     # (logits, labels) -> one JSON-ready prediction per row.
     predictions: Callable[[np.ndarray, Sequence[str]], list[dict[str, Any]]]
+    # Whether more of the metric is better: True for accuracy, False for perplexity.
+    higher_is_better: bool = True
+
+    def better(self, value: float, than: float) -> bool:
+        """Whether one value of the metric is really better than another."""
+        return value > than if self.higher_is_better else value < than
 
 
 def model_inputs(batch: Mapping[str, Any]) -> dict[str, Any]:

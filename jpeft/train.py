@@ -298,7 +298,7 @@ class _Trainer:
         while not self.done:
             if signals:
                 self._checkpoint()
-                plot_run(self.folder, self.setup.task.metric)
+                plot_run(self.folder, self.setup.task)
                 raise InterruptedRun(signals[0], self.progress.step, self.folder.path)
             index = self.progress.step
             self.adapter, self.opt_state, loss = step(
@@ -357,7 +357,7 @@ class _Trainer:
         epoch = round(step / self.setup.steps_per_epoch, 4)
         self.folder.append({"step": step, "epoch": epoch, "split": "validation", **metrics})
         value, progress = metrics[self.setup.task.metric], self.progress
-        if progress.best is None or value > progress.best:
+        if progress.best is None or self.setup.task.better(value, progress.best):
             self.progress = dataclasses.replace(progress, latest=value, best=value, best_step=step, stale=0)
             if self.keeps_best:
                 self.best_adapter = jax.tree.map(jnp.copy, self.adapter)
@@ -410,7 +410,7 @@ class _Trainer:
         )
         if self.config.export:
             save_merged(self.folder.merged, self.setup.loaded, kept)
-        plot_run(self.folder, self.setup.task.metric)
+        plot_run(self.folder, self.setup.task)
         write_json(self.folder.result, result.to_json())
         return result
 
@@ -419,8 +419,9 @@ class _Trainer:
         return float(self.config.batch_size / np.median(rates))
 
 
-def plot_run(folder: RunFolder, metric: str) -> None:
+def plot_run(folder: RunFolder, task: Task) -> None:
     """Draws a run's curve.png from its metrics.jsonl."""
     about = folder.about()
     name = Path(about["run"]["model"]).name
-    plot_curve(folder.curve, folder.records(), metric, title=f"{about['run']['method']} on {name}")
+    title = f"{about['run']['method']} on {name}"
+    plot_curve(folder.curve, folder.records(), task.metric, title, higher_is_better=task.higher_is_better)

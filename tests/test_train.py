@@ -271,6 +271,16 @@ def test_patience_stops_and_keeps_the_best(config):
     assert result.validation["accuracy"] == result.best
 
 
+def test_the_best_of_a_metric_may_be_the_lowest(config, monkeypatch):
+    task = jpeft.task.SEQUENCE_CLASSIFICATION
+    lower = dataclasses.replace(task, metric="loss", higher_is_better=False)
+    monkeypatch.setitem(jpeft.task.TASKS, task.name, lower)
+    # Constant and far too high: the loss goes up and down.
+    result = train(dataclasses.replace(config, learning_rate=0.3, schedule="constant", keep_best=True, eval_every=1, steps=8))
+    losses = [line["loss"] for line in records(result.path) if line["split"] == "validation"]
+    assert result.validation["loss"] == result.best == min(losses) < losses[-1]
+
+
 def test_a_loss_that_is_not_finite_stops_the_run(config, monkeypatch):
     task = jpeft.task.SEQUENCE_CLASSIFICATION
     diverging = dataclasses.replace(task, losses=lambda logits, batch: task.losses(logits, batch) * jnp.nan)
