@@ -12,6 +12,8 @@ from .bert import BertModel as BertModel
 from .bert import BertOutput as BertOutput
 from .bert_config import BertConfig as BertConfig
 from .decoder import DecoderOutput as DecoderOutput
+from .generate import Generated as Generated
+from .generate import generate as generate
 from .gpt2 import GPT2Config as GPT2Config
 from .gpt2 import GPT2LMHeadModel as GPT2LMHeadModel
 from .gpt2 import GPT2Model as GPT2Model

@@ -6,7 +6,7 @@ sequence or the keys changes what goes into or comes out of these. What is behin
 `Causal` makes the causal mask of however many positions there are, and the cache holds what `Positions` let through.
 
 A cache is made by calling a model with `cache_length=` and `mutable=["cache"]`; passed on among the variables, it is
-continued by the next call:
+continued by the next call. Its length counts token ids: whatever `Positions` puts in front of them gets slots of its own.
 
 >>> from jpeft.models import GPT2Config, GPT2LMHeadModel
 >>> model = GPT2LMHeadModel(GPT2Config(vocab_size=9, hidden_size=4, num_hidden_layers=1, num_attention_heads=1))
@@ -110,16 +110,24 @@ class Causal(nn.Module):
         return self.get_variable("cache", "tokens").sum(-1, dtype=jnp.int32) if self.has_variable("cache", "tokens") else None
 
     @nn.compact
-    def __call__(self, layout: Layout, cache_length: int | None) -> View:
-        """Make the mask, and write the tokens of this call into the cache."""
+    def __call__(self, layout: Layout, room: int | None) -> View:
+        """Make the mask, and write the tokens of this call into the cache.
+
+        Args:
+          layout: of this call.
+          room: make a cache, with that many slots free after this call.
+        """
         tokens, slot = layout.mask[:, 0, 0, :], None
         batch, length = tokens.shape
         queries = jnp.arange(length)
-        if cache_length is not None or self.has_variable("cache", "tokens"):
-            held = self.variable("cache", "tokens", jnp.zeros, (batch, cache_length), bool)
+        slots = None if room is None else length + room
+        if self.has_variable("cache", "tokens"):
+            slots = self.get_variable("cache", "tokens").shape[1]
+        if slots is not None:
+            if length > slots:
+                raise ValueError(f"{length} positions do not fit into a cache of {slots}")
+            held = self.variable("cache", "tokens", jnp.zeros, (batch, slots), bool)
             filled = self.variable("cache", "filled", jnp.zeros, (), jnp.int32)
-            if length > held.value.shape[1]:
-                raise ValueError(f"{length} positions do not fit into a cache of {held.value.shape[1]}")
             slot = filled.value
             tokens = jax.lax.dynamic_update_slice_in_dim(held.value, tokens, slot, 1)
             held.value, filled.value = tokens, slot + length

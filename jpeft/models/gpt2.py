@@ -188,11 +188,12 @@ class GPT2Model(nn.Module):
           input_ids: token ids [batch, length].
           attention_mask: 1 for tokens, 0 for padding on either side; all tokens if None.
           deterministic: without dropout; False needs rngs={"dropout": key}.
-          cache_length: make a cache with that many slots (see `jpeft.models.decoder`); needs mutable=["cache"].
+          cache_length: make a cache for that many tokens, those of this call included (see `jpeft.models.decoder`); needs
+            mutable=["cache"].
           output_hidden_states: also return the embeddings and the output of every block.
         """
         layout = self.positions(jnp.asarray(input_ids), attention_mask, self.causal.seen())
-        view = self.causal(layout, cache_length)
+        view = self.causal(layout, None if cache_length is None else cache_length - jnp.shape(input_ids)[1])
         if view.mask.shape[-1] > self.config.max_position_embeddings:  # a lookup past the table's end would give NaN, silently
             raise ValueError(
                 f"{view.mask.shape[-1]} positions, but the position table holds {self.config.max_position_embeddings}; truncate the input"
