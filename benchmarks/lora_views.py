@@ -5,8 +5,10 @@
 The model is GPT-2 small cut to 4 layers: a causal decoder of d = 768, feed-forward 3072, 12 heads, its vocabulary, 8 x 128 tokens,
 float32; LoRA of rank 8 on all kernels of its layers. FLOPs and bytes are XLA's own figures for the compiled step (`cost_analysis`,
 `memory_analysis`): exact and free of noise. Times are the median of interleaved runs, so all rows meet the same conditions. The
-yardstick is twice the forward pass: what remains when no gradient of a frozen kernel is formed. With remat it is three times, as the
-blocks' forward pass runs again. For a scanned stack XLA counts the loop's body once, in the forward pass as in the step.
+yardstick is twice the forward pass: what remains when no gradient of a frozen kernel is formed. With plain remat it is three times, as
+the blocks' forward pass runs again; remat that saves the products of matrices (`jax.checkpoint_policies.dots_saveable`) and recomputes
+what lies between them is held to twice the forward pass again. For a scanned stack XLA counts the loop's body once, in the forward pass
+as in the step.
 """
 
 import argparse
@@ -40,7 +42,7 @@ class Block(nn.Module):
 
 
 class Decoder(nn.Module):
-    """Embedding, blocks, logits; `variant` is plain, scan or remat."""
+    """Embedding, blocks, logits; `variant` is plain, scan, remat (of everything, or of all but the products: remat-dots) or both."""
 
     variant: str
 
@@ -49,7 +51,8 @@ class Decoder(nn.Module):
         """Token ids [batch, length] -> logits [batch, length, vocabulary]."""
         embed = nn.Embed(VOCAB, D, name="wte")
         x = embed(ids)
-        block = nn.remat(Block, prevent_cse=self.variant == "remat") if "remat" in self.variant else Block
+        policy = jax.checkpoint_policies.dots_saveable if "dots" in self.variant else None
+        block = nn.remat(Block, prevent_cse="scan" not in self.variant, policy=policy) if "remat" in self.variant else Block
         if "scan" in self.variant:
             x, _ = nn.scan(block, variable_axes={"params": 0}, split_rngs={"params": True}, length=LAYERS)(name="layers")(x, None)
         else:
@@ -105,7 +108,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=7, help="timed runs of each row; 0 leaves the times out")
     parser.add_argument("--rank", type=int, default=8)
-    parser.add_argument("--variants", nargs="+", default=["plain", "scan", "remat", "scan+remat"])
+    parser.add_argument("--variants", nargs="+", default=["plain", "scan", "remat-dots", "scan+remat-dots", "remat", "scan+remat"])
     parser.add_argument("--output", type=Path, help="also write the tables to this file")
     args = parser.parse_args()
     lines: list[str] = []
