@@ -1,0 +1,21 @@
+#!/usr/bin/env bash
+# Starts tpu/finetune_lora.py on every worker, each under tmux so that it outlives the connection. What follows `--` are its flags.
+#
+#   tpu/launch.sh --name tuner --zone us-west4-a -- --model Qwen/Qwen3-8B --data hub:databricks/databricks-dolly-15k \
+#     --text instruction --target response --mesh fsdp=-1
+#
+# The run lies in the bucket that setup.sh mounted, in the folder NAME. Started again, after a preemption say, it goes on from its last checkpoint.
+set -euo pipefail
+# shellcheck source=lib.sh
+source "$(dirname "${BASH_SOURCE[0]}")/lib.sh"
+parse_flags "$@"
+
+printf -v name '%q' "$NAME"
+printf -v arguments '%q ' --resume "${REST[@]}"
+# shellcheck disable=SC2016
+command='cd "$HOME/jpeft" && "$HOME/jpeft-env/bin/python" tpu/finetune_lora.py --output "$HOME/runs/"'"$name $arguments"'2>&1 | tee -a "$HOME/jpeft.log"'
+printf -v quoted '%q' "$command"
+on_all_workers "tmux kill-session -t jpeft 2>/dev/null; tmux new-session -d -s jpeft $quoted"
+
+mapfile -t place < <(where)
+echo "follow it:  gcloud compute tpus tpu-vm ssh $NAME ${place[*]} --worker=0 --command='tail -f jpeft.log'" >&2
