@@ -238,7 +238,7 @@ def test_two_view_step_flops():
 @pytest.mark.slow
 @pytest.mark.parametrize(("variant", "passes"), [("plain", 2), ("scan", 2), ("remat-dots", 2), ("scan+remat-dots", 2), ("remat", 3)])
 def test_a_step_costs_two_forward_passes(variant, passes):
-    """GPT-2 small cut to four layers, 1,024 tokens, LoRA on all kernels: within 2 % of two forward passes, of three where remat saves nothing."""
+    """GPT-2 small cut to 4 layers, 1,024 tokens, LoRA on all kernels: within 2 % of two forward passes, three where remat saves nothing."""
     spec = importlib.util.spec_from_file_location("lora_views", Path(__file__).parents[1] / "benchmarks" / "lora_views.py")
     views = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(views)
