@@ -17,11 +17,14 @@ from .chain import chain as chain
 from .checkpoint.orbax import load as load
 from .checkpoint.orbax import save as save
 from .hosts.linen import kernel_axes as kernel_axes
+from .method import Group as Group
 from .method import Layer as Layer
 from .method import Linear as Linear
 from .method import Method as Method
+from .method import Stage as Stage
 from .optim import optimizer as optimizer
 from .peft import Peft as Peft
+from .peft import advance as advance
 from .peft import apply as apply
 from .peft import fold as fold
 from .peft import merge as merge
@@ -33,6 +36,7 @@ from .registry import methods as methods
 from .reparameterized.lora import lora as lora
 from .select import KernelAxes as KernelAxes
 from .selective.bitfit import bitfit as bitfit
+from .selective.diff_pruning import diff_pruning as diff_pruning
 from .selective.fish_mask import fish_mask as fish_mask
 from .selective.freeze import freeze as freeze
 from .summary import Summary as Summary

@@ -1,12 +1,13 @@
 """Several methods as one."""
 
+import dataclasses
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from . import tree
-from .method import Layer, Method
+from .method import AdvanceFn, Layer, Method, Stage
 
 
 def chain(**parts: Method) -> Method:
@@ -23,7 +24,8 @@ def chain(**parts: Method) -> Method:
       A `Method` that merges if all its parts do.
 
     Raises:
-      ValueError: without parts, for a part that is no `Method`; from `init`, if a part replaces a leaf that an earlier part adapts.
+      ValueError: without parts, for a part that is no `Method`, for several parts whose training takes stages; from `init`, if a part
+        replaces a leaf that an earlier part adapts.
 
     >>> import jpeft
     >>> jpeft.chain(lora=jpeft.lora(rank=8), bitfit=jpeft.bitfit()).parts[1][0]
@@ -42,6 +44,13 @@ def chain(**parts: Method) -> Method:
     needs = {part.needs for part in parts.values() if part.needs is not None}
     if len(needs) > 1:
         raise ValueError(f"chain: its parts need different statistics, {sorted(needs)}, and stats= holds one.")
+
+    staged = [name for name, part in items if part.stages]
+    if len(staged) > 1:
+        raise ValueError(
+            f"chain: the training of {' and of '.join(map(repr, staged))} takes stages, and a run has one course of stages, whose lengths "
+            "are shares of it. Chain one of them, and give the others as they are in their last stage."
+        )
 
     def init_fn(key: jax.Array, params: tree.Params, *, stats: Any = None) -> tree.Adapter:
         out: dict[str, Any] = {}
@@ -93,12 +102,26 @@ def chain(**parts: Method) -> Method:
         folded = {name: part.fold(params, adapter[name]) if part.fold else (part, adapter[name]) for name, part in items}
         return chain(**{name: part for name, (part, _) in folded.items()}), {name: leaves for name, (_, leaves) in folded.items()}
 
+    def advance(name: str, stage: Stage) -> AdvanceFn:
+        def advance_fn(params: tree.Params, adapter: tree.Adapter, *, key: jax.Array, stats: Any = None) -> tuple[Method, tree.Adapter]:
+            part, moved = stage.advance(params, adapter[name], key=tree.fold_in(key, name), stats=stats)
+            return chain(**(dict(items) | {name: part})), {**adapter, name: moved}
+
+        return advance_fn
+
+    def labels_fn(adapter: tree.Adapter) -> Any:
+        # Two parts may have groups of one name.
+        return {
+            name: jax.tree.map(lambda label, own=dict(part.groups), name=name: f"{name}/{label}" if label in own else label, labels)
+            for name, part, labels in ((name, part, part.labels(adapter[name])) for name, part in items)
+        }
+
     return Method(
         init=init_fn,
         bind=bind_fn,
         call=call_fn,
         merge=merge_fn,
-        labels=lambda adapter: {name: part.labels(adapter[name]) for name, part in items},
+        labels=labels_fn,
         penalty=lambda adapter: sum((part.penalty(adapter[name]) for name, part in items), jnp.zeros(())),
         changed=lambda params, adapter: tree.size(
             [leaf for path, leaf in tree.flatten(params).items() if any(path in p for p in _changed_paths(params, adapter, items))]
@@ -106,7 +129,8 @@ def chain(**parts: Method) -> Method:
         needs=needs.pop() if needs else None,
         shapes=shapes_fn,
         fold=fold_fn if any(part.fold for _, part in items) else None,
-        stages=tuple(stage for _, part in items for stage in part.stages),
+        stages=tuple(dataclasses.replace(stage, advance=advance(name, stage)) for name, part in items for stage in part.stages),
+        groups=tuple((f"{name}/{label}", group) for name, part in items for label, group in part.groups),
         name="chain",
         parts=items,
     )

@@ -21,6 +21,11 @@ Rules that every method keeps (``tests/test_conformance.py`` checks them):
 * `bind` and `call` never change the dtype of a base leaf or of an output.
 * `merge` gives the same tree as the base and the same outputs as the bound model, or refuses with the reason.
 * The base is never an argument of `grad`. Frozen things *inside* the adapter are named by `labels`.
+* Randomness comes from the `rng` of `bind` and `call` alone. It is None at evaluation and in `merge`, which then agree.
+
+Training may take *stages*: gates first and a fixed mask afterwards, a whole layer first and its best neurons afterwards. A method knows its
+later stages (`Stage`), each with a pure function from what was trained to the next method and its adapter. Whoever runs the loop calls
+`jpeft.advance` between them and builds optimizer and step anew; what happens there is the method's own affair.
 """
 
 import dataclasses
@@ -105,6 +110,51 @@ class FoldFn(Protocol):
     """``(params, adapter) -> (method, adapter)``: the same model, with what only training needs computed once and left out."""
 
     def __call__(self, params: Params, adapter: Adapter) -> "tuple[Method, Adapter]": ...
+
+
+@runtime_checkable
+class AdvanceFn(Protocol):
+    """``(params, adapter, *, key, stats=None) -> (method, adapter)``: the method of the next stage, and the adapter it goes on from.
+
+    Pure. It is given the base and what was trained, and may look at values: how many entries of a leaf go on can depend on them. The method
+    that it returns is an ordinary one, made by a factory, so that a checkpoint of a later stage is loaded like any other adapter.
+    """
+
+    def __call__(self, params: Params, adapter: Adapter, *, key: jax.Array, stats: Any = None) -> "tuple[Method, Adapter]": ...
+
+
+@dataclasses.dataclass(frozen=True)
+class Stage:
+    """A later stage of training, and how to get there from the one before it.
+
+    Attributes:
+      name: What it is called in logs.
+      share: Its share of the training steps, counted from the beginning of the method's present stage, which takes what the others leave.
+      advance: Makes the method and the adapter of this stage.
+      needs: Statistics of the current model that `advance` must be given as ``stats``, as in `Method.needs`; None for none.
+      restart: Whether the learning rate begins its course anew, as in a training of its own. Otherwise the run's schedule goes on.
+    """
+
+    name: str
+    share: float
+    advance: AdvanceFn
+    needs: str | None = None
+    restart: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
+class Group:
+    """How a parameter group, a label of its own in `labels`, is optimised where the user does not say otherwise.
+
+    Attributes:
+      rate: Its learning rate as a multiple of the others'.
+      constant: A learning rate of its own, the same at every step, and then Adam without weight decay, whatever optimises the others.
+      clip: With `constant`: largest global norm of the group's gradient; None for no clipping.
+    """
+
+    rate: float = 1.0
+    constant: float | None = None
+    clip: float | None = 1.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -225,7 +275,8 @@ class Method:
       needs: What `init` must be given as ``stats``: "fisher" for `jpeft.stats.fisher` of the training data, or None. The trainer makes it.
       shapes: The shapes of an adapter on a base, for a method whose `init` alone does not tell; None where it does.
       fold: Reduces the adapter to what inference needs, for methods that train more than that (a reparametrised prefix); None for others.
-      stages: How the method moves on in training; empty for a method with a single stage.
+      stages: The stages of training still to come; `jpeft.advance` moves on to the first of them. Empty for a method that has no more.
+      groups: How the parameter groups named by `labels` are optimised, as pairs of label and `Group`.
       name: Name of the method, and of its collection in `Peft.variables`.
       options: The options it was made with, as sorted pairs; None for a method made by hand.
       parts: The methods of a `chain`, by name, in order; empty for a simple method.
@@ -253,7 +304,8 @@ class Method:
     needs: str | None = None
     shapes: ShapesFn | None = None
     fold: FoldFn | None = None
-    stages: tuple[Any, ...] = ()
+    stages: tuple[Stage, ...] = ()
+    groups: tuple[tuple[str, Group], ...] = ()
     name: str = "custom"
     options: tuple[tuple[str, Hashable], ...] | None = None
     parts: tuple[tuple[str, "Method"], ...] = ()
@@ -264,7 +316,7 @@ class Method:
         if self.options is not None:
             return (self.name, self.options)
         functions = (self.init, self.bind, self.call, self.merge, self.labels, self.penalty, self.changed, self.shapes, self.fold)
-        return (self.name, functions, self.needs, self.stages)
+        return (self.name, functions, self.needs, self.stages, self.groups)
 
     def __eq__(self, other: object) -> bool:
         """Equal for the same factory and options; a hand-made method equals another one made of the same functions."""
@@ -403,11 +455,13 @@ def thaw(value: Any) -> Any:
 
 __all__ = [
     "ADDED",
+    "AdvanceFn",
     "BindFn",
     "CallFn",
     "ChangedFn",
     "FREEZE",
     "FoldFn",
+    "Group",
     "InitFn",
     "LabelsFn",
     "Layer",
@@ -416,6 +470,7 @@ __all__ = [
     "Method",
     "PenaltyFn",
     "ShapesFn",
+    "Stage",
     "TRAIN",
     "factory",
     "freeze",

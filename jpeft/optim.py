@@ -5,7 +5,7 @@ from collections.abc import Mapping
 import jax
 import optax
 
-from .method import FREEZE, TRAIN
+from .method import FREEZE, TRAIN, Group
 from .peft import Peft
 
 
@@ -18,10 +18,14 @@ def optimizer(
     """An optax optimizer that moves what a method trains and nothing else.
 
     It is `optax.multi_transform` over the method's labels: the *updates* of frozen leaves are set to zero, so neither weight decay nor
-    momentum can move them, and they have no optimizer state. Clipping by the global norm inside `tx` counts trained leaves only.
+    momentum can move them, and they have no optimizer state. Clipping by the global norm inside `tx` counts the leaves of one label only.
+
+    A method may have parameter groups, such as the gates of DiffPruning, and says in `Method.groups` how each is optimised: at a multiple
+    of `tx`'s learning rate, or at a constant one of its own by Adam without weight decay.
 
     Args:
-      tx: The optimizer of all trained leaves, or one for each label (``{"train": ..., "lora_b": ...}``) of a method with groups.
+      tx: The optimizer of all trained leaves; or one for each label, ``{"train": ..., "gates": ...}``, where a group may be left out that
+        the method itself says how to optimise.
       peft: What is trained.
       over: "adapter" for loops that differentiate `Peft.adapter` (the cheap way); "variables" for loops whose TrainState holds
         `Peft.variables`, base included. There the gradients of the base are still formed unless XLA finds them unused.
@@ -43,11 +47,25 @@ def optimizer(
         raise ValueError(f"over={over!r} is not one of 'adapter', 'variables'.")
     labels = peft.method.labels(peft.adapter) if over == "adapter" else peft.labels
     used = set(jax.tree.leaves(labels)) - {FREEZE}
-    groups = dict(tx) if isinstance(tx, Mapping) else dict.fromkeys(used or {TRAIN}, tx)
-    missing, idle = used - groups.keys(), groups.keys() - used - {FREEZE}
-    if isinstance(tx, Mapping) and (missing or idle):
+    given, common = (dict(tx), tx.get(TRAIN)) if isinstance(tx, Mapping) else ({}, tx)
+    found = {label: _of_group(group, common) for label, group in peft.method.groups if label in used}
+    groups = {label: how for label, how in found.items() if how is not None} | given
+    if not isinstance(tx, Mapping):
+        groups = dict.fromkeys(used or {TRAIN}, tx) | groups
+    # "train" is in use, too, if only groups are trained, at multiples of its rate.
+    shared = {TRAIN} if any(label in found and group.constant is None for label, group in peft.method.groups) else set()
+    missing, idle = used - groups.keys(), given.keys() - used - shared - {FREEZE}
+    if missing or idle:
         raise ValueError(
             f"The optimizers are for the labels {sorted(groups)}, but {peft.method!r} uses {sorted(used)}: "
             f"{'no optimizer for ' + str(sorted(missing)) if missing else 'no leaf is labelled ' + str(sorted(idle))}."
         )
     return optax.multi_transform({**groups, FREEZE: optax.set_to_zero()}, labels)
+
+
+def _of_group(group: Group, common: optax.GradientTransformation | None) -> optax.GradientTransformation | None:
+    """A group's optimizer, given that of the others; None if it hangs on that and there is none."""
+    if group.constant is not None:
+        adam = optax.adam(group.constant)
+        return adam if group.clip is None else optax.chain(optax.clip_by_global_norm(group.clip), adam)
+    return None if common is None else optax.chain(common, optax.scale(group.rate))

@@ -1,4 +1,4 @@
-"""The public verbs: apply a method to parameters, wrap a model, merge, fold, and the penalty."""
+"""The public verbs: apply a method to parameters, wrap a model, advance, merge, fold, and the penalty."""
 
 import dataclasses
 from collections.abc import Callable, Mapping
@@ -111,6 +111,43 @@ def wrap(fn: Callable[..., Any], method: Method, *, host: str = "auto") -> Calla
     if host == "linen" or (host == "auto" and linen.is_linen(fn)):
         return linen.wrap(fn, method)
     return dense.wrap(fn, method)
+
+
+def advance(peft: Peft, *, key: jax.Array | None = None, stats: Any = None) -> Peft:
+    """Move on to the method's next stage of training: from gates to a fixed mask, from whole layers to their best neurons.
+
+    What is trained, its shapes and the method change, so make the optimizer, its state and the step anew. `Method.stages` holds the stages
+    still to come, each with its share of the steps (`jpeft.stages.plan` turns shares into steps)::
+
+        peft = jpeft.apply(params, method="diff_pruning")
+        peft = train(peft)                                  # your loop: jpeft.wrap, jpeft.optimizer, a jitted step
+        while peft.method.stages:
+            peft = train(jpeft.advance(peft))
+
+    Args:
+      peft: With the adapter as it was trained.
+      key: For what is random about the change; `jax.random.key(0)` if not given.
+      stats: Statistics of the current model, where the stage's `needs` names some.
+
+    Returns:
+      A `Peft` on the same base. Its method is an ordinary one and is saved and loaded as such.
+
+    Raises:
+      ValueError: if there is no further stage, or the statistics that it needs are missing.
+
+    >>> import jax.numpy as jnp, jpeft
+    >>> peft = jpeft.apply({"dense": {"kernel": jnp.ones((8, 4))}}, method="diff_pruning", sparsity=0.25)
+    >>> peft = peft.replace(adapter=jax.tree.map(lambda leaf: leaf + 0.1, peft.adapter))
+    >>> jpeft.advance(peft).adapter["dense"]["kernel"]["values"].shape
+    (8,)
+    """
+    if not peft.method.stages:
+        raise ValueError(f"{peft.method!r} has no further stage.")
+    stage = peft.method.stages[0]
+    if stage.needs is not None and stats is None:
+        raise ValueError(f"The stage {stage.name!r} of {peft.method.name} needs {stage.needs!r} statistics of the current model: stats=...")
+    method, adapter = stage.advance(peft.params, peft.adapter, key=jax.random.key(0) if key is None else key, stats=stats)
+    return Peft(peft.params, adapter, method)
 
 
 def merge(peft: Peft) -> Params:

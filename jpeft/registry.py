@@ -11,6 +11,7 @@ from .chain import chain
 from .method import Method
 from .reparameterized.lora import lora
 from .selective.bitfit import bitfit
+from .selective.diff_pruning import diff_pruning
 from .selective.fish_mask import fish_mask
 from .selective.freeze import freeze
 
@@ -36,6 +37,7 @@ class MethodInfo(NamedTuple):
 _METHODS = (
     MethodInfo("freeze", "selective", "train the top layers and what follows them, freeze the rest", freeze, 5e-4),
     MethodInfo("bitfit", "selective", "train the biases (all, or query and middle-of-MLP)", bitfit, 6e-3),
+    MethodInfo("diff_pruning", "selective", "learn which weights to change by gates, then train the k largest changes", diff_pruning, 1e-3),
     MethodInfo("fish_mask", "selective", "train the weights of highest Fisher information (needs stats)", fish_mask, 2e-3),
     MethodInfo("adapter", "additive", "bottleneck layers after attention and feed-forward (Houlsby)", adapter, 2e-3),
     MethodInfo("prefix_tuning", "additive", "trained keys and values in every layer, made by an MLP in training", prefix_tuning, 1e-3),

@@ -97,6 +97,9 @@ METHODS = {
     "freeze": jpeft.freeze(top=1),
     "bitfit": jpeft.bitfit(),
     "fish_mask": jpeft.fish_mask(sparsity=0.05),
+    # A penalty that leaves the loss of so small a model visible beside it.
+    "diff_pruning": jpeft.diff_pruning(sparsity=0.05, l0=1e-5),
+    "diff_pruning-mask": jpeft.diff_pruning(sparsity=0.05, stage="mask"),
     "adapter": jpeft.adapter(size=4),
     "lora": jpeft.lora(rank=2),
     "lora-two-view": jpeft.lora(rank=2, view="two-view"),
@@ -107,7 +110,7 @@ METHODS = {
 }
 
 # Methods that are told by data what to train.
-NEED_STATS = {"fish_mask", "chain-sparse"}
+NEED_STATS = {"fish_mask", "chain-sparse", "diff_pruning-mask"}
 # Methods that need an encoder; all others meet the models that are none.
 ON_ENCODERS = {
     "prefix_tuning": jpeft.prefix_tuning(length=3, mlp=5),

@@ -29,7 +29,9 @@ def wrap(fn: Callable[..., Any], method: Method) -> Callable[..., Any]:
     @functools.wraps(fn)
     def forward(variables: Mapping[str, Any], *args: Any, **kwargs: Any) -> Any:
         adapter = method.adapter(variables)
-        params = method.bind(variables["params"], adapter) if replaces else method.merge(variables["params"], adapter)
+        rngs = kwargs.get("rngs")
+        rng = rngs.get("dropout") if isinstance(rngs, Mapping) else rngs
+        params = method.bind(variables["params"], adapter, rng=rng) if replaces else method.merge(variables["params"], adapter)
         return fn(params, *args, **kwargs)
 
     return forward
