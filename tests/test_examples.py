@@ -1,0 +1,72 @@
+"""Every example runs as its header says, small: on a tiny random model where it takes one, for a few steps."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from tiny_text import make_model, make_rows, write_csv
+
+EXAMPLES = Path(__file__).parents[1] / "examples"
+
+# Arguments, and what must be in the output; {model} and {data} are a tiny encoder and sentences in three classes.
+SMALL = {
+    "own_loop.py": (
+        "--model {model} --data {data} --steps 40 --max-length 12",
+        [r"step   39  loss 0\.\d+", r"test accuracy (\S+)\nmerged model  \1"],
+    ),
+    "train_state.py": (
+        "--steps 40",
+        [r"leaves of the base that moved: 0 of 6", r"optimizer state: 1,803 numbers; of full fine-tuning: 50,955"],
+    ),
+    "fish_mask.py": (
+        "--model {model} --data {data} --steps 3 --samples 8 --sparsity 0.05 --max-length 12",
+        [r"trains (\S+) of \S+ weights", r"(\S+) weights differ from the base"],
+    ),
+    "token_classification.py": (
+        "--model {model} --data {data} --steps 3 --length 2 --max-length 12",
+        [r"word     precision \S+  recall \S+  of"],
+    ),
+    "chained.py": ("--steps 20", [r"collections: \['params', 'bitfit', 'lora'\]", r"refused: chain: 'freeze' replaces"]),
+    "custom_method.py": ("--steps 60", [r"merged and wrapped logits differ by at most \S+e-0[67]", r"in a chain with LoRA"]),
+    "sweep.py": ("--rates 1e-3 3e-3 --seeds 0 1 --steps 12", [r"best: rate", r"one step of all 4 takes"]),
+    "hub_model.py": (
+        "--model {model} --data {data} --output {output} --batch-size 8 --max-length 12",
+        [r"'accuracy'", r"parameters trained in"],
+    ),
+}
+ELSEWHERE = {"demo.py"}  # what `make demo` runs, with the pretrained encoder
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory) -> dict[str, Path]:
+    folder = tmp_path_factory.mktemp("tiny")
+    rows = make_rows(72)
+    write_csv(folder / "data" / "train.csv", rows[:48])
+    write_csv(folder / "data" / "validation.csv", rows[48:60])
+    write_csv(folder / "data" / "test.csv", rows[60:])
+    return {"model": make_model(folder / "model"), "data": folder / "data", "output": folder / "run"}
+
+
+def test_every_example_is_run():
+    assert {path.name for path in EXAMPLES.glob("*.py")} == SMALL.keys() | ELSEWHERE
+
+
+@pytest.mark.parametrize("name", SMALL)
+def test_runs(name, tiny):
+    text, patterns = SMALL[name]
+    arguments = [part.format(**tiny) for part in text.split()]
+    run = subprocess.run([sys.executable, "-W", "error", EXAMPLES / name, *arguments], capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    for pattern in patterns:
+        assert re.search(pattern, run.stdout), run.stdout
+
+
+@pytest.mark.parametrize("path", sorted(EXAMPLES.glob("*.py")), ids=lambda path: path.name)
+def test_is_short_and_says_how_to_run_it(path):
+    source = path.read_text()
+    assert source.count("\n") < 150
+    header = source.split('"""')[1]
+    assert f"python examples/{path.name}" in header or "make demo" in header
+    assert re.search(r"[Pp]rints", header)
