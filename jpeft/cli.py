@@ -14,8 +14,10 @@ import sys
 import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
+import jax
+import numpy as np
 import tyro
 from rich.console import Console
 from rich.table import Table
@@ -26,7 +28,8 @@ from jpeft.config import TrainConfig
 from jpeft.evaluate import Evaluator
 from jpeft.files import write_atomically
 from jpeft.interrupt import InterruptedRun
-from jpeft.run import Run, attach, load_base, open_run, save_merged
+from jpeft.run import Run, attach, columns, load_base, open_run, save_merged
+from jpeft.task import Decoding
 from jpeft.train import train
 
 
@@ -46,7 +49,7 @@ class EvalArgs:
 
 @dataclasses.dataclass(frozen=True)
 class PredictArgs:
-    """Labels and probabilities for texts, one JSON object a line."""
+    """Labels and probabilities for texts, or how they go on: one JSON object a line."""
 
     # Folder of the run.
     run: tyro.conf.Positional[str]
@@ -62,6 +65,16 @@ class PredictArgs:
     overwrite: bool = False
     # Examples per batch.
     batch_size: int = 64
+    # Longest continuation, for a model that generates text (64 if none).
+    max_new_tokens: int | None = None
+    # Draw tokens at random, with this seed, instead of the most likely one each time.
+    seed: int | None = None
+    # Above 1 the draw is more even, below 1 it is sharper.
+    temperature: float | None = None
+    # Draw among this many most likely tokens.
+    top_k: int | None = None
+    # Draw among the most likely tokens that make up this probability.
+    top_p: float | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,6 +97,8 @@ class SummaryArgs:
     model: str | None = None
     # Name of the method.
     method: str = "lora"
+    # What the model is to do.
+    task: Literal["sequence-classification", "generation"] = "sequence-classification"
     # Number of labels of the new head.
     labels: int = 2
 
@@ -165,10 +180,10 @@ def _eval(args: EvalArgs) -> None:
 
 
 def _eval_table(run: Run, args: EvalArgs) -> data.Table:
-    columns = {"text": run.config.text, "pair": run.config.pair, "label": run.config.label}
+    names = columns(run.config, run.task)
     if args.data is not None and Path(args.data).is_file():
-        return data.read(args.data, **columns)
-    tables = data.splits(args.data or run.config.data, **columns)
+        return data.read(args.data, **names)
+    tables = data.splits(args.data or run.config.data, **names)
     if not len(tables.get(args.split, ())):
         there = ", ".join(name for name, table in tables.items() if len(table))
         raise ValueError(f"the data has no split {args.split!r} with rows in it; it has {there}")
@@ -181,6 +196,7 @@ def _predict(args: PredictArgs) -> None:
     if args.output is not None and Path(args.output).exists() and not args.overwrite:
         raise ValueError(f"the output file {args.output} is there already: choose another, or replace it with --overwrite")
     run = open_run(args.run)
+    decoding = _decoding(args, run)
     if args.input is not None:
         table = data.read(args.input, text=run.config.text, pair=run.config.pair, label=None)
     else:
@@ -189,9 +205,9 @@ def _predict(args: PredictArgs) -> None:
             raise ValueError(f"this model takes {expected}: got {len(args.text)} texts and {len(args.pair)} pairs")
         table = data.Table(list(args.text), list(args.pair) or None, None)
     arrays = run.task.encode(table, run.loaded.tokenizer, labels=None, max_length=run.config.max_length)
-    logits = _evaluator(run, args.batch_size).logits(run.peft, arrays)
+    answers = _evaluator(run, min(args.batch_size, len(table))).answers(run.peft, arrays, decoding)
     lines = []
-    for row, prediction in enumerate(run.task.predictions(logits, run.labels)):
+    for row, prediction in enumerate(run.task.predictions(answers, run.labels, run.loaded.tokenizer)):
         pair = {} if table.pair is None else {"pair": table.pair[row]}
         lines.append(json.dumps({"text": table.text[row], **pair, **prediction}, ensure_ascii=False) + "\n")
     if args.output is None:
@@ -199,6 +215,23 @@ def _predict(args: PredictArgs) -> None:
     else:
         write_atomically(args.output, "".join(lines))
         print(f"{len(lines)} predictions in {args.output}")
+
+
+def _decoding(args: PredictArgs, run: Run) -> Decoding:
+    """How text is generated; nothing of that may be asked of a model that generates none."""
+    given = {name: getattr(args, name) for name in ("max_new_tokens", "seed", "temperature", "top_k", "top_p")}
+    given = {name: value for name, value in given.items() if value is not None}
+    if given and not run.task.generates:
+        raise ValueError(f"{', '.join(given)}: only for a model that generates text, and this one does {run.task.name}")
+    if given and "seed" not in given and set(given) != {"max_new_tokens"}:
+        raise ValueError(f"{', '.join(sorted(given.keys() - {'max_new_tokens'}))}: only for tokens drawn at random, with --seed")
+    if run.task.generates:
+        end = run.loaded.tokenizer.eos_token_id
+        others = getattr(run.loaded.config, "eos_token_id", None)
+        given |= {"stop": tuple({end, *np.atleast_1d(end if others is None else others).tolist()}), "pad": end}
+    if "seed" in given:
+        given["key"] = jax.random.key(given.pop("seed"))
+    return Decoding(**given)
 
 
 def _merge(args: MergeArgs) -> None:
@@ -216,7 +249,7 @@ def _summary(args: SummaryArgs) -> None:
     if args.model is None and len(runs) == 1 and not options:
         peft = open_run(runs[0]).peft
     elif args.model is not None and not runs:
-        config = TrainConfig(model=args.model, output="", method=args.method, options=options, max_length=1)
+        config = TrainConfig(model=args.model, output="", task=args.task, method=args.method, options=options, max_length=1)
         loaded = load_base(config, tuple(f"LABEL_{i}" for i in range(args.labels)))
         peft = attach(config, loaded.params, loaded.new)
     else:

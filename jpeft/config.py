@@ -31,19 +31,21 @@ class TrainConfig:
     output: str
     # Data: "builtin", a folder with train/validation/test files, a file, or "hub:name[/config]".
     data: str = "builtin"
-    # Column that holds the text.
+    # Column that holds the text; for generation, what the target continues, or all there is.
     text: str = "text"
     # Column that holds the second text of a pair; none for single texts.
     pair: str | None = None
     # Column that holds the label.
     label: str = "label"
+    # Column that holds what is to be generated; without one, generation learns to continue the texts themselves.
+    target: str | None = None
     # What the model is asked to do.
-    task: Literal["sequence-classification"] = "sequence-classification"
+    task: Literal["sequence-classification", "generation"] = "sequence-classification"
     # Name of the PEFT method; `jpeft methods` lists them.
     method: str = "lora"
     # Options of the method, e.g. rank=8 alpha=16; values are Python literals, anything else is a string.
     options: OptionPairs = ()
-    # Tokens per text (or pair), longer ones are cut; every batch has this length.
+    # Tokens per text (or pair), longer ones are cut; plain texts for generation fill rows of this length. Every batch has it.
     max_length: int = 128
 
     # --- optimisation -----------------------------------------------------------------------------

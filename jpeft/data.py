@@ -1,4 +1,4 @@
-"""Text-classification data: read it, split it, turn it into arrays and those into batches.
+"""Tables of texts: read them, split them, turn them into arrays and those into batches.
 
     tables = splits("reviews.csv", text="review", label="stars")        # or a folder, "hub:imdb", "builtin"
     labels = label_names(tables["train"])
@@ -45,7 +45,8 @@ class Table:
     Attributes:
       text: The texts, or the first of each pair.
       pair: The second texts of sentence pairs; None for single texts.
-      label: The class of each row; None for rows to be predicted.
+      label: The class of each row; None for rows to be predicted, and where there are no classes.
+      target: What is to be generated from each text; None for rows to be continued, and for plain text.
 
     >>> from jpeft.data import Table
     >>> len(Table(text=["good", "bad"], pair=None, label=["pos", "neg"]))
@@ -55,6 +56,7 @@ class Table:
     text: list[str]
     pair: list[str] | None = None
     label: list[str] | None = None
+    target: list[str] | None = None
 
     def __post_init__(self) -> None:
         lengths = {f.name: len(column) for f in dataclasses.fields(self) if (column := getattr(self, f.name)) is not None}
@@ -66,31 +68,31 @@ class Table:
 
     def take(self, rows: Sequence[int]) -> "Table":
         """The given rows, in that order."""
-        return Table(
-            text=[self.text[i] for i in rows],
-            pair=None if self.pair is None else [self.pair[i] for i in rows],
-            label=None if self.label is None else [self.label[i] for i in rows],
-        )
+        columns = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        return Table(**{name: column and [column[i] for i in rows] for name, column in columns.items()})
 
 
 # --- reading --------------------------------------------------------------------------------------------------------
 
 
-def read(path: str | Path, *, text: str = "text", pair: str | None = None, label: str | None = "label") -> Table:
+def read(path: str | Path, *, text: str = "text", pair: str | None = None, label: str | None = "label", target: str | None = None) -> Table:
     """Read one file of texts.
 
     Args:
-      path: A `.csv`, `.tsv` (both with a header line), `.jsonl` or `.parquet` file, UTF-8.
+      path: A `.csv`, `.tsv` (both with a header line), `.jsonl`, `.parquet` or `.txt` file, UTF-8. A `.txt` file has one
+        column, "text": what stands between blank lines.
       text: Column of the texts.
       pair: Column of the second texts of sentence pairs; None for single texts.
-      label: Column of the classes, strings or whole numbers (which become strings); None for rows to be predicted.
+      label: Column of the classes, strings or whole numbers (which become strings); None for rows to be predicted, and
+        where there are no classes.
+      target: Column of what is to be generated from the texts; None where nothing is.
 
     Returns:
       The table, rows in the order of the file.
 
     Raises:
-      ValueError: for a missing or empty file, an unknown suffix, a missing column, a row without text or label, and
-        a file that is not what its suffix says. Rows are counted from 1, without the header.
+      ValueError: for a missing or empty file, an unknown suffix, a missing column, a row without text, label or target,
+        and a file that is not what its suffix says. Rows are counted from 1, without the header.
 
     >>> import pathlib, tempfile
     >>> from jpeft.data import read
@@ -112,7 +114,7 @@ def read(path: str | Path, *, text: str = "text", pair: str | None = None, label
         raise ValueError(f"{path}: not UTF-8 text ({error}); save it with that encoding") from error
     except pa.ArrowInvalid as error:
         raise ValueError(f"{path}: not a readable {path.suffix} file: {error}") from error
-    return _table(columns, str(path), text=text, pair=pair, label=label)
+    return _table(columns, str(path), text=text, pair=pair, label=label, target=target)
 
 
 def _read_csv(path: Path, delimiter: str = ",") -> Columns:
@@ -158,31 +160,42 @@ def _read_parquet(path: Path) -> Columns:
     return pq.read_table(path).to_pydict()
 
 
+def _read_txt(path: Path) -> Columns:
+    parts = re.split(r"\n[^\S\n]*\n", path.read_text(encoding="utf-8-sig"))
+    return {"text": [part.strip("\n") for part in parts if part.strip()]}
+
+
 _READERS: dict[str, Callable[[Path], Columns]] = {
     ".csv": _read_csv,
     ".tsv": lambda path: _read_csv(path, delimiter="\t"),
     ".jsonl": _read_jsonl,
     ".parquet": _read_parquet,
+    ".txt": _read_txt,
 }
 
 
-def _table(columns: Columns, source: str, *, text: str, pair: str | None, label: str | None) -> Table:
+def _table(columns: Columns, source: str, *, text: str, pair: str | None, label: str | None, target: str | None) -> Table:
     """Pick the named columns and check them; `source` names the data in errors."""
     if not any(len(column) for column in columns.values()):
         raise ValueError(f"{source}: no rows; it needs a column {text!r} and at least one row")
-    for option, name in (("text", text), ("pair", pair), ("label", label)):
+    for option, name in (("text", text), ("pair", pair), ("label", label), ("target", target)):
         if name is not None and name not in columns:
             there = ", ".join(map(repr, columns))
             raise ValueError(f"{source}: no column {name!r}; it has {there}. Name the right one with `{option}`")
-    texts = _texts(columns[text], source, text)
-    empty = [i for i, value in enumerate(texts, start=1) if not value.strip()]
-    if empty:
-        raise ValueError(f"{source}: no text in column {text!r} of {_rows(empty)}; remove them or fill them in")
     return Table(
-        text=texts,
+        text=_filled(columns[text], source, text),
         pair=None if pair is None else _texts(columns[pair], source, pair),
         label=None if label is None else _labels(columns[label], source, label),
+        target=None if target is None else _filled(columns[target], source, target),
     )
+
+
+def _filled(values: Sequence[Any], source: str, column: str) -> list[str]:
+    texts = _texts(values, source, column)
+    empty = [i for i, value in enumerate(texts, start=1) if not value.strip()]
+    if empty:
+        raise ValueError(f"{source}: no text in column {column!r} of {_rows(empty)}; remove them or fill them in")
+    return texts
 
 
 def _texts(values: Sequence[Any], source: str, column: str) -> list[str]:
@@ -237,7 +250,8 @@ def splits(
     *,
     text: str = "text",
     pair: str | None = None,
-    label: str = "label",
+    label: str | None = "label",
+    target: str | None = None,
     validation: float = 0.1,
     test: float = 0.1,
 ) -> dict[str, Table]:
@@ -251,7 +265,8 @@ def splits(
         `"hub:name"` or `"hub:name/config"`, a data set of the Hugging Face hub, name with or without an owner.
       text: Column of the texts.
       pair: Column of the second texts of sentence pairs; None for single texts.
-      label: Column of the classes.
+      label: Column of the classes; None where there are none.
+      target: Column of what is to be generated from the texts; None where nothing is.
       validation: Share of all texts for validation, where the data set brings no such split.
       test: Share of all texts for the test, likewise. A hub split with hidden labels (-1) counts as missing.
 
@@ -259,7 +274,8 @@ def splits(
       `{"train": ..., "validation": ..., "test": ...}`.
 
     Raises:
-      ValueError: as `read`, and for a data set that is not there, without training rows or with a single class.
+      ValueError: as `read`, and for a data set that is not there, without training rows or, if there are classes, with
+        a single one.
 
     >>> from jpeft.data import splits
     >>> {name: len(table) for name, table in splits("builtin").items()}["test"] > 100
@@ -270,12 +286,13 @@ def splits(
         from jpeft.builtin import builtin
 
         return builtin()
+    columns: dict[str, Any] = {"text": text, "pair": pair, "label": label, "target": target}
     if isinstance(spec, str) and spec.startswith("hub:"):
-        given = _hub(spec, text=text, pair=pair, label=label)
+        given = _hub(spec, **columns)
     elif Path(spec).is_dir():
-        given = _folder(Path(spec), text=text, pair=pair, label=label)
+        given = _folder(Path(spec), **columns)
     elif Path(spec).exists():
-        given = {"train": read(spec, text=text, pair=pair, label=label)}
+        given = {"train": read(spec, **columns)}
     else:
         raise ValueError(
             f"{spec}: no such file or folder; give a file ({', '.join(_READERS)}), a folder of train, validation and "
@@ -285,7 +302,8 @@ def splits(
     shares = {name: share for name, share in (("validation", validation), ("test", test)) if name not in given}
     try:
         carved = split_table(given["train"], **{"validation": 0.0, "test": 0.0, **shares})
-        label_names(carved["train"])
+        if label is not None:
+            label_names(carved["train"])
     except ValueError as error:
         raise ValueError(f"{spec}: {error}") from error
     return {name: given[name] if name != "train" and name in given else carved[name] for name in SPLIT_NAMES}
@@ -372,7 +390,7 @@ def _folder(folder: Path, **columns: Any) -> dict[str, Table]:
     return {name: read(paths[0], **columns) for name, paths in found.items() if paths}
 
 
-def _hub(spec: str, *, text: str, pair: str | None, label: str) -> dict[str, Table]:
+def _hub(spec: str, *, label: str | None, **others: Any) -> dict[str, Table]:
     dataset = _load_hub(spec)
     found = {name: [alias for alias in aliases if alias in dataset] for name, aliases in SPLIT_NAMES.items()}
     if not found["train"]:
@@ -383,13 +401,13 @@ def _hub(spec: str, *, text: str, pair: str | None, label: str) -> dict[str, Tab
             continue
         rows = dataset[aliases[0]]
         # Other columns by name only: they may hold images.
-        columns: dict[str, Any] = {c: rows[c][:] if c in (text, pair, label) else () for c in rows.column_names}
+        columns: dict[str, Any] = {c: rows[c][:] if c in (label, *others.values()) else () for c in rows.column_names}
         names = getattr(rows.features.get(label), "names", None)
-        if names is not None:  # a ClassLabel: numbers in the table, names beside it; -1 for a hidden label
+        if label is not None and names is not None:  # a ClassLabel: numbers in the table, names beside it; -1 for a hidden label
             columns[label] = [None if i is None or i < 0 else names[i] for i in columns[label]]
             if name != "train" and not any(columns[label]):
                 continue
-        tables[name] = _table(columns, f"{spec} ({aliases[0]})", text=text, pair=pair, label=label)
+        tables[name] = _table(columns, f"{spec} ({aliases[0]})", label=label, **others)
     return tables
 
 

@@ -1,4 +1,4 @@
-"""Logits of a whole split, in fixed shapes: one compilation, the last batch padded and its padding dropped."""
+"""An adapted model over a whole table, in fixed shapes: one compilation, the last batch padded and its padding dropped."""
 
 from __future__ import annotations
 
@@ -7,10 +7,11 @@ from typing import Any
 
 import jax
 import numpy as np
+from jaxtyping import PyTree
 
 from jpeft import data
 from jpeft.peft import Peft
-from jpeft.task import Arrays, Task, model_inputs
+from jpeft.task import Arrays, Decoding, Task, model_inputs
 
 
 class Evaluator:
@@ -18,23 +19,34 @@ class Evaluator:
 
     Args:
         forward: `jpeft.wrap(model.apply, peft.method)`.
-        task: Gives the metrics.
+        task: Gives metrics and answers.
         batch_size: Rows per compiled call.
     """
 
     def __init__(self, forward: Callable[..., Any], task: Task, batch_size: int):
         self.task = task
         self.batch_size = batch_size
-        self._forward = jax.jit(lambda peft, inputs: forward(peft.variables, **inputs, deterministic=True))
-
-    def logits(self, peft: Peft, arrays: Arrays) -> np.ndarray:
-        """Logits of every row of `arrays`, in order, float32."""
-        chunks = []
-        for batch in data.eval_batches(arrays, self.batch_size):
-            logits = jax.device_get(self._forward(peft, model_inputs(batch)))
-            chunks.append(np.asarray(logits, np.float32)[batch["weight"] > 0])
-        return np.concatenate(chunks)
+        self._forward = forward
+        self._scores = jax.jit(lambda peft, batch: task.scores(forward(peft.variables, **model_inputs(batch), deterministic=True), batch))
 
     def metrics(self, peft: Peft, arrays: Arrays) -> dict[str, float]:
         """The task's metrics over every row of `arrays`."""
-        return self.task.metrics(self.logits(peft, arrays), arrays)
+        return self.task.metrics(self._over(arrays, lambda batch, index: self._scores(peft, batch)), arrays)
+
+    def answers(self, peft: Peft, arrays: Arrays, decoding: Decoding) -> PyTree:
+        """The task's answers to every row of `arrays`, in order."""
+
+        def run(batch: dict[str, np.ndarray], index: int) -> PyTree:
+            # Other batches must not draw the same tokens.
+            key = None if decoding.key is None else jax.random.fold_in(decoding.key, index)
+            return self.task.answer(self._forward, peft.variables, model_inputs(batch), decoding._replace(key=key))
+
+        return self._over(arrays, run)
+
+    def _over(self, arrays: Arrays, run: Callable[[dict[str, np.ndarray], int], PyTree]) -> PyTree:
+        """What `run(batch, number of the batch)` gives for each row."""
+        parts = []
+        for index, batch in enumerate(data.eval_batches(arrays, self.batch_size)):
+            rows = batch["weight"] > 0
+            parts.append(jax.tree.map(lambda x, rows=rows: np.asarray(x)[rows], jax.device_get(run(batch, index))))
+        return jax.tree.map(lambda *columns: np.concatenate(columns), *parts)

@@ -132,6 +132,22 @@ def keys(seed: int) -> Keys:
     return Keys(head, adapter, dropout, int(jax.random.bits(data)))
 
 
+def columns(config: TrainConfig, task: Task) -> dict[str, Any]:
+    """The columns that the task reads, as `jpeft.data.read` and `splits` take them.
+
+    Raises:
+        ValueError: if the configuration names one that the task has no use for.
+    """
+    optional = {"pair": config.pair, "label": config.label, "target": config.target}
+    # The label's column alone has a name from the start.
+    idle = [name for name in ("pair", "target") if optional[name] is not None and name not in task.columns]
+    if idle:
+        raise ValueError(
+            f"the task {task.name} has no use for {idle[0]}={optional[idle[0]]!r}; it reads {', '.join(('text', *task.columns))}"
+        )
+    return {"text": config.text, **{name: column if name in task.columns else None for name, column in optional.items()}}
+
+
 def load_base(config: TrainConfig, labels: tuple[str, ...]) -> models.Loaded:
     """The pretrained model with a head for `labels`.
 
@@ -140,7 +156,7 @@ def load_base(config: TrainConfig, labels: tuple[str, ...]) -> models.Loaded:
     """
     loaded = models.load(
         config.model,
-        task=config.task,
+        task=find_task(config.task).model,
         labels=labels,
         dtype=config.dtype,
         remat=config.remat,

@@ -30,7 +30,7 @@ from jpeft.interrupt import InterruptedRun, deferred_signals
 from jpeft.peft import Peft
 from jpeft.plot import plot_curve
 from jpeft.progress import Reporter, reporter
-from jpeft.run import RunFolder, attach, keys, load_base, open_run, save_merged
+from jpeft.run import RunFolder, attach, columns, keys, load_base, open_run, save_merged
 from jpeft.schedule import faster, learning_rate_schedule, optimizer
 from jpeft.snapshot import Progress, Snapshots
 from jpeft.task import Arrays, Task, find_task, model_inputs
@@ -109,7 +109,7 @@ def prepare(config: TrainConfig) -> Setup:
         ValueError: for anything wrong with them.
     """
     task = find_task(config.task)
-    tables = data.splits(config.data, text=config.text, pair=config.pair, label=config.label)
+    tables = data.splits(config.data, **columns(config, task))
     labels = task.labels(tables["train"])
     loaded = load_base(config, labels)
     splits = {
@@ -166,29 +166,30 @@ def make_step(
         tx: `jpeft.optimizer(..., peft)`.
         task: Gives the loss of each example.
         peft: For its method and structure; its arrays are not used.
-        accumulate: Micro-batches the batch is split into; the gradient is that of the whole batch's mean loss.
+        accumulate: Micro-batches the batch is split into; the gradient is that of the whole batch's mean loss. The mean is over all that is
+            predicted in the batch (rows of a classifier, tokens of a text), each counting once, however they fall into micro-batches.
 
     Returns:
         `(adapter, opt_state, params, batch, key, step) -> (adapter, opt_state, loss)`.
     """
 
-    def loss_fn(adapter: PyTree, params: PyTree, batch: dict[str, Array], key: Array) -> Array:
+    def loss_fn(adapter: PyTree, params: PyTree, batch: dict[str, Array], key: Array, count: Array) -> Array:
         bound = peft.replace(params=params, adapter=adapter)
         logits = forward(bound.variables, **model_inputs(batch), deterministic=False, rngs={"dropout": key})
-        return task.losses(logits, batch).mean() + jpeft.penalty(bound)
+        return task.losses(logits, batch).sum() / count + jpeft.penalty(bound) / accumulate
 
     def step(adapter: PyTree, opt_state: PyTree, params: PyTree, batch: dict[str, Array], key: Array, step: Array) -> Any:
         key = jax.random.fold_in(key, step)
+        count = task.counts(batch).sum()
         # [batch, ...] -> [accumulate, batch / accumulate, ...]
         micro = jax.tree.map(lambda x: x.reshape(accumulate, -1, *x.shape[1:]), batch)
 
         def add(total: PyTree, part: tuple[dict[str, Array], Array]) -> tuple[PyTree, None]:
-            one = jax.value_and_grad(loss_fn)(adapter, params, part[0], part[1])
+            one = jax.value_and_grad(loss_fn)(adapter, params, *part, count)
             return jax.tree.map(jnp.add, total, one), None
 
         zero = (jnp.zeros(()), jax.tree.map(jnp.zeros_like, adapter))
-        total, _ = jax.lax.scan(add, zero, (micro, jax.random.split(key, accumulate)))
-        loss, grads = jax.tree.map(lambda x: x / accumulate, total)
+        (loss, grads), _ = jax.lax.scan(add, zero, (micro, jax.random.split(key, accumulate)))
         updates, opt_state = tx.update(grads, opt_state, adapter)
         return optax.apply_updates(adapter, updates), opt_state, loss
 

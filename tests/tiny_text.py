@@ -59,3 +59,31 @@ def write_csv(path: Path, rows: list[tuple[str, str]], header: tuple[str, str] =
     with open(path, "w", newline="") as file:
         csv.writer(file).writerows([header, *rows])
     return path
+
+
+def make_decoder(folder: Path, *, seed: int = 0, dropout: float = 0.0) -> Path:
+    """A two-layer GPT-2 of width 16 with a word-level tokenizer that has no padding token, like GPT-2's own."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    words = ["<end>", "<unk>", *NOISE, *(word for kind in WORDS.values() for word in kind), *WORDS]
+    tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<end>", unk_token="<unk>")
+    config = jpeft.models.GPT2Config(
+        vocab_size=len(words),
+        hidden_size=16,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        max_position_embeddings=32,
+        attention_dropout=dropout,
+        hidden_dropout=dropout,
+        embedding_dropout=dropout,
+        initializer_range=0.3,
+        bos_token_id=0,
+        eos_token_id=0,
+    )
+    model = jpeft.models.GPT2LMHeadModel(config)
+    params = model.init(jax.random.key(seed), np.ones((1, 8), np.int32))["params"]
+    jpeft.models.save(folder, model, params, tokenizer=fast)
+    return folder
