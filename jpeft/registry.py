@@ -6,6 +6,8 @@ from typing import Any, NamedTuple
 
 from .additive.adapter import adapter
 from .additive.p_tuning_v2 import p_tuning_v2
+from .additive.parallel_adapter import parallel_adapter
+from .additive.pfeiffer import pfeiffer
 from .additive.prefix_tuning import prefix_tuning
 from .chain import chain
 from .method import Method
@@ -40,6 +42,10 @@ _METHODS = (
     MethodInfo("diff_pruning", "selective", "learn which weights to change by gates, then train the k largest changes", diff_pruning, 1e-3),
     MethodInfo("fish_mask", "selective", "train the weights of highest Fisher information (needs stats)", fish_mask, 2e-3),
     MethodInfo("adapter", "additive", "bottleneck layers after attention and feed-forward (Houlsby)", adapter, 2e-3),
+    MethodInfo("pfeiffer", "additive", "one bottleneck layer a block, between two runs of its LayerNorm", pfeiffer, 2e-3),
+    MethodInfo(
+        "parallel_adapter", "additive", "bottleneck layers beside the feed-forward ones, scaled (He et al.)", parallel_adapter, 1e-3
+    ),
     MethodInfo("prefix_tuning", "additive", "trained keys and values in every layer, made by an MLP in training", prefix_tuning, 1e-3),
     MethodInfo("p_tuning_v2", "additive", "deep prompts: trained keys and values in every layer and a task head", p_tuning_v2, 1e-2),
     MethodInfo("lora", "reparameterized", "low-rank updates of kernels, merged for inference", lora, 2e-3),

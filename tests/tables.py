@@ -10,8 +10,7 @@ import optax
 from flax import linen as nn
 
 import jpeft
-from jpeft.models.bert import BertForSequenceClassification
-from jpeft.models.bert_config import BertConfig
+from jpeft.models import BertConfig, BertForSequenceClassification, GPT2Config, GPT2Model
 from jpeft.stats import fisher
 
 WIDTH, HEADS, LENGTH, BATCH, LAYERS, CLASSES, VOCAB = 16, 2, 6, 5, 2, 3, 23
@@ -81,7 +80,24 @@ def encoder(**changes: Any) -> nn.Module:
     return BertForSequenceClassification(config, num_labels=CLASSES)
 
 
+class Decoder(nn.Module):
+    """A GPT-2 that classifies at its last position."""
+
+    config: GPT2Config
+
+    @nn.compact
+    def __call__(self, ids):
+        return nn.Dense(CLASSES, name="classifier")(GPT2Model(self.config, name="transformer")(ids).last_hidden_state[:, -1])
+
+
+def decoder(**changes: Any) -> nn.Module:
+    """A `Decoder`, tiny."""
+    sizes = dict(vocab_size=VOCAB, hidden_size=WIDTH, num_hidden_layers=LAYERS, num_attention_heads=HEADS, max_position_embeddings=32)
+    return Decoder(GPT2Config(**sizes, initializer_range=0.3, **changes))
+
+
 ENCODERS = {"bert": encoder(), "bert-remat": encoder(remat=True), "bert-scan": encoder(scan=True)}
+DECODERS = {"gpt2": decoder(), "gpt2-remat": decoder(remat=True), "gpt2-scan": decoder(scan=True)}
 MODELS = {
     "plain": Classifier(),
     "remat": Classifier(lift="remat"),
@@ -91,8 +107,10 @@ MODELS = {
     "einsum": Classifier(flavour="einsum", conv=True),
     "scan-mha": Classifier(lift="scan", flavour="mha"),
     **ENCODERS,
+    **DECODERS,
 }
 
+# Where the default is relu, another activation: central differences are to be compared with.
 METHODS = {
     "freeze": jpeft.freeze(top=1),
     "bitfit": jpeft.bitfit(),
@@ -101,9 +119,14 @@ METHODS = {
     "diff_pruning": jpeft.diff_pruning(sparsity=0.05, l0=1e-5),
     "diff_pruning-mask": jpeft.diff_pruning(sparsity=0.05, stage="mask"),
     "adapter": jpeft.adapter(size=4),
+    "pfeiffer": jpeft.pfeiffer(size=4, activation="gelu"),
+    "pfeiffer-lin": jpeft.pfeiffer(size=4, activation="silu", own_norm=True),
+    "parallel_adapter": jpeft.parallel_adapter(size=4, activation="gelu"),
     "lora": jpeft.lora(rank=2),
     "lora-two-view": jpeft.lora(rank=2, view="two-view"),
     "lora-factored": jpeft.lora(rank={r".*(up|down)/kernel": 3, ".*": 2}, view="factored", rslora=True, target=r".*(kernel|embedding)"),
+    "prefix_tuning": jpeft.prefix_tuning(length=3, mlp=5),
+    "p_tuning_v2": jpeft.p_tuning_v2(length=3),
     "chain": jpeft.chain(bitfit=jpeft.bitfit(), lora=jpeft.lora(rank=2), adapter=jpeft.adapter(size=3)),
     "chain-sparse": jpeft.chain(lora=jpeft.lora(rank=1), fish=jpeft.fish_mask(sparsity=0.03)),
     "chain-mergeable": jpeft.chain(lora=jpeft.lora(rank=2), second=jpeft.lora(rank=1, target=["up", "down"]), bitfit=jpeft.bitfit()),
@@ -111,18 +134,27 @@ METHODS = {
 
 # Methods that are told by data what to train.
 NEED_STATS = {"fish_mask", "chain-sparse", "diff_pruning-mask"}
-# Methods that need an encoder; all others meet the models that are none.
-ON_ENCODERS = {
-    "prefix_tuning": jpeft.prefix_tuning(length=3, mlp=5),
-    "p_tuning_v2": jpeft.p_tuning_v2(length=3),
-}
-METHODS |= ON_ENCODERS
 
 # What a method's first output may differ from the base by, and whether it merges: True, or the reason it gives.
-NEAR_IDENTITY = {"adapter": 1e-2, "chain": 1e-2} | dict.fromkeys(ON_ENCODERS, 10.0)
-MERGES = {"adapter": "nonlinear layer of its own", "chain": "nonlinear layer of its own"} | {
+NEAR_IDENTITY = {"adapter": 1e-2, "chain": 1e-2, "pfeiffer": 0.1, "pfeiffer-lin": 0.1, "prefix_tuning": 10.0, "p_tuning_v2": 10.0}
+MERGES = dict.fromkeys(["adapter", "pfeiffer", "pfeiffer-lin", "parallel_adapter", "chain"], "nonlinear layer of its own") | {
     "prefix_tuning": "lengthens the keys and values",
     "p_tuning_v2": "lengthens the keys and values",
+}
+
+# Which models a method meets. Most do not care what kind of model it is: they meet the small ones, their variants and chains those that
+# tell them apart. Those that need modules which only our families have meet these, and one of each family is tried on a decoder.
+SMALL = ["plain", "remat", "jit", "scan", "mha", "einsum", "scan-mha"]
+MEETS = {name: SMALL if name in jpeft.methods() else ["plain", "jit", "scan", "einsum"] for name in METHODS} | {
+    "freeze": [*SMALL, "gpt2"],
+    "bitfit": [*SMALL, "gpt2-remat"],
+    "adapter": [*SMALL, "gpt2-scan"],
+    "lora": [*SMALL, "gpt2", "gpt2-scan"],
+    "pfeiffer": ["jit", "scan-mha", *ENCODERS, "gpt2-remat"],
+    "pfeiffer-lin": ["bert-scan", "gpt2", "gpt2-scan"],
+    "parallel_adapter": [*ENCODERS, *DECODERS],
+    "prefix_tuning": [*ENCODERS, *DECODERS],
+    "p_tuning_v2": [*ENCODERS, "gpt2-scan"],
 }
 
 

@@ -6,18 +6,11 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from tables import ENCODERS, MERGES, METHODS, MODELS, NEAR_IDENTITY, ON_ENCODERS, Case, base_logits, batch, case, noised
+from tables import DECODERS, ENCODERS, MEETS, MERGES, NEAR_IDENTITY, Case, base_logits, batch, case, noised
 
 import jpeft
 
-# The methods meet every model of their kind; their variants and chains the models that tell them apart.
-VARIANTS = {"plain", "jit", "scan", "einsum"}
-CELLS = [
-    (method, model)
-    for method in METHODS
-    for model in MODELS
-    if (model in ENCODERS) == (method in ON_ENCODERS) and (method in jpeft.methods() or model in VARIANTS)
-]
+CELLS = [(method, model) for method, models in MEETS.items() for model in models]
 
 
 @pytest.fixture(params=CELLS, ids=lambda cell: "-".join(cell), scope="module")
@@ -112,7 +105,7 @@ def test_keeps_dtypes(cell):
     peft = jpeft.apply(params, method=cell.method, stats=cell.stats)
     shape = jax.eval_shape(jpeft.wrap(cell.model.apply, cell.method), peft.variables, batch()["x"])
     assert shape.dtype == jax.eval_shape(cell.model.apply, {"params": params}, batch()["x"]).dtype
-    assert shape.dtype == (jnp.float32 if cell.model_name in ENCODERS else jnp.bfloat16)  # the encoders' logits are always float32
+    assert shape.dtype == (jnp.float32 if cell.model_name in ENCODERS | DECODERS else jnp.bfloat16)  # our families compute in float32
     if cell.method_name not in MERGES:
         chex.assert_trees_all_equal_shapes_and_dtypes(jax.eval_shape(jpeft.merge, peft), params)
 

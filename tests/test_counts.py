@@ -4,8 +4,7 @@ import jax
 import pytest
 
 import jpeft
-from jpeft.models import BertForSequenceClassification, BertModel, abstract_params
-from jpeft.models.bert_config import BertConfig
+from jpeft.models import BertConfig, BertForSequenceClassification, BertModel, GPT2Config, GPT2Model, abstract_params
 
 
 def counted(params, method) -> jpeft.Summary:
@@ -58,6 +57,41 @@ def test_adapter_on_bert_large():
     params = abstract_params(BertModel(BertConfig.bert_large_cased()))
     assert counted(params, jpeft.adapter(size=64, train_norms=False)).trained == 6_343_680
     assert counted(params, jpeft.adapter(size=64)).trained == 6_444_032
+
+
+def test_adapters_on_roberta_large():
+    """Hu et al., "0.8M": Pfeiffer's of 16 and Houlsby's of 8, without LayerNorms and head."""
+    large = dict(hidden_size=1024, num_hidden_layers=24, num_attention_heads=16, intermediate_size=4096)
+    params = abstract_params(BertModel(BertConfig.roberta_base(**large), pooling=False))
+    assert counted(params, jpeft.pfeiffer(size=16)).trained == 811_392
+    assert counted(params, jpeft.adapter(size=8, train_norms=False)).trained == 835_968
+
+
+def test_pfeiffer_on_bert_base(bert_base):
+    """Reduction 16, m = 48: 12 adapters, and the base is as it was."""
+    s = counted(bert_base, jpeft.pfeiffer())
+    assert (s.trained, s.stored, s.changed) == (894_528, 894_528, 0)
+
+
+@pytest.mark.parametrize(("size", "count"), [(6, 368_784), (224, 11_089_152)])
+def test_lin_adapters_on_gpt2_medium(size, count):
+    """Hu et al., "0.37M" and "11.09M": L (2 d m + m + d) + 2 L d."""
+    for scan in (False, True):
+        params = abstract_params(GPT2Model(GPT2Config.gpt2_medium(scan=scan)))
+        assert counted(params, jpeft.pfeiffer(size=size, own_norm=True)).trained == count
+
+
+@pytest.mark.parametrize(("size", "count"), [(8, 875_808), (248, 23_002_848)])
+def test_lin_adapters_on_gpt2_large(size, count):
+    params = abstract_params(GPT2Model(GPT2Config.gpt2(hidden_size=1280, num_hidden_layers=36, num_attention_heads=20)))
+    assert counted(params, jpeft.pfeiffer(size=size, own_norm=True)).trained == count
+
+
+def test_mix_and_match_on_roberta_base(roberta_base):
+    """He et al. on GLUE: a prefix of 16, 2 L d l, and parallel adapters of 16, L (2 d m + m + d); "0.5 %"."""
+    method = jpeft.chain(prefix=jpeft.prefix_tuning(length=16, mlp=None), ffn=jpeft.parallel_adapter(size=16, scale=2.0))
+    assert counted(roberta_base, jpeft.parallel_adapter(size=16)).trained == 304_320
+    assert counted(roberta_base, method).trained == 294_912 + 304_320
 
 
 def test_lora_on_roberta_base(roberta_base):

@@ -8,15 +8,9 @@ import jax
 
 from .. import tree
 from ..method import ADDED, Layer, Method, factory, not_head, with_head
-from ..select import AxesRules, KernelAxes, kernel_axes, select
+from ..select import AxesRules
 from . import bottleneck
-
-# The projections whose outputs a block adds to its residual stream, by their names in common families: one of attention, one of the MLP.
-TARGET = (
-    r"(.*/)?(attention/output/dense|output/dense|out_lin|lin2|attn/c_proj|mlp/c_proj|o_proj|down_proj|self_attn/out_proj|out_proj|fc2|"
-    r"SelfAttention/o|EncDecAttention/o|wo|attn/out|attention/out|self_attention/out|MultiHeadDotProductAttention_\d+/out|mlp/down|down)/kernel"
-)
-NORM = r"(.*/)?([^/]*([Ll]ayer_?[Nn]orm|rmsnorm|RMSNorm)[^/]*|ln_\w+|ln\d*|norm\w*)/(scale|bias|weight)"
+from .places import NORMS, PROJECTIONS, places
 
 
 @factory
@@ -24,7 +18,7 @@ def adapter(
     *,
     size: int = 64,
     activation: str = "gelu",
-    target: str | Sequence[str] = TARGET,
+    target: str | Sequence[str] = PROJECTIONS,
     std: float = 1e-3,
     train_norms: bool = True,
     axes: AxesRules | None = None,
@@ -61,29 +55,14 @@ def adapter(
     Follows the authors' code (google-research/adapter-bert) in the initial deviation of 1e-3. The code puts the adapter behind the dropout
     that follows the projection; here it is right at the projection's output, in front of that dropout: the same at evaluation.
     """
-    rules: AxesRules = tuple((pattern, KernelAxes(*map(tuple, geometry))) for pattern, geometry in axes or ())
-    if size < 1:
-        raise ValueError(f"size={size} must be at least 1.")
-    if activation not in bottleneck.ACTIVATIONS:
-        raise ValueError(f"activation={activation!r} is not one of {sorted(bottleneck.ACTIVATIONS)}.")
+    bottleneck.check(size, activation)
+    draw = bottleneck.truncated_normal(std)
 
     def init_fn(key: jax.Array, params: tree.Params, *, stats: Any = None) -> tree.Adapter:
         del stats
-        leaves = not_head(params, head)
-        kernels = {path: leaf.shape for path, leaf in leaves.items() if len(leaf.shape) > 1}
-        sites = [path for path in select(kernels, target, params=params) if not path.startswith("pooler/") and "/pooler/" not in path]
-        out: dict[str, Any] = {path: tree.copy(leaf) for path, leaf in leaves.items() if train_norms and re.fullmatch(NORM, path)}
-        for path in sites:
-            geometry = kernel_axes(path, kernels[path], rules)
-            if len(geometry.outputs) != 1:
-                raise ValueError(
-                    f"adapter: '{path}' {kernels[path]} has {len(geometry.outputs)} output axes; a bottleneck needs one feature axis."
-                )
-            stack = tuple(kernels[path][i] for i in geometry.stack)
-            width = kernels[path][geometry.outputs[0]]
-            module = path.rpartition("/")[0]
-            for name, leaf in tree.flatten(bottleneck.init(tree.fold_in(key, path), width, size, std, stack)).items():
-                out["/".join(filter(None, (module, ADDED, name)))] = leaf
+        out = {path: tree.copy(leaf) for path, leaf in not_head(params, head).items() if train_norms and re.fullmatch(NORMS, path)}
+        for place in places(params, target, axes=axes, head=head):
+            out |= bottleneck.init(key, place, size, down=draw, up=draw)
         return tree.unflatten(out)
 
     def call_fn(layer: Layer, inputs: tuple[Any, ...], leaves: dict[str, Any], rng: jax.Array | None) -> Any:
@@ -92,9 +71,6 @@ def adapter(
         return h + bottleneck.apply(leaves[ADDED], h, activation)
 
     def merge_fn(params: tree.Params, adapter: tree.Adapter) -> tree.Params:
-        return tree.fold(params, adapter, lambda path, leaf, leaves: leaf, why_not=_WHY)
+        return tree.fold(params, adapter, lambda path, leaf, leaves: leaf, why_not=bottleneck.WHY_NOT)
 
     return Method(init=with_head(init_fn, head), call=call_fn, merge=merge_fn)
-
-
-_WHY = "an adapter is a nonlinear layer of its own, which no weight of the base can take up; keep using it through jpeft.wrap"
