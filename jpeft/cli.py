@@ -1,4 +1,4 @@
-"""The `jpeft` command: train, eval, predict, merge, summary, methods.
+"""The `jpeft` command: train, compare, report, eval, predict, merge, summary, methods.
 
 Each subcommand is a dataclass whose fields are its flags, and a function that takes it. What a user can mend is a
 ValueError or a FileNotFoundError: `main` prints it as one `error:` line on standard error and returns 2. With
@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import shlex
 import sys
 import warnings
 from collections.abc import Mapping, Sequence
@@ -24,13 +25,27 @@ from rich.table import Table
 
 import jpeft
 from jpeft import data
-from jpeft.config import TrainConfig
+from jpeft.compare import compare
+from jpeft.config import CompareConfig, TrainConfig
 from jpeft.evaluate import Evaluator
 from jpeft.files import write_atomically
 from jpeft.interrupt import InterruptedRun
+from jpeft.report import Comparison, collect, run_folders
 from jpeft.run import Run, attach, columns, load_base, open_run, save_merged
 from jpeft.task import Decoding
 from jpeft.train import train
+
+
+@dataclasses.dataclass(frozen=True)
+class ReportArgs:
+    """Table and picture of runs that are there already, from `compare` or `train`; nothing is trained."""
+
+    # Folder that holds the folders of the runs.
+    runs: tyro.conf.Positional[str]
+    # Folder for results.json, table.md and compare.png; none for the one that holds the runs.
+    output: str | None = None
+    # Which parameters the picture shows on its horizontal axis.
+    parameters: Literal["trained", "stored", "changed"] = "trained"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -110,6 +125,8 @@ class MethodsArgs:
 
 Command = (
     Annotated[TrainConfig, tyro.conf.subcommand("train")]
+    | Annotated[CompareConfig, tyro.conf.subcommand("compare")]
+    | Annotated[ReportArgs, tyro.conf.subcommand("report")]
     | Annotated[EvalArgs, tyro.conf.subcommand("eval")]
     | Annotated[PredictArgs, tyro.conf.subcommand("predict")]
     | Annotated[MergeArgs, tyro.conf.subcommand("merge")]
@@ -119,7 +136,11 @@ Command = (
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs the command line; returns the exit status: 0, 2 for a user's error, 128 + signal if interrupted."""
+    """Runs the command line.
+
+    Returns:
+        The exit status: 0, 1 if some runs of a comparison failed, 2 for a user's error, 128 + signal if interrupted.
+    """
     arguments = sys.argv[1:] if argv is None else list(argv)
     debug = os.environ.get("JPEFT_DEBUG", "") not in ("", "0")
     try:
@@ -135,19 +156,23 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         with warnings.catch_warnings():
             warnings.showwarning = _show_warning
-            COMMANDS[type(args)](args)
+            return COMMANDS[type(args)](args) or 0
     except InterruptedRun as stop:
-        again = " ".join(argument for argument in arguments if argument not in ("--overwrite", "--resume"))
-        print(f"{stop}; continue with: jpeft {again} --resume", file=sys.stderr)
+        again = [argument for argument in arguments if argument not in ("--overwrite", "--resume")]
+        # A comparison goes on by itself.
+        again += ["--resume"] if isinstance(args, TrainConfig) else []
+        print(f"{stop}; continue with: jpeft {shlex.join(again)}", file=sys.stderr)
         return 128 + stop.signum
     except KeyboardInterrupt:
-        print("interrupted before the first step: nothing to save", file=sys.stderr)
+        if isinstance(args, CompareConfig):
+            print("interrupted between two runs; the same command goes on from here", file=sys.stderr)
+        else:
+            print("interrupted before the first step: nothing to save", file=sys.stderr)
         return 130
     except (ValueError, FileNotFoundError) as error:
         if debug:
             raise
         return _fail(error)
-    return 0
 
 
 def _fail(error: Exception) -> int:
@@ -170,6 +195,29 @@ def _train(config: TrainConfig) -> None:
     rows = {name: metrics for name in ("validation", "test") if (metrics := getattr(result, name))}
     _print_metrics(rows)
     print(f"{result.trained:,} trained parameters, {result.steps} steps in {result.seconds:.1f} s; saved in {result.path}")
+
+
+def _compare(config: CompareConfig) -> int:
+    comparison = compare(config)
+    _print_comparison(comparison, config.output)
+    return 1 if comparison.failures else 0
+
+
+def _report(args: ReportArgs) -> None:
+    comparison = collect(run_folders(args.runs), parameters=args.parameters)
+    output = Path(args.output or args.runs)
+    output.mkdir(parents=True, exist_ok=True)
+    comparison.write(output)
+    _print_comparison(comparison, output)
+
+
+def _print_comparison(comparison: Comparison, folder: str | os.PathLike[str]) -> None:
+    if comparison.entries:
+        _print_table(*comparison.table())
+    for note in comparison.notes:
+        print(note)
+    if comparison.config is not None:
+        print(f"results.json, table.md and compare.png in {folder}")
 
 
 def _eval(args: EvalArgs) -> None:
@@ -289,6 +337,8 @@ def _print_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
 
 COMMANDS = {
     TrainConfig: _train,
+    CompareConfig: _compare,
+    ReportArgs: _report,
     EvalArgs: _eval,
     PredictArgs: _predict,
     MergeArgs: _merge,

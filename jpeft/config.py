@@ -1,4 +1,4 @@
-"""The training configuration: one frozen dataclass, a comment per field, turned into command-line flags by tyro."""
+"""The configurations of training and of comparing: frozen dataclasses, a comment per field, turned into flags by tyro."""
 
 from __future__ import annotations
 
@@ -14,13 +14,8 @@ OptionPairs = Annotated[tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(met
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class TrainConfig:
-    """Fine-tune a pretrained model: `jpeft train --model FOLDER --output RUN --method lora rank=8`.
-
-    Example:
-        >>> TrainConfig(model="bert-base-uncased", output="run", method="lora", options=("rank=8",)).method
-        'lora'
-    """
+class Settings:
+    """What a training run and a comparison of many have in common."""
 
     # (A blank line after each banner keeps it out of the flags' help.)
     # --- what is trained, on what -----------------------------------------------------------------
@@ -41,10 +36,6 @@ class TrainConfig:
     target: str | None = None
     # What the model is asked to do.
     task: Literal["sequence-classification", "generation"] = "sequence-classification"
-    # Name of the PEFT method; `jpeft methods` lists them.
-    method: str = "lora"
-    # Options of the method, e.g. rank=8 alpha=16; values are Python literals, anything else is a string.
-    options: OptionPairs = ()
     # Tokens per text (or pair), longer ones are cut; plain texts for generation fill rows of this length. Every batch has it.
     max_length: int = 128
 
@@ -76,8 +67,6 @@ class TrainConfig:
     remat: bool = False
     # Run the layers as one scanned loop, to compile faster.
     scan: bool = False
-    # Seed of the adapter, the new head, the data order and dropout; the pretrained base never depends on it.
-    seed: int = 0
 
     # --- evaluation, logging, checkpoints ---------------------------------------------------------
 
@@ -93,14 +82,50 @@ class TrainConfig:
     checkpoint_every: int = 100
     # Checkpoints kept on disk.
     keep: int = 2
+    # What is shown while training; auto is a bar on a terminal and lines elsewhere.
+    progress: Literal["auto", "bar", "lines", "none"] = "auto"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TrainConfig(Settings):
+    """Fine-tune a pretrained model: `jpeft train --model FOLDER --output RUN --method lora rank=8`.
+
+    Example:
+        >>> TrainConfig(model="bert-base-uncased", output="run", method="lora", options=("rank=8",)).method
+        'lora'
+    """
+
+    # Name of the PEFT method; `jpeft methods` lists them.
+    method: str = "lora"
+    # Options of the method, e.g. rank=8 alpha=16; values are Python literals, anything else is a string.
+    options: OptionPairs = ()
+    # Seed of the adapter, the new head, the data order and dropout; the pretrained base never depends on it.
+    seed: int = 0
     # Continue the run in `output` from its newest checkpoint.
     resume: bool = False
     # Delete the finished or broken run in `output` first.
     overwrite: bool = False
     # Also write the merged model as a Hugging Face folder, `output`/merged.
     export: bool = False
-    # What is shown while training; auto is a bar on a terminal and lines elsewhere.
-    progress: Literal["auto", "bar", "lines", "none"] = "auto"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class CompareConfig(Settings):
+    """Train several methods on one task with shared seeds: a table and a picture of quality against parameters.
+
+    Each method and seed is a run of its own below the output folder. The same command again reads finished runs back and continues
+    an interrupted one.
+    """
+
+    # Folder of the comparison: a run folder for each method and seed, results.json, table.md, compare.png.
+    output: str
+    # Rows, each a method with options: lora "lora rank=4 target=['query','value']" "bitfit learning_rate=1e-3". So are "head-only" and
+    # "full" (fine-tuning); "all" stands for these two and every method that applies.
+    methods: tuple[str, ...] = ("all",)
+    # Seeds that every row is trained with.
+    seeds: tuple[int, ...] = (0, 1, 2)
+    # Which parameters the picture shows on its horizontal axis.
+    parameters: Literal["trained", "stored", "changed"] = "trained"
 
 
 # Changing one of these between an interrupted run and its continuation leaves the trained adapter as it is.

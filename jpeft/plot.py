@@ -39,7 +39,7 @@ def plot_curve(
     _finish(upper, lower, metric)
     if validation:
         _name_best(lower, validation, metric, max if higher_is_better else min)
-    _write(figure, path)
+    write_figure(figure, path)
 
 
 def plot_curves(path: str | os.PathLike[str], runs: Mapping[str, Sequence[Mapping[str, Any]]], metric: str, title: str = "") -> None:
@@ -56,7 +56,7 @@ def plot_curves(path: str | os.PathLike[str], runs: Mapping[str, Sequence[Mappin
         _draw(upper, [line for line in lines if line["split"] == "train"], "loss", color, name, marker="")
         _draw(lower, [line for line in lines if line["split"] == "validation"], metric, color, name)
     _finish(upper, lower, f"validation {metric}")
-    _write(figure, path)
+    write_figure(figure, path)
 
 
 def _panels(title: str) -> tuple[Figure, Axes, Axes]:
@@ -84,7 +84,8 @@ def _finish(upper: Axes, lower: Axes, metric: str) -> None:
     lower.set_xlabel("step", color=INK)
 
 
-def _write(figure: Figure, path: str | os.PathLike[str]) -> None:
+def write_figure(figure: Figure, path: str | os.PathLike[str]) -> None:
+    """Writes a PNG, atomically."""
     path = Path(path)
     partial = path.with_name(f".{path.stem}.partial.png")
     figure.savefig(partial)

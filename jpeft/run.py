@@ -74,7 +74,8 @@ class RunFolder:
         if not self.in_use:
             return
         if config.resume:
-            changed = changed_fields(self.about()["run"], to_json(config))
+            # By way of from_json, so that a field which is newer than the run has its default there.
+            changed = changed_fields(to_json(from_json(self.about()["run"])), to_json(config))
             if changed:
                 fields = ", ".join(f"{name} ({old!r} before, {new!r} now)" for name, (old, new) in changed.items())
                 raise ValueError(f"cannot resume {self.path} with another configuration: {fields}")

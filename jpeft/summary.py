@@ -43,14 +43,14 @@ class Summary(NamedTuple):
         share = lambda n: f"{100 * n / self.base:.4g} %" if self.base else "-"
         lines = [f"{'module':<{width}} {'trained':>14} {'stored':>14} {'size':>12} {'of the base':>12}"]
         lines += [
-            f"{row.module:<{width}} {row.trained:>14,} {row.stored:>14,} {_bytes(row.bytes):>12} {share(row.stored):>12}"
+            f"{row.module:<{width}} {row.trained:>14,} {row.stored:>14,} {readable_bytes(row.bytes):>12} {share(row.stored):>12}"
             for row in self.rows
         ]
         lines += [
             "",
-            f"base     {self.base:>14,}  {_bytes(self.base_bytes)}",
+            f"base     {self.base:>14,}  {readable_bytes(self.base_bytes)}",
             f"trained  {self.trained:>14,}  {share(self.trained)} of the base",
-            f"stored   {self.stored:>14,}  {share(self.stored)}, {_bytes(self.bytes)}",
+            f"stored   {self.stored:>14,}  {share(self.stored)}, {readable_bytes(self.bytes)}",
             f"changed  {self.changed:>14,}  {share(self.changed)}",
         ]
         return "\n".join(lines)
@@ -96,7 +96,12 @@ def _module(path: str, depth: int | None) -> str:
     return "/".join(parts[:depth]) or "(root)"
 
 
-def _bytes(n: float | int) -> str:
+def readable_bytes(n: float | int) -> str:
+    """A number of bytes in a unit that suits it.
+
+    >>> readable_bytes(3 * 2**19)
+    '1.5 MiB'
+    """
     for unit in ("B", "KiB", "MiB", "GiB"):
         if n < 1024 or unit == "GiB":
             break

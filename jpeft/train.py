@@ -68,6 +68,8 @@ class Result:
     # No FLOPs with accumulate or scan, because XLA counts the body of a loop once.
     flops: float | None = None
     temporary_bytes: int | None = None
+    # Where it ran, as JAX names it.
+    device: str | None = None
 
     def to_json(self) -> dict[str, Any]:
         """All but the arrays and the folder."""
@@ -408,6 +410,7 @@ class _Trainer:
             step_seconds=self._step_seconds(),
             flops=None if self.config.scan or self.config.accumulate > 1 else self.cost.flops,
             temporary_bytes=self.cost.temporary_bytes,
+            device=jax.devices()[0].device_kind,
         )
         if self.config.export:
             save_merged(self.folder.merged, self.setup.loaded, kept)

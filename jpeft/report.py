@@ -1,0 +1,280 @@
+"""The outcome of a comparison, read from the folders of finished runs: as data, as a table, as Markdown and as a picture."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import statistics
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jpeft
+from jpeft.config import TrainConfig, changed_fields, from_json, to_json
+from jpeft.files import write_atomically, write_json
+from jpeft.rows import Row, usual_rate
+from jpeft.run import RunFolder
+from jpeft.scatter import Line, Point, plot_scatter
+from jpeft.summary import readable_bytes
+from jpeft.task import Task, find_task
+
+# What may differ between the rows of a comparison.
+_OF_THE_ROW = ("method", "options", "learning_rate", "seed")
+
+
+class Failure(NamedTuple):
+    """A run that came to nothing."""
+
+    row: Row
+    seed: int
+    message: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Entry:
+    """A row with its finished runs."""
+
+    row: Row
+    # Contents of the runs' result.json, by seed.
+    results: Mapping[int, Mapping[str, Any]]
+    # Names of the runs' folders, by seed.
+    folders: Mapping[int, str]
+
+    def scores(self, split: str, metric: str) -> list[float]:
+        """The metric of each finished run that has it."""
+        return [result[split][metric] for result in self.results.values() if metric in result[split]]
+
+    def median(self, name: str) -> float | None:
+        """The median over the runs of a number in result.json; None if no run has it."""
+        values = [value for result in self.results.values() if (value := result.get(name)) is not None]
+        return float(statistics.median(values)) if values else None
+
+
+@dataclasses.dataclass(frozen=True)
+class Comparison:
+    """Rows that were trained alike, and those that could not be."""
+
+    task: Task
+    # The configuration of the runs; what is a row's own in it means nothing. None if no run is finished.
+    config: TrainConfig | None
+    entries: tuple[Entry, ...]
+    failures: tuple[Failure, ...]
+    # Rows that do not apply, with the reason.
+    left_out: Mapping[Row, str]
+    parameters: str
+
+    @property
+    def split(self) -> str:
+        """The split the rows are judged by: the test split, or the validation split where there is no other."""
+        return "test" if any(entry.scores("test", self.task.metric) for entry in self.entries) else "validation"
+
+    @property
+    def seeds(self) -> list[int]:
+        """All seeds that occur."""
+        return sorted({seed for entry in self.entries for seed in entry.results} | {failure.seed for failure in self.failures})
+
+    def table(self, columns: Sequence[str] | None = None) -> tuple[list[str], list[list[str]]]:
+        """Head and body as text.
+
+        Args:
+            columns: Heads of the columns to keep, in order; all by default.
+        """
+        rows = [self._cells(entry) for entry in self.entries]
+        head = list(columns or rows[0]) if rows else []
+        if unknown := [name for name in head if name not in rows[0]]:
+            raise ValueError(f"the table has no columns {unknown}; it has {list(rows[0])}")
+        return head, [[row[name] for name in head] for row in rows]
+
+    def _cells(self, entry: Entry) -> dict[str, str]:
+        metric = self.task.metric
+        quality = {self.split: self._score(entry, self.split)}
+        if self.split == "test":
+            quality["validation"] = self._score(entry, "validation")
+        count, size = (lambda name: _text(entry.median(name), "{:,.0f}")), (lambda name: _text(entry.median(name), bytes=True))
+        return {
+            "method": entry.row.label,
+            **{f"{split} {metric}": text for split, text in quality.items()},
+            "trained": count("trained"),
+            "stored": count("stored"),
+            "changed": count("changed"),
+            "ms/step": _text(entry.median("step_seconds"), "{:,.0f}" if self._slow else "{:.2f}", scale=1e3),
+            "GFLOP/step": _text(entry.median("flops"), "{:,.4g}", scale=1e-9),
+            "memory/step": size("temporary_bytes"),
+            "adapter": size("adapter_bytes"),
+            "seconds": _text(entry.median("seconds"), "{:,.0f}"),
+            "learning rate": f"{entry.row.learning_rate:g}",
+        }
+
+    @property
+    def _slow(self) -> bool:
+        return all((entry.median("step_seconds") or 1) > 0.05 for entry in self.entries)
+
+    def _score(self, entry: Entry, split: str) -> str:
+        scores = entry.scores(split, self.task.metric)
+        if not scores:
+            return "–" if entry.results else "failed"
+        spread = f" ± {statistics.stdev(scores):.3f}" if len(scores) > 1 else ""
+        missing = f" ({len(scores)} of {len(self.seeds)} seeds)" if len(scores) < len(self.seeds) else ""
+        return f"{statistics.mean(scores):.3f}{spread}{missing}"
+
+    @property
+    def notes(self) -> list[str]:
+        """What a reader of the table must know besides."""
+        notes = [f"{failure.row.label}, seed {failure.seed} failed: {failure.message}" for failure in self.failures]
+        notes += [f"{row.label} does not apply: {message}" for row, message in self.left_out.items()]
+        seen = {json.dumps(result.get("data")) for entry in self.entries for result in entry.results.values()}
+        if len(seen) > 1:
+            notes.append("not all runs have seen the same data: their config.json say which; delete the old ones and run them again")
+        return notes
+
+    def caption(self) -> str:
+        """What the numbers mean and how they came about, in a few sentences of Markdown."""
+        assert self.config is not None
+        seeds, model, data = ", ".join(map(str, self.seeds)), Path(self.config.model).name, Path(self.config.data).name
+        kinds = sorted({str(result["device"]) for entry in self.entries for result in entry.results.values() if result.get("device")})
+        mean = f"mean ± standard deviation over seeds {seeds}" if len(self.seeds) > 1 else f"seed {seeds}"
+        length = f"{self.config.steps} steps" if self.config.steps else f"{self.config.epochs} epochs"
+        return (
+            f"{model} on {data}, {length}, batches of {self.config.batch_size} × {self.config.max_length} tokens; {mean}. Trained: "
+            "scalars that the optimizer moves; stored: scalars of the adapter; changed: scalars of the base that take another value; "
+            f"times ({', '.join(kinds) or 'unknown device'}), FLOPs and temporary memory are those of one training step."
+        )
+
+    def markdown(self, columns: Sequence[str] | None = None) -> str:
+        """The table, caption and notes as Markdown."""
+        head, body = self.table(columns)
+        rule = ["---", *["---:"] * (len(head) - 1)]
+        escaped = [[cell.replace("|", r"\|") for cell in row] for row in (head, rule, *body)]
+        lines = ["| " + " | ".join(row) + " |" for row in escaped]
+        return "\n".join([*lines, "", self.caption(), *(f"\n- {note}" for note in self.notes)]) + "\n"
+
+    def to_json(self) -> dict[str, Any]:
+        """Everything, for programs."""
+        assert self.config is not None
+        return {
+            "jpeft": jpeft.__version__,
+            "task": self.task.name,
+            "metric": self.task.metric,
+            "split": self.split,
+            "higher_is_better": self.task.higher_is_better,
+            "settings": {name: value for name, value in to_json(self.config).items() if name not in (*_OF_THE_ROW, "output")},
+            "seeds": self.seeds,
+            "rows": [self._row_json(entry) for entry in self.entries],
+            "left_out": [{"label": row.label, "error": message} for row, message in self.left_out.items()],
+            "notes": self.notes,
+        }
+
+    def _row_json(self, entry: Entry) -> dict[str, Any]:
+        scores = entry.scores(self.split, self.task.metric)
+        runs = [{"seed": seed, "folder": entry.folders[seed], **result} for seed, result in entry.results.items()]
+        errors = [{"seed": failure.seed, "error": failure.message} for failure in self.failures if failure.row == entry.row]
+        return {
+            "label": entry.row.label,
+            "family": entry.row.family,
+            "method": entry.row.method,
+            "options": list(entry.row.options),
+            "learning_rate": entry.row.learning_rate,
+            "mean": statistics.mean(scores) if scores else None,
+            "std": statistics.stdev(scores) if len(scores) > 1 else None,
+            "runs": runs,
+            "errors": errors,
+        }
+
+    def plot(self, path: str | os.PathLike[str], title: str | None = None) -> None:
+        """Draws quality against parameters as a PNG; the title names model and data by default."""
+        assert self.config is not None
+        points, lines = [], []
+        for entry in self.entries:
+            if not (scores := entry.scores(self.split, self.task.metric)):
+                continue
+            mean, spread = statistics.mean(scores), statistics.stdev(scores) if len(scores) > 1 else 0.0
+            # What has no parameters has no place on a logarithmic axis.
+            if entry.row.is_baseline or not entry.median(self.parameters):
+                lines.append(Line(entry.row.label, mean))
+            else:
+                points.append(Point(entry.row.label, entry.median(self.parameters) or 0.0, mean, spread, entry.row.family))
+        plot_scatter(
+            path,
+            points,
+            lines,
+            x_label=f"{self.parameters} parameters",
+            y_label=f"{self.split} {self.task.metric.replace('_', ' ')}" + ("" if self.task.higher_is_better else ", lower is better"),
+            title=title or f"{Path(self.config.model).name} on {Path(self.config.data).name}",
+        )
+
+    def write(self, folder: str | os.PathLike[str]) -> None:
+        """Writes results.json, table.md and compare.png into a folder; nothing if no run is finished."""
+        if self.config is None:
+            return
+        folder = Path(folder)
+        write_json(folder / "results.json", self.to_json())
+        write_atomically(folder / "table.md", self.markdown())
+        self.plot(folder / "compare.png")
+
+
+def collect(
+    folders: Sequence[str | os.PathLike[str]],
+    *,
+    order: Sequence[Row] = (),
+    failures: Sequence[Failure] = (),
+    left_out: Mapping[Row, str] | None = None,
+    parameters: str = "trained",
+) -> Comparison:
+    """The comparison of finished runs.
+
+    Args:
+        folders: Folders of finished runs.
+        order: Rows in the order of the table; others follow, sorted by family.
+        failures: Runs that came to nothing.
+        left_out: Rows that do not apply, with the reason.
+        parameters: "trained", "stored" or "changed": what the picture shows.
+
+    Raises:
+        ValueError: if the runs differ in more than method, options, learning rate and seed, or two are the same.
+    """
+    results: dict[Row, dict[int, dict[str, Any]]] = {}
+    names: dict[Row, dict[int, str]] = {}
+    first: TrainConfig | None = None
+    for folder in map(RunFolder, folders):
+        about = folder.about()
+        config = from_json(about["run"])
+        first = first or config
+        changed = changed_fields(to_json(first), to_json(config))
+        different = {name: values for name, values in changed.items() if name not in _OF_THE_ROW}
+        if different:
+            fields = ", ".join(f"{name} ({old!r} and {new!r})" for name, (old, new) in different.items())
+            raise ValueError(f"{first.output} and {folder.path} cannot be compared: they differ in {fields}")
+        row = Row(config.method, config.options, config.learning_rate or usual_rate(config.method, config.options))
+        if config.seed in results.setdefault(row, {}):
+            raise ValueError(f"{folder.path} and {names[row][config.seed]} are the same run: {row.label}, seed {config.seed}")
+        results[row][config.seed] = json.loads(folder.result.read_text()) | {"data": about["data"]}
+        names.setdefault(row, {})[config.seed] = folder.path.name
+    failed = [failure.row for failure in failures]
+    rows = list(dict.fromkeys([*(row for row in order if row in results or row in failed), *sorted(results, key=lambda row: row.rank)]))
+    return Comparison(
+        task=find_task(first.task if first else "sequence-classification"),
+        config=first,
+        entries=tuple(Entry(row, dict(sorted(results.get(row, {}).items())), names.get(row, {})) for row in rows),
+        failures=tuple(failures),
+        left_out=left_out or {},
+        parameters=parameters,
+    )
+
+
+def run_folders(folder: str | os.PathLike[str]) -> list[Path]:
+    """Folders of finished runs right below a folder.
+
+    Raises:
+        ValueError: if there are none.
+    """
+    found = sorted(path.parent for path in Path(folder).glob("*/result.json"))
+    if not found:
+        raise ValueError(f"there are no finished runs in {folder}: it should hold the folders of runs")
+    return found
+
+
+def _text(value: float | None, form: str = "", *, scale: float = 1.0, bytes: bool = False) -> str:
+    if value is None:
+        return "–"
+    return readable_bytes(value) if bytes else form.format(value * scale)

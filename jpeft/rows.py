@@ -1,0 +1,144 @@
+"""What a comparison compares: a method with its options and a learning rate, written as one line of text."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import jpeft
+from jpeft.config import parse_options
+
+
+class Row(NamedTuple):
+    """One row of the table.
+
+    Attributes:
+        method: Name of the method.
+        options: As `TrainConfig.options`.
+        learning_rate: Peak learning rate.
+    """
+
+    method: str
+    options: tuple[str, ...]
+    learning_rate: float
+
+    @property
+    def label(self) -> str:
+        """The row's name: what to type for it, with the learning rate only where it is not the usual one.
+
+        >>> Row("lora", ("target=['query','value']",), 0.002).label
+        'lora target=query,value'
+        >>> Row("freeze", ("top=0",), 0.004).label
+        'head only'
+        """
+        rate = "" if self.learning_rate == usual_rate(self.method, self.options) else f"learning_rate={self.learning_rate:g}"
+        name = next((row.name for row in BASELINES.values() if (row.method, row.options) == (self.method, self.options)), None)
+        parts = [name] if name is not None else [self.method, *map(_plain, self.options)]
+        return " ".join([*parts, rate]).strip()
+
+    @property
+    def family(self) -> str:
+        """The method's family, or "baseline"."""
+        return "baseline" if self.is_baseline else jpeft.methods()[self.method].family
+
+    @property
+    def is_baseline(self) -> bool:
+        """Whether the row is there for the others to be measured by."""
+        return any((row.method, row.options) == (self.method, self.options) for row in BASELINES.values())
+
+    @property
+    def rank(self) -> tuple[int, int, str]:
+        """Sorts rows: the head alone, the methods as they are registered, full fine-tuning."""
+        if self.is_baseline:
+            return (-1 if self[:2] == BASELINES["head-only"][1:3] else 1, 0, self.label)
+        return 0, list(jpeft.methods()).index(self.method), self.label
+
+    def folder(self, seed: int) -> str:
+        """Name of the run's folder: readable, one for each method, options, learning rate and seed.
+
+        >>> Row("lora", ("rank=4",), 0.002).folder(1)
+        'lora-rank=4-0.002-1'
+        """
+        text = "-".join(self.options) or "default"
+        safe = re.sub(r"[^\w=.,+\[\]'-]", "_", text)[:100]
+        if safe != text:
+            safe += f"-{hashlib.sha256(text.encode()).hexdigest()[:6]}"
+        return f"{self.method}-{safe}-{self.learning_rate:g}-{seed}"
+
+
+class Baseline(NamedTuple):
+    """A row with a name of its own."""
+
+    name: str
+    method: str
+    options: tuple[str, ...]
+    learning_rate: float
+
+
+ALL = "all"
+# `freeze` has a learning rate for its top layers: a head alone can take larger steps, a whole model must take smaller ones.
+BASELINES = {
+    "head-only": Baseline("head only", "freeze", ("top=0",), 4e-3),
+    "full": Baseline("full fine-tuning", "freeze", ("target=.*",), 2e-4),
+}
+
+
+def usual_rate(method: str, options: Sequence[str]) -> float:
+    """The learning rate of a row that names none."""
+    for row in BASELINES.values():
+        if (row.method, row.options) == (method, tuple(options)):
+            return row.learning_rate
+    return jpeft.methods()[method].learning_rate
+
+
+def parse_row(text: str, learning_rate: float | None = None) -> Row:
+    """A row from its text: a method or a baseline, its options as NAME=VALUE, and perhaps `learning_rate=...`.
+
+    Args:
+        text: Such as "lora rank=4 target=['query', 'value']". Spaces within a value are fine.
+        learning_rate: For rows that name none; by default `usual_rate`.
+
+    Raises:
+        ValueError: for a method, or an option of it, that does not exist.
+
+    Example:
+        >>> parse_row("lora rank=4 learning_rate=1e-3")
+        Row(method='lora', options=('rank=4',), learning_rate=0.001)
+        >>> parse_row("head-only").options
+        ('top=0',)
+    """
+    method, *options = re.split(r"\s+(?=[A-Za-z_]\w*=)", text.strip())
+    if method in BASELINES:
+        _, method, options = BASELINES[method].name, BASELINES[method].method, [*BASELINES[method].options, *options]
+    values = parse_options(options)
+    rate = values.pop("learning_rate", None)
+    if rate is not None and not (isinstance(rate, (int, float)) and rate > 0):
+        raise ValueError(f"row {text!r}: learning_rate={rate!r} is not a positive number")
+    # Made once, so that a mistyped option is found now and not after hours of other rows.
+    jpeft.make(method, **values)
+    kept = tuple(option for option in options if not option.startswith("learning_rate="))
+    return Row(method, kept, float(rate or learning_rate or usual_rate(method, kept)))
+
+
+def parse_rows(texts: Sequence[str], learning_rate: float | None = None) -> list[Row]:
+    """The rows in the order given; with "all" among them, also the baselines and every method with its defaults, sorted.
+
+    Raises:
+        ValueError: for a bad row, or one that is given twice.
+    """
+    rows = [parse_row(text, learning_rate) for text in texts if text != ALL]
+    for i, row in enumerate(rows):
+        if row in rows[:i]:
+            raise ValueError(f"the row {row.label!r} is given twice")
+    if ALL not in texts:
+        return rows
+    every = [parse_row(text, learning_rate) for text in ("head-only", *jpeft.methods(), "full")]
+    return sorted({*rows, *every}, key=lambda row: row.rank)
+
+
+def _plain(option: str) -> str:
+    """`target=['query','value']` as `target=query,value`."""
+    ((name, value),) = parse_options([option]).items()
+    return f"{name}={','.join(map(str, value))}" if isinstance(value, (list, tuple)) else option

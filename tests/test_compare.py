@@ -1,0 +1,336 @@
+"""Several methods on one task: runs, failures, continuation, and what the table and the picture say."""
+
+import importlib.util
+import json
+import os
+import signal
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from matplotlib.image import imread
+from tiny_text import make_model, make_rows, write_csv
+
+import jpeft.compare
+from jpeft import registry
+from jpeft.cli import main
+from jpeft.config import CompareConfig
+from jpeft.report import collect, run_folders
+from jpeft.rows import BASELINES, Row, parse_row, parse_rows
+from jpeft.scatter import Line, Point, plot_scatter
+from jpeft.train import train
+
+ROWS = ("head-only", "lora rank=2", "bitfit")
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    """A model and data, as fields of a configuration with few steps."""
+    folder = tmp_path_factory.mktemp("base")
+    make_model(folder / "model")
+    write_csv(folder / "data.csv", make_rows(90))
+    fields = {"model": str(folder / "model"), "data": str(folder / "data.csv"), "max_length": 8, "progress": "none"}
+    return fields | {"steps": 4, "batch_size": 8, "log_every": 2}
+
+
+@pytest.fixture(scope="module")
+def done(base, tmp_path_factory):
+    """A comparison of three rows with two seeds, and the configuration that made it."""
+    config = CompareConfig(**base, output=str(tmp_path_factory.mktemp("compare") / "out"), methods=ROWS, seeds=(0, 1))
+    return config, jpeft.compare.compare(config, say=lambda line: None)
+
+
+def flags(config, *more):
+    """The configuration as flags."""
+    names = ("model", "data", "max_length", "progress", "steps", "batch_size", "log_every", "output")
+    pairs = [part for name in names for part in (f"--{name.replace('_', '-')}", str(getattr(config, name)))]
+    return ["compare", *pairs, "--methods", *config.methods, "--seeds", *map(str, config.seeds), *more]
+
+
+# --- rows -------------------------------------------------------------------------------------------------------------
+
+
+def test_a_row_is_a_method_with_options_and_a_rate():
+    row = parse_row("lora  rank=4 target=['query', 'value'] learning_rate=3e-4")
+    assert row == Row("lora", ("rank=4", "target=['query', 'value']"), 3e-4)
+    assert row.label == "lora rank=4 target=query,value learning_rate=0.0003"
+    assert parse_row("lora").learning_rate == jpeft.methods()["lora"].learning_rate
+    assert parse_row("lora", 0.5).learning_rate == 0.5
+    assert parse_row("lora learning_rate=0.1", 0.5).learning_rate == 0.1
+    assert [parse_row(name).label for name in BASELINES] == ["head only", "full fine-tuning"]
+
+
+def test_all_rows_are_the_baselines_and_every_method():
+    rows = parse_rows(["all"])
+    assert [row.label for row in rows] == ["head only", *jpeft.methods(), "full fine-tuning"]
+    assert {row.family for row in rows} == {"baseline", "selective", "additive", "reparameterized"}
+    # Beside rows of one's own, each in its place.
+    more = [row.label for row in parse_rows(["lora rank=2", "bitfit", "all"])]
+    assert more == [*(row.label for row in rows[:-1] if row.label != "full fine-tuning"), "lora rank=2", "full fine-tuning"]
+
+
+def test_folders_of_different_rows_differ():
+    texts = ("lora", "lora rank=4", "lora target=.*query/kernel", "lora target=.*query.kernel", "lora learning_rate=1e-5")
+    names = [parse_row(text).folder(seed) for text in texts for seed in (0, 1)]
+    assert len(set(names)) == len(names)
+    assert not any("/" in name for name in names)
+
+
+# --- runs -------------------------------------------------------------------------------------------------------------
+
+
+def test_every_row_and_seed_is_an_ordinary_run(done):
+    config, comparison = done
+    folders = run_folders(config.output)
+    assert len(folders) == 6
+    assert [entry.row.label for entry in comparison.entries] == ["head only", "lora rank=2", "bitfit"]
+    for entry in comparison.entries:
+        assert sorted(entry.results) == [0, 1]
+        for seed, name in entry.folders.items():
+            about = json.loads((Path(config.output) / name / "config.json").read_text())
+            assert (about["run"]["method"], about["run"]["seed"]) == (entry.row.method, seed)
+            assert about["learning_rate"] == entry.row.learning_rate
+
+
+def test_the_table_is_what_the_runs_say(done):
+    config, comparison = done
+    head, body = comparison.table()
+    assert head[:6] == ["method", "test accuracy", "validation accuracy", "trained", "stored", "changed"]
+    cells = {row[0]: dict(zip(head, row)) for row in body}
+    for entry in comparison.entries:
+        results = [json.loads((Path(config.output) / name / "result.json").read_text()) for name in entry.folders.values()]
+        row = cells[entry.row.label]
+        for split in ("test", "validation"):
+            scores = [result[split]["accuracy"] for result in results]
+            assert row[f"{split} accuracy"] == f"{statistics.mean(scores):.3f} ± {np.std(scores, ddof=1):.3f}"
+        for name in ("trained", "stored", "changed"):
+            assert row[name] == f"{results[0][name]:,}"
+        assert row["GFLOP/step"] == f"{results[0]['flops'] * 1e-9:,.4g}"
+        seconds = statistics.median(result["step_seconds"] for result in results)
+        assert float(row["ms/step"]) == pytest.approx(1e3 * seconds, abs=0.51)
+    # The head of three classes alone, and all that it changes.
+    assert cells["head only"]["trained"] == cells["head only"]["changed"] == str(16 * 3 + 3)
+
+
+def test_the_files_say_the_same(done):
+    config, comparison = done
+    output = Path(config.output)
+    values = json.loads((output / "results.json").read_text())
+    assert values == json.loads(json.dumps(comparison.to_json()))
+    for row, entry in zip(values["rows"], comparison.entries):
+        assert row["mean"] == pytest.approx(np.mean(entry.scores("test", "accuracy")))
+        assert [run["seed"] for run in row["runs"]] == [0, 1]
+    assert values["settings"]["batch_size"] == 8
+    head, body = comparison.table()
+    lines = (output / "table.md").read_text().splitlines()
+    assert [[cell.strip() for cell in line.strip("|").split("|")] for line in (lines[0], *lines[2:5])] == [head, *body]
+    assert "4 steps, batches of 8 × 8 tokens; mean ± standard deviation over seeds 0, 1" in lines[6]
+    height, width, _ = imread(output / "compare.png").shape
+    assert width > height > 500
+
+
+def test_columns_can_be_chosen(done):
+    _, comparison = done
+    assert comparison.markdown(["method", "trained"]).splitlines()[:2] == ["| method | trained |", "| --- | ---: |"]
+    with pytest.raises(ValueError, match=r"no columns \['cost'\]; it has \['method'"):
+        comparison.table(["method", "cost"])
+
+
+def test_again_trains_nothing_and_another_seed_only_what_is_missing(done, monkeypatch, capfd):
+    config, _ = done
+    trained = []
+    monkeypatch.setattr(jpeft.compare, "train", lambda run: trained.append(run) or train(run))
+    assert main(flags(config)) == 0
+    assert trained == []
+    out = capfd.readouterr().out
+    assert [line.split()[0] for line in out.splitlines()] == ["method", "head", "lora", "bitfit", "results.json,"]
+    assert main(["report", config.output, "--output", f"{config.output}-report"]) == 0
+    assert trained == []
+    # The same numbers from the folders alone, and the head and the methods in their own order.
+    again = [json.loads((Path(folder) / "results.json").read_text()) for folder in (config.output, f"{config.output}-report")]
+    assert [row["label"] for row in again[1]["rows"]] == ["head only", "bitfit", "lora rank=2"]
+    assert sorted(again[0]["rows"], key=str) == sorted(again[1]["rows"], key=str)
+
+
+def test_another_configuration_is_refused_before_anything_runs(done, monkeypatch, capfd):
+    config, _ = done
+    monkeypatch.setattr(jpeft.compare, "train", None)
+    assert main(flags(config, "--weight-decay", "0.5")) == 2
+    err = capfd.readouterr().err
+    assert "cannot resume" in err
+    assert "weight_decay (0.01 before, 0.5 now)" in err
+
+
+def test_runs_of_different_settings_are_not_put_in_one_table(done, base, tmp_path):
+    config, comparison = done
+    entry = comparison.entries[0]
+    first = Path(config.output) / entry.folders[0]
+    other = tmp_path / "other"
+    other.mkdir()
+    about = json.loads((first / "config.json").read_text())
+    (other / "result.json").write_text((first / "result.json").read_text())
+    (other / "config.json").write_text(json.dumps(about | {"run": about["run"] | {"max_length": 4}}))
+    with pytest.raises(ValueError, match=r"cannot be compared: they differ in max_length \(8 and 4\)"):
+        collect([first, other])
+    (other / "config.json").write_text(json.dumps(about))
+    with pytest.raises(ValueError, match="are the same run: head only, seed 0"):
+        collect([first, other])
+    # Other data under the same name is told, because it may be meant.
+    changed = about | {"run": about["run"] | {"seed": 7}, "data": about["data"] | {"train": "0"}}
+    (other / "config.json").write_text(json.dumps(changed))
+    assert "not all runs have seen the same data" in collect([first, other]).notes[0]
+
+
+# --- failures ---------------------------------------------------------------------------------------------------------
+
+
+def test_one_failed_method_does_not_lose_the_others(base, tmp_path, capfd):
+    # Refused by the model (there are two layers), and a loss that is not finite.
+    rows = ("freeze top=9", "lora rank=2 learning_rate=1e30", "bitfit")
+    config = CompareConfig(**base | {"clip": None}, output=str(tmp_path / "out"), methods=rows, seeds=(0,))
+    assert main(flags(config, "--clip", "None")) == 1
+    out = capfd.readouterr().out
+    values = json.loads((tmp_path / "out" / "results.json").read_text())
+    by_label = {row["label"]: row for row in values["rows"]}
+    assert set(by_label) == {"freeze top=9", "lora rank=2 learning_rate=1e+30", "bitfit"}
+    assert by_label["bitfit"]["errors"] == []
+    assert 0 <= by_label["bitfit"]["mean"] <= 1
+    for label, message in (("freeze top=9", "the model has 2 layers"), ("lora rank=2 learning_rate=1e+30", "training diverged")):
+        assert by_label[label]["mean"] is None
+        assert message in by_label[label]["errors"][0]["error"]
+        assert f"{label}, seed 0 failed: " in (tmp_path / "out" / "table.md").read_text()
+        assert any(line.startswith(f"{label}  ") and " failed  " in line for line in out.splitlines())
+
+
+def test_what_does_not_apply_is_left_out_of_all_methods(base, tmp_path, monkeypatch):
+    # Half a percent of a model this small is less than its head: fish_mask refuses.
+    keep = {name: registry.methods()[name] for name in ("fish_mask", "bitfit")}
+    monkeypatch.setattr(jpeft, "methods", lambda: keep)
+    comparison = jpeft.compare.compare(CompareConfig(**base, output=str(tmp_path / "out"), seeds=(0,)), say=lambda line: None)
+    assert [entry.row.label for entry in comparison.entries] == ["head only", "bitfit", "full fine-tuning"]
+    assert comparison.failures == ()
+    assert [row.label for row in comparison.left_out] == ["fish_mask"]
+    assert comparison.notes[0].startswith("fish_mask does not apply: ")
+    full = comparison.entries[-1].results[0]
+    assert full["trained"] == full["changed"] > 10 * comparison.entries[1].results[0]["trained"]
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (["--methods", "lroa"], "no method 'lroa'"),
+        (["--methods", "lora rnak=3"], "rnak"),
+        (["--methods", "lora", "lora"], "the row 'lora' is given twice"),
+        (["--methods", "lora learning_rate=fast"], "not a positive number"),
+        (["--seeds", "1", "1"], "different numbers"),
+        (["--label", "class"], "no column 'class'"),
+        (["--model", "/no/where"], "no folder /no/where"),
+    ],
+)
+def test_bad_input_is_one_line_and_leaves_nothing(base, tmp_path, capfd, more, message):
+    config = CompareConfig(**base, output=str(tmp_path / "out"), methods=("bitfit", "lora"), seeds=(0,))
+    assert main(flags(config, *more)) == 2
+    err = capfd.readouterr().err
+    assert message in err
+    assert err.count("\n") == 1
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_report_needs_runs(tmp_path, capfd):
+    assert main(["report", str(tmp_path)]) == 2
+    assert "no finished runs" in capfd.readouterr().err
+
+
+@pytest.mark.slow
+def test_an_interrupted_comparison_goes_on(base, tmp_path):
+    """Ctrl-C leaves a table of what is finished; kill -9 leaves the runs; the same command then does the rest."""
+    output = tmp_path / "out"
+    config = CompareConfig(**base | {"steps": 60}, output=str(output), methods=("bitfit", "lora rank=2"), seeds=(0,))
+    arguments = flags(config, "--checkpoint-every", "2")
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[1]), "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
+
+    def stop(signum, row):
+        command = [sys.executable, "-m", "jpeft", *arguments]
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
+        deadline = time.monotonic() + 300
+        while not list(output.glob(f"{row}*/checkpoints/*/checksums.json")):
+            assert process.poll() is None, process.stderr.read()
+            assert time.monotonic() < deadline
+            time.sleep(0.002)
+        process.send_signal(signum)
+        _, errors = process.communicate(timeout=120)
+        return process.returncode, errors
+
+    code, _ = stop(signal.SIGKILL, "bitfit")
+    assert code == -signal.SIGKILL
+    code, errors = stop(signal.SIGINT, "lora")
+    assert code == 130
+    assert "continue with: jpeft compare" in errors
+    assert "'lora rank=2'" in errors
+    assert "--resume" not in errors
+    assert [row["label"] for row in json.loads((output / "results.json").read_text())["rows"]] == ["bitfit"]
+    assert main(arguments) == 0
+    assert [row["label"] for row in json.loads((output / "results.json").read_text())["rows"]] == ["bitfit", "lora rank=2"]
+    # Continued, not begun again: no step is logged twice, none is missing.
+    for run in run_folders(output):
+        steps = [json.loads(line)["step"] for line in (run / "metrics.jsonl").read_text().splitlines() if '"train"' in line]
+        assert steps == list(range(2, 61, 2))
+
+
+def test_the_benchmark_fills_the_readme(done, tmp_path):
+    _, comparison = done
+    spec = importlib.util.spec_from_file_location("scipy_docs", Path(__file__).parents[1] / "benchmarks" / "scipy_docs.py")
+    benchmark = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(benchmark)
+    readme, results = tmp_path / "README.md", tmp_path / "benchmarks" / "results"
+    readme.write_text("before\n<!-- compare -->\nold\n<!-- /compare -->\nafter\n")
+    for _ in range(2):
+        benchmark.write(comparison, results, readme)
+        lines = readme.read_text().splitlines()
+        assert lines[:3] == ["before", "<!-- compare -->", "![quality against trained parameters](benchmarks/results/compare.png)"]
+        assert lines[-2:] == ["<!-- /compare -->", "after"]
+        assert lines[4] == f"| {' | '.join(benchmark.COLUMNS)} |"
+        assert [line.split("|")[1].strip() for line in lines[6:9]] == ["head only", "lora rank=2", "bitfit"]
+    assert (results / "compare.png").stat().st_size < 200_000
+    assert comparison.markdown() in (results / "compare.md").read_text()
+    readme.write_text("no place")
+    with pytest.raises(SystemExit, match="has no place for the table"):
+        benchmark.write(comparison, results, readme)
+    # The README that is filled has one.
+    assert len(benchmark.MARKED.findall((Path(__file__).parents[1] / "README.md").read_text())) == 1
+
+
+# --- the picture ------------------------------------------------------------------------------------------------------
+
+
+def test_labels_do_not_overlap(tmp_path, monkeypatch):
+    """Twelve points in a narrow band: every text is inside, clear of the other texts and of all points."""
+    rng = np.random.default_rng(0)
+    points = [Point(f"method_{i}", 10 ** rng.uniform(4, 6), rng.uniform(0.88, 0.9), 0.004, "additive") for i in range(12)]
+    figures = []
+    monkeypatch.setattr(jpeft.scatter, "write_figure", lambda figure, path: figures.append(figure))
+    plot_scatter("unused", points, [Line("head only", 0.82), Line("full fine-tuning", 0.93)], x_label="x", y_label="y")
+    (axes,) = figures[0].axes
+    boxes = [text.get_window_extent() for text in axes.texts]
+    assert len(boxes) == 14
+    for i, box in enumerate(boxes):
+        assert not any(box.overlaps(other) for other in boxes[:i])
+    centres = [axes.transData.transform((point.x, point.y)) for point in points]
+    frame = axes.get_window_extent()
+    for box in boxes:
+        assert not any(box.contains(*centre) for centre in centres)
+        assert frame.x0 <= box.x0
+        assert box.x1 <= frame.x1
+
+
+def test_a_picture_of_little(tmp_path):
+    for name, points, lines in (
+        ("one", [Point("a", 5.0, 0.5, 0.0, "selective")], []),
+        ("lines", [], [Line("head only", 0.5)]),
+    ):
+        plot_scatter(tmp_path / f"{name}.png", points, lines, x_label="x", y_label="y")
+        assert imread(tmp_path / f"{name}.png").std() > 0
