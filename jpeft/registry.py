@@ -5,6 +5,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 from .additive.adapter import adapter
+from .additive.compacter import compacter
 from .additive.p_tuning_v2 import p_tuning_v2
 from .additive.parallel_adapter import parallel_adapter
 from .additive.pfeiffer import pfeiffer
@@ -46,6 +47,7 @@ _METHODS = (
     MethodInfo(
         "parallel_adapter", "additive", "bottleneck layers beside the feed-forward ones, scaled (He et al.)", parallel_adapter, 1e-3
     ),
+    MethodInfo("compacter", "additive", "bottlenecks of Kronecker products with shared factors (Compacter, Compacter++)", compacter, 3e-3),
     MethodInfo("prefix_tuning", "additive", "trained keys and values in every layer, made by an MLP in training", prefix_tuning, 1e-3),
     MethodInfo("p_tuning_v2", "additive", "deep prompts: trained keys and values in every layer and a task head", p_tuning_v2, 1e-2),
     MethodInfo("lora", "reparameterized", "low-rank updates of kernels, merged for inference", lora, 2e-3),

@@ -121,6 +121,7 @@ METHODS = {
     "adapter": jpeft.adapter(size=4),
     "pfeiffer": jpeft.pfeiffer(size=4, activation="gelu"),
     "pfeiffer-lin": jpeft.pfeiffer(size=4, activation="silu", own_norm=True),
+    "compacter": jpeft.compacter(size=4),
     "parallel_adapter": jpeft.parallel_adapter(size=4, activation="gelu"),
     "lora": jpeft.lora(rank=2),
     "lora-two-view": jpeft.lora(rank=2, view="two-view"),
@@ -136,8 +137,16 @@ METHODS = {
 NEED_STATS = {"fish_mask", "chain-sparse", "diff_pruning-mask"}
 
 # What a method's first output may differ from the base by, and whether it merges: True, or the reason it gives.
-NEAR_IDENTITY = {"adapter": 1e-2, "chain": 1e-2, "pfeiffer": 0.1, "pfeiffer-lin": 0.1, "prefix_tuning": 10.0, "p_tuning_v2": 10.0}
-MERGES = dict.fromkeys(["adapter", "pfeiffer", "pfeiffer-lin", "parallel_adapter", "chain"], "nonlinear layer of its own") | {
+NEAR_IDENTITY = {
+    "adapter": 1e-2,
+    "chain": 1e-2,
+    "compacter": 1e-3,
+    "pfeiffer": 0.1,
+    "pfeiffer-lin": 0.1,
+    "prefix_tuning": 10.0,
+    "p_tuning_v2": 10.0,
+}
+MERGES = dict.fromkeys(["adapter", "pfeiffer", "pfeiffer-lin", "parallel_adapter", "compacter", "chain"], "nonlinear layer of its own") | {
     "prefix_tuning": "lengthens the keys and values",
     "p_tuning_v2": "lengthens the keys and values",
 }
@@ -152,6 +161,7 @@ MEETS = {name: SMALL if name in jpeft.methods() else ["plain", "jit", "scan", "e
     "lora": [*SMALL, "gpt2", "gpt2-scan"],
     "pfeiffer": ["jit", "scan-mha", *ENCODERS, "gpt2-remat"],
     "pfeiffer-lin": ["bert-scan", "gpt2", "gpt2-scan"],
+    "compacter": ["plain", "jit", "scan-mha", "bert", "bert-scan", "gpt2-remat", "gpt2-scan"],
     "parallel_adapter": [*ENCODERS, *DECODERS],
     "prefix_tuning": [*ENCODERS, *DECODERS],
     "p_tuning_v2": [*ENCODERS, "gpt2-scan"],
