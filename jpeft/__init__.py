@@ -10,6 +10,7 @@ Pretrained models (`jpeft.models`), the trainer (`jpeft.train`) and the command 
 
 from importlib.metadata import version as _version
 
+from . import sharding as sharding
 from .additive.adapter import adapter as adapter
 from .additive.compacter import compacter as compacter
 from .additive.p_tuning_v2 import p_tuning_v2 as p_tuning_v2

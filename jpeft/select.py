@@ -39,7 +39,15 @@ class KernelAxes(NamedTuple):
 
     def factor_shapes(self, shape: tuple[int, ...], rank: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
         """Shapes of ``a`` (outputs collapsed to the rank) and ``b`` (inputs collapsed to the rank); the stack axes keep their places."""
-        return tuple(_collapsed(shape, self.outputs, rank)), tuple(_collapsed(shape, self.inputs, rank))
+        return self.factors(shape, rank)
+
+    def factors(self, kernel: Sequence[T], rank: T) -> tuple[tuple[T, ...], tuple[T, ...]]:
+        """Anything that the kernel has one of for each axis (size, letter, place), as ``a`` and ``b`` have it.
+
+        >>> KernelAxes((), (0,), (1, 2)).factors("dnh", "r")
+        (('d', 'r'), ('r', 'n', 'h'))
+        """
+        return tuple(_collapsed(kernel, self.outputs, rank)), tuple(_collapsed(kernel, self.inputs, rank))
 
     def fan_in(self, shape: tuple[int, ...]) -> int:
         """Number of inputs that are summed into one output."""
@@ -55,7 +63,8 @@ class KernelAxes(NamedTuple):
         >>> KernelAxes((), (0,), (1, 2)).letters("dnh", "r")
         ('dr', 'rnh')
         """
-        return "".join(_collapsed(kernel, self.outputs, rank)), "".join(_collapsed(kernel, self.inputs, rank))
+        a, b = self.factors(kernel, rank)
+        return "".join(a), "".join(b)
 
     def product(self, a: jax.Array, b: jax.Array) -> jax.Array:
         """``a b`` in the shape of the kernel, summed over the rank axis."""

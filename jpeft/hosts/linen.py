@@ -53,6 +53,21 @@ def wrap(fn: Callable[..., Any], method: Method) -> Callable[..., Any]:
     return forward
 
 
+def mapped(fn: Callable[..., Any], change: Callable[[Any], Any]) -> Callable[..., Any]:
+    """`fn` with `change` applied to the outputs of every linen module that runs inside it."""
+
+    def after(next_fun: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], context: Any) -> Any:
+        out = next_fun(*args, **kwargs)
+        return change(out) if context.method_name in ("__call__", "attend") else out
+
+    @functools.wraps(_innermost(fn))
+    def run(*args: Any, **kwargs: Any) -> Any:
+        with nn.intercept_methods(after):
+            return fn(*args, **kwargs)
+
+    return run
+
+
 def unbox(params: Params) -> Params:
     """Parameters without linen's metadata boxes (`nn.Partitioned`)."""
     boxed = any(isinstance(leaf, meta.AxisMetadata) for leaf in jax.tree.leaves(params, is_leaf=lambda x: isinstance(x, meta.AxisMetadata)))

@@ -12,6 +12,7 @@ from .bert import BertModel as BertModel
 from .bert import BertOutput as BertOutput
 from .bert_config import BertConfig as BertConfig
 from .decoder import DecoderOutput as DecoderOutput
+from .families import partition_rules as partition_rules
 from .generate import Generated as Generated
 from .generate import generate as generate
 from .gpt2 import GPT2Config as GPT2Config

@@ -8,6 +8,7 @@ import flax.linen as nn
 
 from . import bert, gpt2
 from .bert_config import BertConfig
+from .partition import BERT_RULES, GPT2_RULES, Rules
 
 
 @dataclasses.dataclass(frozen=True)
@@ -19,6 +20,7 @@ class Family:
     tasks: dict[str, tuple[type[nn.Module], str]]  # task -> our class, and what the name of Hugging Face's ends with
     blocks: str  # the module that holds the blocks
     prefix: str | None = None  # in front of the body's tensors in the checkpoint of a model with a head; None: the model type
+    partition: Rules = ()  # how its parameters are split over a mesh
     untransposed: re.Pattern[str] = re.compile("(?!)")  # paths of kernels that are (in, out) in checkpoints too
 
 
@@ -33,6 +35,7 @@ FAMILIES = (
             "masked-lm": (bert.BertForMaskedLM, "ForMaskedLM"),
         },
         blocks="layer",
+        partition=BERT_RULES,
     ),
     Family(
         config=gpt2.GPT2Config,
@@ -40,6 +43,7 @@ FAMILIES = (
         tasks={"decoder": (gpt2.GPT2Model, "Model"), "causal-lm": (gpt2.GPT2LMHeadModel, "LMHeadModel")},
         blocks="h",
         prefix="transformer",
+        partition=GPT2_RULES,
         untransposed=re.compile(r".*/(c_attn|c_proj|c_fc)/kernel"),
     ),
 )
@@ -50,6 +54,19 @@ TASKS = tuple(dict.fromkeys(task for family in FAMILIES for task in family.tasks
 def of(model_type: str) -> Family:
     """The family of a model type that is known to exist."""
     return next(family for family in FAMILIES if model_type in family.names)
+
+
+def partition_rules(model: nn.Module) -> Rules:
+    """How the parameters of one of our models are split over a mesh: rules for `jpeft.sharding`.
+
+    >>> from jpeft.models import BertConfig, BertModel, abstract_params
+    >>> from jpeft.sharding import abstract_mesh, placements
+    >>> model = BertModel(BertConfig(num_hidden_layers=1))
+    >>> placed = placements(abstract_params(model), abstract_mesh(8, fsdp=4, tensor=2), partition_rules(model))
+    >>> placed["encoder"]["layer"]["0"]["attention"]["self"]["query"]["kernel"].spec
+    P('fsdp', 'tensor')
+    """
+    return of(model.config.model_type).partition
 
 
 def model_types(task: str) -> list[str]:

@@ -1,0 +1,106 @@
+"""Meshes of devices with the axes data, fsdp and tensor, and batches on them."""
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+DATA, FSDP, TENSOR = AXES = ("data", "fsdp", "tensor")
+AnyMesh = Mesh | AbstractMesh
+
+_TYPES = (AxisType.Auto,) * len(AXES)
+
+
+def make_mesh(*, data: int = -1, fsdp: int = 1, tensor: int = 1, devices: Sequence[Any] | None = None) -> Mesh:
+    """A mesh of these devices; neighbours in the hardware share the last axis, ``tensor``, which communicates most.
+
+    Args:
+      data: Groups that hold the weights each for itself and share out the batch.
+      fsdp: Parts that the weights, and the batch, are split into.
+      tensor: Parts that each layer's computation is split into.
+      devices: All of every process by default.
+
+    Raises:
+      ValueError: unless the sizes multiply to the number of devices. One of them may be -1: what is left.
+
+    >>> dict(make_mesh().shape) == {"data": len(jax.devices()), "fsdp": 1, "tensor": 1}
+    True
+    """
+    devices = list(jax.devices() if devices is None else devices)
+    return jax.make_mesh(_sizes(len(devices), data, fsdp, tensor), AXES, _TYPES, devices=devices)
+
+
+def abstract_mesh(devices: int, *, data: int = 1, fsdp: int = -1, tensor: int = 1) -> AbstractMesh:
+    """A mesh of that many devices which need not exist, for `plan` and for ahead-of-time compilation.
+
+    Raises:
+      ValueError: as `make_mesh`.
+
+    >>> abstract_mesh(256, tensor=8).shape["fsdp"]
+    32
+    """
+    return AbstractMesh(_sizes(devices, data, fsdp, tensor), AXES, axis_types=_TYPES)
+
+
+def parse_mesh(text: str) -> dict[str, int]:
+    """The sizes in ``"data=2,fsdp=4"``, as keyword arguments of `make_mesh`. Axes that are not named keep their defaults.
+
+    Raises:
+      ValueError: for another form, an unknown axis, or one that is given twice.
+
+    >>> parse_mesh("data=2,fsdp=4")
+    {'data': 2, 'fsdp': 4}
+    """
+    sizes: dict[str, int] = {}
+    for part in filter(None, (part.strip() for part in text.split(","))):
+        name, _, size = part.partition("=")
+        if name not in AXES or name in sizes or not size.lstrip("-").isdigit():
+            raise ValueError(f"mesh {text!r}: {part!r} is not AXIS=SIZE with each of {', '.join(AXES)} at most once, as in data=2,fsdp=4.")
+        sizes[name] = int(size)
+    return sizes
+
+
+def batch_axes(mesh: AnyMesh) -> tuple[str, ...]:
+    """The mesh's axes that a batch is split over."""
+    return tuple(name for name in (DATA, FSDP) if name in mesh.shape)
+
+
+def batch_parts(mesh: AnyMesh) -> int:
+    """Number of parts that a batch is split into."""
+    return math.prod(mesh.shape[name] for name in batch_axes(mesh))
+
+
+def batch_sharding(mesh: AnyMesh) -> NamedSharding:
+    """The first axis of every array of a batch over ``data`` and ``fsdp``."""
+    return NamedSharding(mesh, P(batch_axes(mesh)))
+
+
+def shard_batch(batch: Any, mesh: Mesh) -> Any:
+    """A batch of NumPy or JAX arrays on the mesh, split along its first axis.
+
+    Raises:
+      ValueError: if the number of examples is no multiple of data * fsdp.
+    """
+    parts = batch_parts(mesh)
+    sizes = sorted({len(leaf) for leaf in jax.tree.leaves(batch)})
+    if any(size % parts for size in sizes):
+        raise ValueError(f"A batch of {sizes} examples cannot be split into data * fsdp = {parts} equal parts; choose a multiple.")
+    return jax.device_put(batch, batch_sharding(mesh))
+
+
+def _sizes(count: int, data: int, fsdp: int, tensor: int) -> tuple[int, ...]:
+    sizes = {DATA: data, FSDP: fsdp, TENSOR: tensor}
+    shown = ", ".join(f"{name}={size}" for name, size in sizes.items())
+    rest = [name for name, size in sizes.items() if size == -1]
+    if len(rest) > 1 or any(size < 1 and size != -1 for size in sizes.values()):
+        raise ValueError(f"mesh {shown}: sizes are at least 1, and one of them may be -1, for the devices that are left.")
+    known = math.prod(size for size in sizes.values() if size != -1)
+    if rest:
+        sizes[rest[0]] = count // known
+    if math.prod(sizes.values()) != count or 0 in sizes.values():
+        asks = f"asks for a multiple of {known}" if rest else f"asks for {known}"
+        raise ValueError(f"mesh {shown} {asks} devices, and there are {count}. Sizes must multiply to that; -1 stands for what is left.")
+    return tuple(sizes.values())
