@@ -54,7 +54,7 @@ class EvalArgs:
 
     # Folder of the run.
     run: tyro.conf.Positional[str]
-    # Other data than the run's: a file (all of it is evaluated), a folder, "builtin" or "hub:name[/config]".
+    # Other data than the run's: a file (all of it is evaluated), a folder, "builtin[:name]" or "hub:name[/config]".
     data: str | None = None
     # Which split.
     split: str = "test"

@@ -24,7 +24,8 @@ class Settings:
     model: str
     # Folder of the run: config, metrics, curve, checkpoints, adapter, result. Must be new or empty.
     output: str
-    # Data: "builtin", a folder with train/validation/test files, a file, or "hub:name[/config]".
+    # Data: "builtin", for generation "builtin:reference" or "builtin:summaries", a folder with train/validation/test files, a file, or
+    # "hub:name[/config]".
     data: str = "builtin"
     # Column that holds the text; for generation, what the target continues, or all there is.
     text: str = "text"

@@ -259,7 +259,8 @@ def splits(
 
     Args:
       spec: One of
-        `"builtin"`: `jpeft.builtin.builtin()`, which has its own columns and split;
+        `"builtin"`: `jpeft.builtin.builtin()`, or `"builtin:docs"`, `"builtin:reference"`, `"builtin:summaries"`: those of
+        `jpeft.python_docs`; they have their own columns and splits;
         a folder with files `train.*`, `validation.*` (or `valid.*`, `val.*`, `dev.*`) and `test.*`;
         one file, split here by `split_table`;
         `"hub:name"` or `"hub:name/config"`, a data set of the Hugging Face hub, name with or without an owner.
@@ -281,11 +282,8 @@ def splits(
     >>> {name: len(table) for name, table in splits("builtin").items()}["test"] > 100
     True
     """
-    if spec == "builtin":
-        # Inside: it is made of Tables, and SciPy takes a second to walk through.
-        from jpeft.builtin import builtin
-
-        return builtin()
+    if str(spec).partition(":")[0] == "builtin":
+        return _builtin(str(spec))
     columns: dict[str, Any] = {"text": text, "pair": pair, "label": label, "target": target}
     if isinstance(spec, str) and spec.startswith("hub:"):
         given = _hub(spec, **columns)
@@ -376,6 +374,17 @@ def fingerprint(text: str, pair: str | None = None) -> str:
     # A text of nothing but punctuation stands for itself.
     parts = [" ".join(re.findall(r"\w+", part.casefold())) or part for part in (text, pair) if part is not None]
     return hashlib.sha256("\0".join(parts).encode("utf-8", "surrogatepass")).hexdigest()
+
+
+def _builtin(spec: str) -> dict[str, Table]:
+    # Inside: they are made of Tables.
+    from jpeft import builtin, python_docs
+
+    sets = {"builtin": builtin.builtin}
+    sets |= {f"builtin:{make.__name__}": make for make in (python_docs.docs, python_docs.reference, python_docs.summaries)}
+    if spec not in sets:
+        raise ValueError(f"there is no built-in data {spec!r}; there are {', '.join(sets)}")
+    return sets[spec]()
 
 
 def _folder(folder: Path, **columns: Any) -> dict[str, Table]:
