@@ -37,7 +37,7 @@ batches = data.batches(train, args.batch_size, seed=0)  # batches[step], endless
 peft = jpeft.apply(loaded.params, method="lora", rank=8, key=jax.random.key(0))
 print(jpeft.summary(peft, depth=2))
 forward = jpeft.wrap(loaded.model.apply, peft.method)
-tx = jpeft.optimizer(optax.adamw(optax.linear_schedule(2e-3, 0.0, args.steps), weight_decay=0.01), peft)
+tx = jpeft.optimizer(optax.adamw(optax.linear_schedule(3e-3, 0.0, args.steps), weight_decay=0.01), peft)
 
 
 def inputs(batch):

@@ -39,7 +39,7 @@ class MethodInfo(NamedTuple):
 
 _METHODS = (
     MethodInfo("freeze", "selective", "train the top layers and what follows them, freeze the rest", freeze, 5e-4),
-    MethodInfo("bitfit", "selective", "train the biases (all, or query and middle-of-MLP)", bitfit, 6e-3),
+    MethodInfo("bitfit", "selective", "train the biases (all, or query and middle-of-MLP)", bitfit, 1e-2),
     MethodInfo("diff_pruning", "selective", "learn which weights to change by gates, then train the k largest changes", diff_pruning, 1e-3),
     MethodInfo("fish_mask", "selective", "train the weights of highest Fisher information (needs stats)", fish_mask, 2e-3),
     MethodInfo("adapter", "additive", "bottleneck layers after attention and feed-forward (Houlsby)", adapter, 2e-3),
@@ -50,7 +50,7 @@ _METHODS = (
     MethodInfo("compacter", "additive", "bottlenecks of Kronecker products with shared factors (Compacter, Compacter++)", compacter, 3e-3),
     MethodInfo("prefix_tuning", "additive", "trained keys and values in every layer, made by an MLP in training", prefix_tuning, 1e-3),
     MethodInfo("p_tuning_v2", "additive", "deep prompts: trained keys and values in every layer and a task head", p_tuning_v2, 1e-2),
-    MethodInfo("lora", "reparameterized", "low-rank updates of kernels, merged for inference", lora, 2e-3),
+    MethodInfo("lora", "reparameterized", "low-rank updates of kernels, merged for inference", lora, 3e-3),
 )
 
 

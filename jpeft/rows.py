@@ -28,7 +28,7 @@ class Row(NamedTuple):
     def label(self) -> str:
         """The row's name: what to type for it, with the learning rate only where it is not the usual one.
 
-        >>> Row("lora", ("target=['query','value']",), 0.002).label
+        >>> Row("lora", ("target=['query','value']",), 0.003).label
         'lora target=query,value'
         >>> Row("freeze", ("top=0",), 0.004).label
         'head only'
