@@ -41,6 +41,11 @@ class Entry:
     # Names of the runs' folders, by seed.
     folders: Mapping[int, str]
 
+    @property
+    def label(self) -> str:
+        """The row's name; a head alone that the model does not have is the frozen base."""
+        return "frozen base" if self.row.is_baseline and self.median("trained") == 0 else self.row.label
+
     def scores(self, split: str, metric: str) -> list[float]:
         """The metric of each finished run that has it."""
         return [result[split][metric] for result in self.results.values() if metric in result[split]]
@@ -93,7 +98,7 @@ class Comparison:
             quality["validation"] = self._score(entry, "validation")
         count, size = (lambda name: _text(entry.median(name), "{:,.0f}")), (lambda name: _text(entry.median(name), bytes=True))
         return {
-            "method": entry.row.label,
+            "method": entry.label,
             **{f"{split} {metric}": text for split, text in quality.items()},
             "trained": count("trained"),
             "stored": count("stored"),
@@ -170,7 +175,7 @@ class Comparison:
         runs = [{"seed": seed, "folder": entry.folders[seed], **result} for seed, result in entry.results.items()]
         errors = [{"seed": failure.seed, "error": failure.message} for failure in self.failures if failure.row == entry.row]
         return {
-            "label": entry.row.label,
+            "label": entry.label,
             "family": entry.row.family,
             "method": entry.row.method,
             "options": list(entry.row.options),
@@ -191,7 +196,7 @@ class Comparison:
             mean, spread = statistics.mean(scores), statistics.stdev(scores) if len(scores) > 1 else 0.0
             # What has no parameters has no place on a logarithmic axis.
             if entry.row.is_baseline or not entry.median(self.parameters):
-                lines.append(Line(entry.row.label, mean))
+                lines.append(Line(entry.label, mean))
             else:
                 points.append(Point(entry.row.label, entry.median(self.parameters) or 0.0, mean, spread, entry.row.family))
         plot_scatter(

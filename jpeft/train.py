@@ -134,7 +134,8 @@ def prepare(config: TrainConfig) -> Setup:
         loaded=loaded,
         peft=peft,
         learning_rate=config.learning_rate or jpeft.methods()[config.method].learning_rate,
-        steps=config.steps or config.epochs * per_epoch,
+        # A frozen base without a head is evaluated as it is.
+        steps=(config.steps or config.epochs * per_epoch) if jax.tree.leaves(peft.adapter) else 0,
         steps_per_epoch=per_epoch,
     )
 
@@ -345,7 +346,7 @@ class _Trainer:
         rate = (step - self._clock_step) * self.config.batch_size / elapsed
         record = {"step": step, "epoch": round(step / self.setup.steps_per_epoch, 4), "split": "train", "loss": loss}
         # The rate that the last of these steps used.
-        record |= {"learning_rate": float(np.asarray(self.schedule(step - 1))), "samples_per_second": round(rate, 1)}
+        record |= {"learning_rate": float(np.asarray(self.schedule(step - 1))), "samples_per_second": float(f"{rate:.4g}")}
         self.folder.append(record)
         self.losses = []
         metric, latest = self.setup.task.metric, self.progress.latest
@@ -418,9 +419,9 @@ class _Trainer:
         write_json(self.folder.result, result.to_json())
         return result
 
-    def _step_seconds(self) -> float:
+    def _step_seconds(self) -> float | None:
         rates = [record["samples_per_second"] for record in self.folder.records() if record["split"] == "train"]
-        return float(self.config.batch_size / np.median(rates))
+        return float(self.config.batch_size / np.median(rates)) if rates else None
 
 
 def plot_run(folder: RunFolder, task: Task) -> None:

@@ -39,6 +39,17 @@ def test_round_trip_keeps_every_bit_and_dtype(saved):
     chex.assert_trees_all_equal(restored.adapter, half.adapter)
 
 
+def test_an_adapter_without_leaves(tmp_path):
+    params = {"dense": PARAMS["dense"]}
+    peft = jpeft.apply(params, method="freeze", top=0)
+    assert peft.adapter == {}
+    jpeft.save(tmp_path / "out", peft)
+    loaded = jpeft.load(tmp_path / "out", params)
+    assert (loaded.adapter, loaded.method) == ({}, peft.method)
+    with pytest.raises(ValueError, match="another base"):
+        jpeft.load(tmp_path / "out", {"dense": {**PARAMS["dense"], "bias": jnp.ones(4)}})
+
+
 def test_the_base_is_not_saved(saved):
     path, _ = saved
     large = {"dense": {"kernel": jnp.ones((4096, 256)), "bias": jnp.zeros(256)}}

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from matplotlib.image import imread
-from tiny_text import make_model, make_rows, write_csv
+from tiny_text import make_decoder, make_model, make_rows, write_csv
 
 import jpeft.compare
 from jpeft import registry
@@ -279,6 +279,22 @@ def test_an_interrupted_comparison_goes_on(base, tmp_path):
     for run in run_folders(output):
         steps = [json.loads(line)["step"] for line in (run / "metrics.jsonl").read_text().splitlines() if '"train"' in line]
         assert steps == list(range(2, 61, 2))
+
+
+def test_text_generation_is_measured_by_the_frozen_base(tmp_path, base):
+    make_decoder(tmp_path / "model")
+    rows = [json.dumps({"text": text, "target": f"some {kind}"}) for text, kind in make_rows(90)]
+    (tmp_path / "pairs.jsonl").write_text("\n".join(rows))
+    fields = base | {"model": str(tmp_path / "model"), "data": str(tmp_path / "pairs.jsonl"), "max_length": 12, "steps": 20}
+    methods = ("head-only", "lora learning_rate=0.02")
+    config = CompareConfig(**fields, output=str(tmp_path / "out"), task="generation", target="target", methods=methods, seeds=(0,))
+    comparison = jpeft.compare.compare(config, say=lambda line: None)
+    assert [(entry.label, entry.median("trained") == 0) for entry in comparison.entries] == [("frozen base", True), (methods[1], False)]
+    base, lora = (entry.scores("test", "perplexity")[0] for entry in comparison.entries)
+    assert 1 < lora < base
+    values = json.loads((tmp_path / "out" / "results.json").read_text())
+    assert (values["metric"], values["higher_is_better"]) == ("perplexity", False)
+    assert values["rows"][0]["runs"][0]["steps"] == 0
 
 
 def test_the_benchmark_fills_the_readme(done, tmp_path):

@@ -55,8 +55,11 @@ def save(path: str | os.PathLike[str], peft: Peft, *, overwrite: bool = False) -
     partial = target.parent / f".{target.name}.{uuid.uuid4().hex}.partial"
     try:
         partial.mkdir()
-        with ocp.StandardCheckpointer() as checkpointer:
-            checkpointer.save(partial / _LEAVES, peft.adapter)
+        if record["leaves"]:
+            with ocp.StandardCheckpointer() as checkpointer:
+                checkpointer.save(partial / _LEAVES, peft.adapter)
+        else:  # which Orbax would refuse: a frozen base without a head
+            (partial / _LEAVES).mkdir()
         record["files"] = file_checksums(partial / _LEAVES)
         (partial / _RECORD).write_text(json.dumps(record, indent=1))
         if target.exists():
@@ -105,7 +108,7 @@ def load(path: str | os.PathLike[str], params: tree.Params, *, method: Method | 
     shapes = {name: jax.ShapeDtypeStruct(tuple(shape), jnp.dtype(dtype)) for name, (shape, dtype) in leaves.items()}
     try:
         with ocp.StandardCheckpointer() as checkpointer:
-            adapter = checkpointer.restore(source / _LEAVES, target=tree.unflatten(shapes))
+            adapter = checkpointer.restore(source / _LEAVES, target=tree.unflatten(shapes)) if shapes else {}
     except Exception as e:
         raise ValueError(f"The adapter in '{path}' is damaged or incomplete, Orbax says: {type(e).__name__}: {str(e)[:300]}") from e
     _check_fit(params, adapter, method, path)
