@@ -17,6 +17,7 @@ from .additive.p_tuning_v2 import p_tuning_v2 as p_tuning_v2
 from .additive.parallel_adapter import parallel_adapter as parallel_adapter
 from .additive.pfeiffer import pfeiffer as pfeiffer
 from .additive.prefix_tuning import prefix_tuning as prefix_tuning
+from .additive.prompt_tuning import prompt_tuning as prompt_tuning
 from .chain import chain as chain
 from .checkpoint.orbax import load as load
 from .checkpoint.orbax import save as save

@@ -178,10 +178,15 @@ class Layer:
 
     Attributes:
       run: ``(params, *inputs) -> outputs``, a pure function: running the layer on other parameters is how the merged view of LoRA works.
+        Keyword arguments exchange those of the call.
       params: The layer's own parameters by name, e.g. ``{"kernel": ..., "bias": ...}``.
       path: Path of the module, '/'-joined. Layers under one `nn.scan` share theirs.
       linear: The layer's geometry, or None where it is not known to be linear in one parameter.
       dtype: The dtype that the layer computes in, given its inputs.
+      names: What the layer calls its inputs, in their order; empty where the host cannot tell.
+      keywords: Arguments of this call that the layer takes by name only. ``layer(*inputs, name=value)`` runs it with another value.
+      method: The module's method that is called: ``"__call__"``, or ``"attend"`` where an embedding gives scores of its rows.
+      cached: Whether the module goes on from a cache of keys and values that an earlier call has made.
     """
 
     run: Callable[..., Any]
@@ -189,10 +194,19 @@ class Layer:
     path: str
     linear: Linear | None = None
     dtype: Any = jnp.float32
+    names: tuple[str, ...] = ()
+    keywords: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    method: str = "__call__"
+    cached: bool = False
 
-    def __call__(self, *inputs: Any) -> Any:
+    def __call__(self, *inputs: Any, **keywords: Any) -> Any:
         """Run the layer as it is."""
-        return self.run(self.params, *inputs)
+        return self.run(self.params, *inputs, **keywords)
+
+    @property
+    def beneath(self) -> tuple[dict[str, Any], ...]:
+        """The leaves of other middlewares between this one and the layer, the closest to the layer first."""
+        return tuple(own["leaves"] for own in self.params.values() if isinstance(own, Mapping) and own.keys() == {"leaves", "rng"})
 
     def shape(self, *inputs: Any) -> Any:
         """Shapes and dtypes of the outputs for these inputs, of which the first is an array; nothing runs."""
@@ -206,11 +220,14 @@ class Layer:
         """
         inner = self
 
-        def run(params: Mapping[str, Any], *inputs: Any) -> Any:
+        def run(params: Mapping[str, Any], *inputs: Any, **keywords: Any) -> Any:
             own = {key: value for key, value in params.items() if key != name}
             mine = params[name]
             # `is`: unchanged parameters stay the very object that lets the host run the layer in place.
             below = dataclasses.replace(inner, params=inner.params if _same(own, inner.params) else own)
+            if keywords:
+                run = functools.partial(inner.run, **keywords)
+                below = dataclasses.replace(below, run=run, keywords={**inner.keywords, **keywords})
             return call(below, inputs, mine["leaves"], mine["rng"])
 
         return dataclasses.replace(self, run=run, params={**self.params, name: {"leaves": leaves, "rng": rng}})

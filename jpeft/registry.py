@@ -10,6 +10,7 @@ from .additive.p_tuning_v2 import p_tuning_v2
 from .additive.parallel_adapter import parallel_adapter
 from .additive.pfeiffer import pfeiffer
 from .additive.prefix_tuning import prefix_tuning
+from .additive.prompt_tuning import prompt_tuning
 from .chain import chain
 from .method import Method
 from .reparameterized.lora import lora
@@ -48,6 +49,7 @@ _METHODS = (
         "parallel_adapter", "additive", "bottleneck layers beside the feed-forward ones, scaled (He et al.)", parallel_adapter, 1e-3
     ),
     MethodInfo("compacter", "additive", "bottlenecks of Kronecker products with shared factors (Compacter, Compacter++)", compacter, 3e-3),
+    MethodInfo("prompt_tuning", "additive", "trained embeddings in front of the text's own", prompt_tuning, 1e-2),
     MethodInfo("prefix_tuning", "additive", "trained keys and values in every layer, made by an MLP in training", prefix_tuning, 1e-3),
     MethodInfo("p_tuning_v2", "additive", "deep prompts: trained keys and values in every layer and a task head", p_tuning_v2, 1e-2),
     MethodInfo("lora", "reparameterized", "low-rank updates of kernels, merged for inference", lora, 3e-3),

@@ -126,6 +126,7 @@ METHODS = {
     "lora": jpeft.lora(rank=2),
     "lora-two-view": jpeft.lora(rank=2, view="two-view"),
     "lora-factored": jpeft.lora(rank={r".*(up|down)/kernel": 3, ".*": 2}, view="factored", rslora=True, target=r".*(kernel|embedding)"),
+    "prompt_tuning": jpeft.prompt_tuning(length=3),
     "prefix_tuning": jpeft.prefix_tuning(length=3, mlp=5),
     "p_tuning_v2": jpeft.p_tuning_v2(length=3),
     "chain": jpeft.chain(bitfit=jpeft.bitfit(), lora=jpeft.lora(rank=2), adapter=jpeft.adapter(size=3)),
@@ -135,6 +136,9 @@ METHODS = {
 
 # Methods that are told by data what to train.
 NEED_STATS = {"fish_mask", "chain-sparse", "diff_pruning-mask"}
+
+# Methods that put tokens into the text.
+PROMPTS = ["prompt_tuning"]
 
 # What a method's first output may differ from the base by, and whether it merges: True, or the reason it gives.
 NEAR_IDENTITY = {
@@ -150,6 +154,8 @@ MERGES = dict.fromkeys(["adapter", "pfeiffer", "pfeiffer-lin", "parallel_adapter
     "prefix_tuning": "lengthens the keys and values",
     "p_tuning_v2": "lengthens the keys and values",
 }
+NEAR_IDENTITY |= dict.fromkeys(PROMPTS, 10.0)
+MERGES |= dict.fromkeys(PROMPTS, "lengthens the text")
 
 # Which models a method meets. Most do not care what kind of model it is: they meet the small ones, their variants and chains those that
 # tell them apart. Those that need modules which only our families have meet these, and one of each family is tried on a decoder.
@@ -165,6 +171,7 @@ MEETS = {name: SMALL if name in jpeft.methods() else ["plain", "jit", "scan", "e
     "parallel_adapter": [*ENCODERS, *DECODERS],
     "prefix_tuning": [*ENCODERS, *DECODERS],
     "p_tuning_v2": [*ENCODERS, "gpt2-scan"],
+    "prompt_tuning": [*ENCODERS, "gpt2", "gpt2-scan", "plain"],
 }
 
 

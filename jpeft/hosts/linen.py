@@ -142,11 +142,25 @@ def _positional(
     """Keyword arguments that could have been positional moved there, so that `call` need not know how a model spells its calls."""
     if not kwargs:
         return args, kwargs
+    signature = inspect.signature(getattr(type(module), method_name))
     try:
-        bound = inspect.signature(getattr(type(module), method_name)).bind(module, *args, **kwargs)
+        bound = signature.bind(module, *args, **kwargs)
     except TypeError:
         return args, kwargs
+    # One left out in front of one that is given would keep the latter from its place.
+    names = _names(type(module), method_name)
+    given = [i for i, name in enumerate(names) if name in bound.arguments]
+    for name in names[: max(given, default=0)]:
+        bound.arguments.setdefault(name, signature.parameters[name].default)
     return bound.args[1:], bound.kwargs
+
+
+@functools.cache
+def _names(cls: type, method_name: str) -> tuple[str, ...]:
+    """What a method calls its positional arguments, without self."""
+    positional = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    parameters = inspect.signature(getattr(cls, method_name)).parameters.values()
+    return tuple(parameter.name for parameter in parameters if parameter.kind in positional)[1:]
 
 
 def _layer(module: nn.Module, method_name: str, next_fun: Callable[..., Any], kwargs: dict[str, Any], args: tuple[Any, ...]) -> Layer:
@@ -158,13 +172,22 @@ def _layer(module: nn.Module, method_name: str, next_fun: Callable[..., Any], kw
 
     in_place = [next_fun]  # linen lets a compact module run once in its scope; a second run is a pure one
 
-    def run(params: Mapping[str, Any], *inputs: Any) -> Any:
+    def run(params: Mapping[str, Any], *inputs: Any, **keywords: Any) -> Any:
         if params is own and in_place:
-            return in_place.pop()(*inputs, **kwargs)
-        return unbound.apply({"params": params}, *inputs, rngs=rngs, method=method_name, **kwargs)
+            return in_place.pop()(*inputs, **{**kwargs, **keywords})
+        return unbound.apply({"params": params}, *inputs, rngs=rngs, method=method_name, **{**kwargs, **keywords})
 
-    linear = _linear(unbound, method_name, own, args, kwargs)
-    return Layer(run=run, params=own, path="/".join(module.path), linear=linear, dtype=_dtype(module, own, args))
+    return Layer(
+        run=run,
+        params=own,
+        path="/".join(module.path),
+        linear=_linear(unbound, method_name, own, args, kwargs),
+        dtype=_dtype(module, own, args),
+        names=_names(type(module), method_name),
+        keywords=kwargs,
+        method=method_name,
+        cached=bool(scope._collection("cache")),
+    )
 
 
 def _dtype(module: nn.Module, own: Mapping[str, Any], args: tuple[Any, ...]) -> Any:
@@ -242,7 +265,8 @@ def _promoted(module: Any, *arrays: jax.Array, **options: Any) -> tuple[jax.Arra
 def _embed(module: nn.Embed, method_name: str) -> Linear:
     def lookup(ids: jax.Array, a: jax.Array, b: jax.Array) -> jax.Array:
         a, b = _promoted(module, a, b, inexact=False)
-        return jnp.take(a, ids, axis=0) @ b
+        # An id beyond the table is a virtual token of another method: it has no row to update.
+        return jnp.take(a, ids, axis=0, mode="fill", fill_value=0) @ b
 
     def attend(query: jax.Array, a: jax.Array, b: jax.Array) -> jax.Array:
         query, a, b = _promoted(module, query, a, b)
