@@ -10,14 +10,16 @@ import re
 import shutil
 import uuid
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh, NamedSharding
 
+from ..sharding import Rules, place
 from ..tree import flatten, unflatten
 from . import families
 from .bert_config import BertConfig
@@ -65,6 +67,8 @@ def load(
     scan: bool = False,
     fresh_head: bool = False,
     key: jax.Array | None = None,
+    mesh: Mesh | None = None,
+    rules: Rules | None = None,
 ) -> Loaded:
     """A model with the weights of a local folder or of a repository on the Hugging Face hub.
 
@@ -80,13 +84,16 @@ def load(
       scan: stack the layers' parameters and trace one block.
       fresh_head: initialise the head anew although the checkpoint has one.
       key: for what is freshly initialised; `jax.random.key(0)` if None.
+      mesh: put the parameters on these devices (`jpeft.sharding.make_mesh`). Each process reads its own devices' parts alone and holds one
+        of them at a time, so no host needs room for the model.
+      rules: how they are split over it; the family's own (`partition_rules`) if None.
 
     Returns:
       A `Loaded`. Its `new` lists what the checkpoint lacked, its `unused` what the model has no place for.
 
     Raises:
       ValueError: if the folder, its configuration or its weights are missing, unsupported, damaged or of other shapes,
-        or the labels are not known.
+        or the labels are not known; for rules without a mesh.
 
     >>> loaded = load("distilbert-base-cased", labels=("no", "yes"), scan=True)  # doctest: +SKIP
     """
@@ -96,6 +103,8 @@ def load(
     raw, hf_config = _read_config(folder, task)
     family = families.of(hf_config.model_type)
     config = family.config.from_hf(hf_config, dtype=dtype, param_dtype=param_dtype, remat=remat, scan=scan)
+    if rules is not None and mesh is None:
+        raise ValueError("rules= say how parameters are split over a mesh: pass mesh= too")
     if task == "masked-lm" and not getattr(hf_config, "tie_word_embeddings", True):
         raise ValueError(f"{folder / 'config.json'} has tie_word_embeddings=false; only a tied decoder is supported")
 
@@ -107,7 +116,9 @@ def load(
     model = cls(config, len(names) or hf_config.num_labels) if classify else cls(config)
 
     stored = Tensors(folder, config.model_type)
-    params, new = _read_params(model, stored, fresh_head, jax.random.key(0) if key is None else key)
+    split = family.partition if rules is None else rules
+    where = None if mesh is None else lambda entry: NamedSharding(mesh, place(entry.path, entry.shape, mesh, split).spec)
+    params, new = _read_params(model, stored, fresh_head, jax.random.key(0) if key is None else key, where)
     if classify and not names:
         if any(HEAD.fullmatch(name) for name in new):
             raise ValueError(f"{folder} names no labels and has no {task} head: pass labels=(...) or num_labels=")
@@ -166,23 +177,45 @@ def _labels(labels: Sequence[str] | None, num_labels: int | None, stored: Mappin
     return tuple(f"LABEL_{i}" for i in range(num_labels or 0))
 
 
-def _read_params(model: nn.Module, stored: Tensors, fresh_head: bool, key: jax.Array) -> tuple[dict[str, Any], list[str]]:
+Where = Callable[[Entry], NamedSharding]
+
+
+def _read_params(
+    model: nn.Module, stored: Tensors, fresh_head: bool, key: jax.Array, where: Where | None
+) -> tuple[dict[str, Any], list[str]]:
     """All parameters, and the paths of those that are freshly initialised."""
     params, new, missing = {}, [], []
     for entry in checkpoint_layout(model):
         head, pooler = HEAD.fullmatch(entry.path), POOLER.fullmatch(entry.path)
         absent = [name for name in entry.names if name not in stored]
         if (head and fresh_head) or ((head or pooler) and absent):
-            params[entry.path] = _fresh(entry, model.config, key)
+            made = _fresh(entry, model.config, key)
+            params[entry.path] = made if where is None else jax.device_put(made, where(entry))
             new.append(entry.path)
         elif absent:
             missing += absent
-        else:
+        elif where is None:
             params[entry.path] = jnp.asarray(entry.join([stored.read(name, entry.tensor_shape) for name in entry.names]))
+        else:
+            params[entry.path] = _read_shards(entry, stored, where(entry))
     if missing:
         shown = ", ".join(missing[:8]) + (", ..." if len(missing) > 8 else "")
         raise ValueError(f"the checkpoint lacks {len(missing)} tensors of the {model.config.model_type} body: {shown}")
     return unflatten(params), new
+
+
+def _read_shards(entry: Entry, stored: Tensors, sharding: NamedSharding) -> jax.Array:
+    """A parameter on its mesh. Each part that this process's devices hold is read once, and dropped when it is on them."""
+    holders: dict[tuple[tuple[int, int], ...], list[Any]] = {}
+    for device, index in sharding.addressable_devices_indices_map(entry.shape).items():
+        bounds = tuple(axis.indices(size)[:2] for axis, size in zip(index or (), entry.shape, strict=True))
+        holders.setdefault(bounds, []).append(device)
+    shards = []
+    for bounds, devices in holders.items():
+        names, part = entry.within(tuple(slice(*bound) for bound in bounds))
+        read = entry.join([stored.read(name, entry.tensor_shape, part) for name in names])
+        shards += [jax.device_put(read, device) for device in devices]
+    return jax.make_array_from_single_device_arrays(entry.shape, sharding, shards)
 
 
 def _fresh(entry: Entry, config: BertConfig | DecoderConfig, key: jax.Array) -> jax.Array:

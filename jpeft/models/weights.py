@@ -63,8 +63,13 @@ class Entry:
         shape = self.shape[1:] if self.stacked else self.shape
         return shape[::-1] if self.transposed else shape
 
+    def within(self, part: tuple[slice, ...]) -> tuple[tuple[str, ...], tuple[slice, ...]]:
+        """The tensors that a part of the parameter is made of, and which part of each."""
+        names, inner = (self.names[part[0]], part[1:]) if self.stacked else (self.names, part)
+        return names, inner[::-1] if self.transposed else inner
+
     def join(self, tensors: Sequence[np.ndarray]) -> np.ndarray:
-        """The parameter made of these tensors."""
+        """The parameter made of these tensors, or a part of it made of their parts."""
         parts = [tensor.T if self.transposed else tensor for tensor in tensors]
         return (np.stack(parts) if self.stacked else parts[0]).astype(self.dtype)
 
@@ -157,20 +162,21 @@ class Tensors:
     def __contains__(self, name: str) -> bool:
         return self._find(name) is not None
 
-    def read(self, name: str, shape: tuple[int, ...]) -> np.ndarray:
-        """One tensor, which must have this shape."""
+    def read(self, name: str, shape: tuple[int, ...], part: tuple[slice, ...] | None = None) -> np.ndarray:
+        """One tensor, which must have this shape, or a part of it; no more than that is read."""
         canonical = self._find(name)
         assert canonical is not None, f"{name} was not asked for with `in` first"
         stored, file = self._where[canonical]
         opened = self._open(file)
         if stored not in self._names(file):
             raise ValueError(f"{file} does not hold {stored}, though the index beside it says so")
-        found = tuple(opened.get_slice(stored).get_shape())
+        tensor = opened.get_slice(stored)
+        found = tuple(tensor.get_shape())
         if found != shape:
             hint = "; fresh_head=True leaves the checkpoint's head out" if HEAD.fullmatch(name.replace(".", "/")) else ""
             raise ValueError(f"{file}: {stored} has shape {found}, the model needs {shape}{hint}")
         self._done.add(canonical)
-        return opened.get_tensor(stored)
+        return opened.get_tensor(stored) if part is None else tensor[part]
 
     def unused(self, *, tied: bool) -> frozenset[str]:
         """Names, as in the files, that nothing has read; without buffers, and without copies where weights are tied."""
