@@ -11,7 +11,9 @@ import dataclasses
 import json
 import os
 import warnings
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import jax
 import orbax.checkpoint as ocp
@@ -37,6 +39,10 @@ class Progress:
     latest: float | None = None
     # Losses of the steps since the last line in metrics.jsonl.
     losses: tuple[float, ...] = ()
+    # The stage of training, from 0. Beyond the first: the method's configuration, and shape and dtype of each leaf of its adapter.
+    stage: int = 0
+    method: dict[str, Any] = dataclasses.field(default_factory=dict)
+    leaves: dict[str, Any] = dataclasses.field(default_factory=dict)
 
 
 class Snapshots:
@@ -72,35 +78,49 @@ class Snapshots:
         folder = self._folder(progress.step)
         write_json(folder / CHECKSUMS, file_checksums(folder, skip=CHECKSUMS))
 
-    def restore(self, like: PyTree) -> tuple[PyTree, Progress] | None:
-        """The newest readable snapshot, in the structure and on the devices of `like`; None if there is none.
+    def restore(self, like: Callable[[Progress], PyTree]) -> tuple[PyTree, Progress] | None:
+        """The newest readable snapshot, in the structure and on the devices of `like(progress)`; None if there is none.
 
         Unreadable ones are named in a warning and removed, so that the continued run can write them again.
         """
         for step in sorted(self._manager.all_steps(), reverse=True):
             try:
-                return self._read(step, like)
+                progress = self.progress(step)
             except Exception as error:  # Orbax and TensorStore raise many types for a damaged file.
-                reason = str(error).splitlines()[0][:200] if str(error) else type(error).__name__
-                warnings.warn(f"checkpoint {self._folder(step)} is damaged and is left out: {reason}", stacklevel=2)
-                self._manager.delete(step)
+                self._leave_out(step, error)
+                continue
+            # Not within a try: what goes wrong here is no fault of the snapshot's.
+            abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), like(progress))
+            try:
+                items = ocp.args.Composite(arrays=ocp.args.StandardRestore(abstract))
+                return self._manager.restore(step, args=items)["arrays"], progress
+            except Exception as error:
+                self._leave_out(step, error)
         return None
+
+    def _leave_out(self, step: int, error: Exception) -> None:
+        reason = str(error).splitlines()[0][:200] if str(error) else type(error).__name__
+        warnings.warn(f"checkpoint {self._folder(step)} is damaged and is left out: {reason}", stacklevel=3)
+        self._manager.delete(step)
 
     def close(self) -> None:
         """Lets go of the folder."""
         self._manager.close()
 
-    def _read(self, step: int, like: PyTree) -> tuple[PyTree, Progress]:
+    def progress(self, step: int) -> Progress:
+        """Where the run stood at one snapshot.
+
+        Raises:
+            ValueError: if the snapshot is incomplete or damaged.
+        """
         folder = self._folder(step)
         if not (folder / CHECKSUMS).exists():
             raise ValueError("it was not written to the end")
         # Found here rather than by Orbax, whose other reads go on in the background when one fails.
         if changed := damaged_files(folder, json.loads((folder / CHECKSUMS).read_text()), skip=CHECKSUMS):
             raise ValueError(f"{changed[0]} is not as it was written ({len(changed)} such files)")
-        abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), like)
-        items = ocp.args.Composite(arrays=ocp.args.StandardRestore(abstract), progress=ocp.args.JsonRestore())
-        read = self._manager.restore(step, args=items)
-        return read["arrays"], Progress(**read["progress"] | {"losses": tuple(read["progress"]["losses"])})
+        read = self._manager.restore(step, args=ocp.args.Composite(progress=ocp.args.JsonRestore()))["progress"]
+        return Progress(**read | {"losses": tuple(read["losses"])})
 
     def _folder(self, step: int) -> Path:
         return Path(self.folder, str(step))

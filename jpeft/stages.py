@@ -40,6 +40,8 @@ def plan(stages: tuple[Stage, ...], steps: int, *, first: str = "") -> tuple[Seg
     >>> [(s.begin, s.end, s.course) for s in plan(jpeft.diff_pruning().stages, 100)]
     [(0, 50, (0, 50)), (50, 100, (50, 100))]
     """
+    if not stages:
+        return (Segment(first, 0, steps, (0, steps)),)
     lengths = [max(1, round(stage.share * steps)) for stage in stages]
     present = steps - sum(lengths)
     if present < 1:

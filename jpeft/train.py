@@ -2,6 +2,9 @@
 
 A step is a function of (adapter, optimizer state, base, batch, step): the batch is `ds[step]`, the dropout key
 `fold_in(key, step)`. So a run continued from a checkpoint goes through bit for bit the same states as an unbroken one.
+
+A method may train in stages (`jpeft.method.Stage`): between two of them it changes what is trained, and the optimizer and the step are made
+anew. A checkpoint records the method in whose stage it was taken, so that a run is continued in any of them.
 """
 
 from __future__ import annotations
@@ -21,9 +24,9 @@ from jaxtyping import Array, PyTree
 
 import jpeft
 from jpeft import data, models, stats
-from jpeft.checkpoint.fingerprint import fingerprint
+from jpeft.checkpoint.fingerprint import fingerprint, leaf_table
 from jpeft.config import TrainConfig, check_values, resolved, to_json
-from jpeft.cost import cost
+from jpeft.cost import Cost, cost
 from jpeft.evaluate import Evaluator
 from jpeft.files import size_on_disk, write_json
 from jpeft.interrupt import InterruptedRun, deferred_signals
@@ -33,6 +36,7 @@ from jpeft.progress import Reporter, reporter
 from jpeft.run import RunFolder, attach, columns, keys, load_base, open_run, save_merged
 from jpeft.schedule import faster, learning_rate_schedule, optimizer
 from jpeft.snapshot import Progress, Snapshots
+from jpeft.stages import plan
 from jpeft.task import Arrays, Task, find_task, model_inputs
 
 
@@ -50,7 +54,7 @@ class Result:
     steps: int
     # Scalars that are trained, that the kept adapter holds, and of the base that change; see `jpeft.Summary`.
     trained: int
-    # Wall time of this process's part of the training loop with its evaluations, and of compiling the step before it.
+    # Wall time of this process's part of the training loop with its evaluations, and of compiling the step, or the step of each stage.
     seconds: float
     compile_seconds: float
     # Folder of the run.
@@ -121,7 +125,15 @@ def prepare(config: TrainConfig) -> Setup:
     }
     if (config.patience or config.keep_best) and "validation" not in splits:
         raise ValueError("patience and keep_best need a validation split, which the data has not")
-    peft = attach(config, loaded.params, loaded.new, {"fisher": lambda: _fisher(config, task, loaded, splits["train"])})
+
+    def forward(params: PyTree, inputs: dict[str, Array]) -> Array:
+        return loaded.model.apply({"params": params}, **inputs, deterministic=True)  # pyright: ignore[reportReturnType]
+
+    available = statistics(config, task, splits["train"], forward, loaded.params)
+    peft = attach(config, loaded.params, loaded.new, available)
+    for stage in peft.method.stages:
+        if stage.needs is not None and stage.needs not in available:
+            raise ValueError(f"the stage {stage.name!r} of {config.method} needs {stage.needs!r}; there are {', '.join(available)}")
     if config.export:
         # Refused now, by the method itself, rather than after hours of training.
         jpeft.merge(peft)
@@ -140,17 +152,32 @@ def prepare(config: TrainConfig) -> Setup:
     )
 
 
-def _fisher(config: TrainConfig, task: Task, loaded: models.Loaded, arrays: Arrays) -> PyTree:
-    """Fisher information of the training split, by its true labels and without dropout; the same whenever it is made."""
+def statistics(
+    config: TrainConfig,
+    task: Task,
+    arrays: Arrays,
+    forward: Callable[[PyTree, dict[str, Array]], Array],
+    params: PyTree,
+) -> dict[str, Callable[[], PyTree]]:
+    """What `Method.needs` and `Stage.needs` may name, each made when it is called and the same whenever that is.
 
-    apply: Callable[..., Any] = loaded.model.apply
+    Args:
+        config: Gives the seed of the order of examples.
+        task: Gives the loss.
+        arrays: The training split.
+        forward: `(params, inputs) -> logits` of the model as it stands, an adapter in it included, without dropout.
+        params: The base.
+    """
 
     def losses(params: PyTree, batch: dict[str, Array]) -> Array:
-        return task.losses(apply({"params": params}, **model_inputs(batch), deterministic=True), batch)
+        return task.losses(forward(params, model_inputs(batch)), batch)
 
-    ds = data.batches(arrays, config.batch_size, seed=keys(config.seed).data)
-    examples = len(next(iter(arrays.values())))
-    return stats.fisher(losses, loaded.params, iter(ds), num_samples=min(1024, examples))
+    def fisher() -> PyTree:
+        ds = data.batches(arrays, config.batch_size, seed=keys(config.seed).data)
+        examples = len(next(iter(arrays.values())))
+        return stats.fisher(losses, params, iter(ds), num_samples=min(1024, examples))
+
+    return {"fisher": fisher}
 
 
 def make_step(
@@ -241,7 +268,7 @@ def _check_same(folder: RunFolder, setup: Setup) -> None:
 
 
 class _Trainer:
-    """The loop: what changes from step to step is in `adapter`, `opt_state`, `best_adapter` and `progress`."""
+    """The loop: from step to step, `adapter`, `opt_state`, `best_adapter` and `progress` change; from stage to stage, `peft` does."""
 
     def __init__(self, setup: Setup, folder: RunFolder, report: Reporter):
         config = setup.config
@@ -250,54 +277,89 @@ class _Trainer:
         self.eval_every = config.eval_every or setup.steps_per_epoch
         self.batches = data.batches(setup.splits["train"], config.batch_size, seed=keys(config.seed).data)
         self.key = keys(config.seed).dropout
-        self.schedule = learning_rate_schedule(config.schedule, setup.learning_rate, setup.steps, config.warmup)
-        tx = jpeft.optimizer(optimizer(self.schedule, weight_decay=config.weight_decay, clip=config.clip), setup.peft)
-        self.tx = faster(tx, setup.peft.adapter, setup.loaded.new, config.head_rate)
-        self.forward = jpeft.wrap(setup.loaded.model.apply, setup.peft.method)
-        self.evaluator = Evaluator(self.forward, setup.task, config.batch_size)
-
-        # A copy, because the step donates its adapter and the caller's must live on.
-        self.adapter = jax.tree.map(jnp.copy, setup.peft.adapter)
-        self.opt_state = self.tx.init(self.adapter)
-        self.best_adapter = jax.tree.map(jnp.copy, self.adapter) if self.keeps_best else None
-        self.progress = Progress()
+        self.plan = plan(setup.peft.method.stages, setup.steps)
         # Losses since the last log line stay on the device until that line, so that steps need not wait for each other.
         self.losses: list[Any] = []
+        self.compile_seconds = 0.0
+        self._enter(setup.peft, Progress())
+
+    def _enter(self, peft: Peft, progress: Progress) -> None:
+        """Sets up the stage of training that this method is; its step is still to be compiled.
+
+        Args:
+            peft: The adapter to go on from.
+            progress: Where the run stands.
+        """
+        config, now = self.config, self.plan[progress.stage]
+        self.peft, self.progress = peft, progress
+        begin, end = now.course
+        course = learning_rate_schedule(config.schedule, self.setup.learning_rate, end - begin, config.warmup)
+        # The optimizer counts its own steps, which are those of the stage.
+        self.schedule = lambda count: course(count + now.begin - begin)
+        tx = jpeft.optimizer(optimizer(self.schedule, weight_decay=config.weight_decay, clip=config.clip), peft)
+        self.tx = faster(tx, peft.adapter, self.setup.loaded.new, config.head_rate)
+        self.forward = jpeft.wrap(self.setup.loaded.model.apply, peft.method)
+        self.evaluator = Evaluator(self.forward, self.setup.task, config.batch_size)
+
+        # A copy, because the step donates its adapter and the caller's must live on.
+        self.adapter = jax.tree.map(jnp.copy, peft.adapter)
+        self.opt_state = self.tx.init(self.adapter)
+        self.best_adapter = jax.tree.map(jnp.copy, self.adapter) if self.keeps_best else None
 
     def run(self) -> Result:
-        begun = time.perf_counter()
-        # Compiled before anything is written: what the model or the method refuses only now leaves no trace either.
-        step = self._compile()
-        compiled = time.perf_counter()
-        with deferred_signals() as signals:
-            if not (self.config.resume and self.folder.in_use):
-                self.folder.begin(self.setup.about(), overwrite=self.config.overwrite)
-            self.snapshots = Snapshots(self.folder.checkpoints, self.config.keep)
+        resumes = self.config.resume and self.folder.in_use
+        if resumes:
             self._restore()
+        # Compiled before a new run writes anything: what the model or the method refuses only now leaves no trace either.
+        self._compile()
+        begun, compiled = time.perf_counter(), self.compile_seconds
+        with deferred_signals() as signals:
+            if not resumes:
+                self.folder.begin(self.setup.about(), overwrite=self.config.overwrite)
+                self._restore()
             self.report.start(self.setup.steps, self.progress.step)
             try:
-                self._loop(step, signals)
+                self._loop(signals)
             finally:
                 self.report.stop()
                 self.snapshots.close()
             # An interrupt from here on is ignored: all is saved, and what is left takes no longer than a few steps.
-            return self._finish(time.perf_counter() - compiled, compiled - begun)
+            return self._finish(time.perf_counter() - begun - (self.compile_seconds - compiled))
 
     @property
     def done(self) -> bool:
-        """Whether all steps are done, or evaluations have stopped getting better."""
-        patience = self.config.patience
-        return self.progress.step >= self.setup.steps or (patience is not None and self.progress.stale >= patience)
+        """Whether all steps are done, or evaluations have stopped getting better in the last stage."""
+        patience, last = self.config.patience, self.progress.stage + 1 == len(self.plan)
+        return self.progress.step >= self.setup.steps or (last and patience is not None and self.progress.stale >= patience)
 
-    def _compile(self) -> Callable[..., Any]:
+    def _compile(self) -> None:
         """The step, compiled ahead for the shapes it will see: another shape is an error, not a recompilation."""
-        step = make_step(self.forward, self.tx, self.setup.task, self.setup.peft, self.config.accumulate)
-        arguments = (self.adapter, self.opt_state, self.setup.peft.params, self.batches[0], self.key, np.int32(0))
-        compiled = jax.jit(step, donate_argnums=(0, 1)).lower(*arguments).compile()
-        self.cost = cost(compiled)
-        return compiled
+        begun = time.perf_counter()
+        step = make_step(self.forward, self.tx, self.setup.task, self.peft, self.config.accumulate)
+        arguments = (self.adapter, self.opt_state, self.peft.params, self.batches[0], self.key, np.int32(0))
+        self.step = jax.jit(step, donate_argnums=(0, 1)).lower(*arguments).compile()
+        self.cost: Cost = cost(self.step)
+        self.compile_seconds += time.perf_counter() - begun
 
-    def _loop(self, step: Callable[..., Any], signals: list[int]) -> None:
+    def _advance(self) -> None:
+        """Moves on to the method's next stage, with another adapter, optimizer and step, and nothing best so far."""
+        stage, index, step = self.peft.method.stages[0], self.progress.stage + 1, self.progress.step
+        now, forward = self.peft.replace(adapter=self.adapter), self.forward
+        made = None
+        if stage.needs is not None:
+            run = lambda params, inputs: forward(now.replace(params=params).variables, **inputs, deterministic=True)
+            made = statistics(self.config, self.setup.task, self.setup.splits["train"], run, now.params)[stage.needs]()
+        moved = jpeft.advance(now, key=jax.random.fold_in(keys(self.config.seed).adapter, index), stats=made)
+        self._enter(moved, dataclasses.replace(self.progress, stage=index, best=None, best_step=0, stale=0))
+        self._compile()
+        trained = jpeft.summary(moved).trained
+        epoch = round(step / self.setup.steps_per_epoch, 4)
+        self.folder.append({"step": step, "epoch": epoch, "split": "stage", "stage": stage.name, "trained": trained})
+        segment = self.plan[index]
+        self.report.message(f"stage {stage.name!r}: steps {segment.begin + 1} to {segment.end}, {trained:,} parameters trained")
+        self._start_clock()
+
+    def _loop(self, signals: list[int]) -> None:
         self._start_clock()
         while not self.done:
             if signals:
@@ -305,17 +367,21 @@ class _Trainer:
                 plot_run(self.folder, self.setup.task)
                 raise InterruptedRun(signals[0], self.progress.step, self.folder.path)
             index = self.progress.step
-            self.adapter, self.opt_state, loss = step(
-                self.adapter, self.opt_state, self.setup.peft.params, self.batches[index], self.key, np.int32(index)
+            self.adapter, self.opt_state, loss = self.step(
+                self.adapter, self.opt_state, self.peft.params, self.batches[index], self.key, np.int32(index)
             )
             self.losses.append(loss)
             self.progress = dataclasses.replace(self.progress, step=index + 1)
-            last = index + 1 == self.setup.steps
-            if last or (index + 1) % self.config.log_every == 0:
+            # The last step of a stage, of the last one or of another.
+            ends = index + 1 == self.plan[self.progress.stage].end
+            if ends or (index + 1) % self.config.log_every == 0:
                 self._log()
-            if last or (index + 1) % self.eval_every == 0:
+            if ends or (index + 1) % self.eval_every == 0:
                 self._evaluate()
-            if self.done or (index + 1) % self.config.checkpoint_every == 0:
+            # Before the checkpoint: one of this step belongs to the new stage.
+            if ends and not self.done:
+                self._advance()
+            if ends or self.done or (index + 1) % self.config.checkpoint_every == 0:
                 self._checkpoint()
 
     # --- one thing at a time ------------------------------------------------------------------------------------------
@@ -346,7 +412,8 @@ class _Trainer:
         rate = (step - self._clock_step) * self.config.batch_size / elapsed
         record = {"step": step, "epoch": round(step / self.setup.steps_per_epoch, 4), "split": "train", "loss": loss}
         # The rate that the last of these steps used.
-        record |= {"learning_rate": float(np.asarray(self.schedule(step - 1))), "samples_per_second": float(f"{rate:.4g}")}
+        count = step - 1 - self.plan[self.progress.stage].begin
+        record |= {"learning_rate": float(np.asarray(self.schedule(count))), "samples_per_second": float(f"{rate:.4g}")}
         self.folder.append(record)
         self.losses = []
         metric, latest = self.setup.task.metric, self.progress.latest
@@ -357,7 +424,7 @@ class _Trainer:
         if "validation" not in self.setup.splits:
             return
         step = self.progress.step
-        metrics = self.evaluator.metrics(self.setup.peft.replace(adapter=self.adapter), self.setup.splits["validation"])
+        metrics = self.evaluator.metrics(self.peft.replace(adapter=self.adapter), self.setup.splits["validation"])
         epoch = round(step / self.setup.steps_per_epoch, 4)
         self.folder.append({"step": step, "epoch": epoch, "split": "validation", **metrics})
         value, progress = metrics[self.setup.task.metric], self.progress
@@ -374,21 +441,36 @@ class _Trainer:
         return {"adapter": self.adapter, "opt_state": self.opt_state, **best}
 
     def _checkpoint(self) -> None:
-        self.progress = dataclasses.replace(self.progress, losses=tuple(self._pull_losses()))
+        stage = {"method": self.peft.method.config(), "leaves": leaf_table(self.adapter)} if self.progress.stage else {}
+        self.progress = dataclasses.replace(self.progress, losses=tuple(self._pull_losses()), **stage)
         self.snapshots.save(self._state(), self.progress)
 
     def _restore(self) -> None:
-        restored = self.snapshots.restore(self._state())
-        if restored is not None:
-            state, self.progress = restored
+        """Goes back to the newest readable checkpoint, in whatever stage it was taken; to the beginning if there is none."""
+        params = self.setup.peft.params
+
+        def like(progress: Progress) -> dict[str, PyTree]:
+            peft = self.setup.peft
+            if progress.stage:
+                zeros = {path: jnp.zeros(shape, dtype) for path, (shape, dtype) in progress.leaves.items()}
+                peft = Peft(params, jpeft.unflatten(zeros), jpeft.make(progress.method))
+            self._enter(peft, progress)
+            return self._state()
+
+        self.snapshots = Snapshots(self.folder.checkpoints, self.config.keep)
+        restored = self.snapshots.restore(like)
+        if restored is None:
+            self._enter(self.setup.peft, Progress())
+        else:
+            state, _ = restored
             self.adapter, self.opt_state = state["adapter"], state["opt_state"]
             self.best_adapter = state.get("best_adapter")
             self.losses = list(self.progress.losses)
             self.report.message(f"continuing {self.folder.path} after step {self.progress.step}")
         self.folder.rewind(self.progress.step)
 
-    def _finish(self, seconds: float, compile_seconds: float) -> Result:
-        kept = self.setup.peft.replace(adapter=self.best_adapter if self.keeps_best else self.adapter)
+    def _finish(self, seconds: float) -> Result:
+        kept = self.peft.replace(adapter=self.best_adapter if self.keeps_best else self.adapter)
         metrics = {
             name: self.evaluator.metrics(kept, self.setup.splits[name]) if name in self.setup.splits else {}
             for name in ("validation", "test")
@@ -402,7 +484,7 @@ class _Trainer:
             steps=self.progress.step,
             trained=summary.trained,
             seconds=round(seconds, 3),
-            compile_seconds=round(compile_seconds, 3),
+            compile_seconds=round(self.compile_seconds, 3),
             path=self.folder.path,
             peft=kept,
             stored=summary.stored,

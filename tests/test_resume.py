@@ -17,6 +17,7 @@ import pytest
 from test_train import bits, records
 from tiny_text import make_model, make_rows, write_csv
 
+import jpeft
 from jpeft.cli import main
 from jpeft.run import open_run
 
@@ -102,6 +103,28 @@ def test_kill_and_resume_is_bit_for_bit(base, tmp_path):
     assert step >= before + 10
     assert step < STEPS
     assert_same(run, unbroken)
+
+
+STAGED = {"diff_pruning": ("sparsity=0.1", "l0=1e-5")}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", sorted(STAGED))
+def test_killed_in_each_stage_and_between(base, tmp_path, method):
+    """Killed once in every stage; the last but one checkpoint of a stage is that of the moment it began."""
+    flags, _ = base
+    # The last of two flags counts.
+    flags = [*flags, "--method", method, *STAGED[method], "--steps", "60", "--checkpoint-every", "4", "--eval-every", "9"]
+    finish([*flags, "--output", str(tmp_path / "unbroken")])
+    begins = [0, *(line["step"] for line in records(tmp_path / "unbroken") if line["split"] == "stage")]
+    assert len(begins) == 1 + len(jpeft.make(method).stages)
+    run, resume = tmp_path / "run", []
+    for begin in begins:
+        process = start([*flags, "--output", str(run), *resume])
+        stop_midway(process, run, signal.SIGKILL, after=begin + 1)
+        resume = ["--resume"]
+    finish([*flags, "--output", str(run), "--resume"])
+    assert_same(run, tmp_path / "unbroken")
 
 
 @pytest.mark.slow

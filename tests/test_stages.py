@@ -56,6 +56,8 @@ def stages(*shares, restarts=()):
 
 def test_a_method_without_stages_takes_all_steps():
     assert [tuple(s) for s in plan((), 7)] == [("", 0, 7, (0, 7))]
+    # Nothing to train is no error: a frozen base is evaluated as it is.
+    assert [tuple(s) for s in plan((), 0)] == [("", 0, 0, (0, 0))]
 
 
 def test_shares_become_steps():

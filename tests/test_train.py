@@ -188,10 +188,10 @@ def test_dropout_and_seed_matter(config, tmp_path):
 
 
 # Half a percent of a model this small is less than its head.
-TINY = {"fish_mask": ("sparsity=0.1",)}
+TINY = {"fish_mask": ("sparsity=0.1",), "diff_pruning": ("sparsity=0.1", "l0=1e-5")}
 
 
-@pytest.mark.parametrize("method", ["lora", "bitfit", "adapter", "freeze", "fish_mask"])
+@pytest.mark.parametrize("method", ["lora", "bitfit", "adapter", "freeze", "fish_mask", "diff_pruning"])
 def test_every_method_learns(config, tmp_path, method):
     folder = make_model(tmp_path / "model", dropout=0.0)
     rate = {"learning_rate": 2e-2, "schedule": "constant", "log_every": 25}
@@ -311,7 +311,7 @@ def test_snapshot_round_trip(tmp_path):
     progress = Progress(step=4, best=0.5, best_step=2, stale=1, latest=0.25, losses=(0.1, 0.2))
     Snapshots(tmp_path / "s", keep=2).save(arrays, progress)
     like = jax.tree.map(jnp.zeros_like, arrays)
-    restored, read = Snapshots(tmp_path / "s", keep=2).restore(like)
+    restored, read = Snapshots(tmp_path / "s", keep=2).restore(lambda progress: like)
     assert read == progress
     assert bits(restored) == bits(arrays)
     chex.assert_trees_all_equal_dtypes(restored, arrays)
@@ -333,12 +333,12 @@ def test_a_damaged_snapshot_is_named_and_the_one_before_is_used(tmp_path, damage
     if damage == "unfinished":
         (tmp_path / "2" / "checksums.json").unlink()
     with pytest.warns(UserWarning, match=f"checkpoint {tmp_path}/2 is damaged"):
-        restored, progress = Snapshots(tmp_path, keep=3).restore({"a": jnp.zeros(1000)})
+        restored, progress = Snapshots(tmp_path, keep=3).restore(lambda progress: {"a": jnp.zeros(1000)})
     assert progress.step == 1
     np.testing.assert_array_equal(restored["a"], 1)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert Snapshots(tmp_path, keep=3).restore({"a": jnp.zeros(1000)})[1].step == 1
+        assert Snapshots(tmp_path, keep=3).restore(lambda progress: {"a": jnp.zeros(1000)})[1].step == 1
 
 
 def test_a_new_head_learns_faster():
