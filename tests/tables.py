@@ -127,6 +127,7 @@ METHODS = {
     "lora-two-view": jpeft.lora(rank=2, view="two-view"),
     "lora-factored": jpeft.lora(rank={r".*(up|down)/kernel": 3, ".*": 2}, view="factored", rslora=True, target=r".*(kernel|embedding)"),
     "prompt_tuning": jpeft.prompt_tuning(length=3),
+    "p_tuning": jpeft.p_tuning(template=(("start", 2), ("end", (-1, 3))), hidden=3),
     "prefix_tuning": jpeft.prefix_tuning(length=3, mlp=5),
     "p_tuning_v2": jpeft.p_tuning_v2(length=3),
     "chain": jpeft.chain(bitfit=jpeft.bitfit(), lora=jpeft.lora(rank=2), adapter=jpeft.adapter(size=3)),
@@ -138,7 +139,7 @@ METHODS = {
 NEED_STATS = {"fish_mask", "chain-sparse", "diff_pruning-mask"}
 
 # Methods that put tokens into the text.
-PROMPTS = ["prompt_tuning"]
+PROMPTS = ["prompt_tuning", "p_tuning"]
 
 # What a method's first output may differ from the base by, and whether it merges: True, or the reason it gives.
 NEAR_IDENTITY = {
@@ -172,6 +173,7 @@ MEETS = {name: SMALL if name in jpeft.methods() else ["plain", "jit", "scan", "e
     "prefix_tuning": [*ENCODERS, *DECODERS],
     "p_tuning_v2": [*ENCODERS, "gpt2-scan"],
     "prompt_tuning": [*ENCODERS, "gpt2", "gpt2-scan", "plain"],
+    "p_tuning": ["bert", "bert-scan", "gpt2-remat"],
 }
 
 
