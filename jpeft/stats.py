@@ -1,4 +1,4 @@
-"""Statistics of a model on data, which decide where some methods train: Fisher information, and how far weights have moved."""
+"""What a model makes of data, which decides where some methods train or start: Fisher information, movement of weights, keys and values."""
 
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -7,7 +7,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from .tree import Params
+from .hosts import linen
+from .tree import ADDED, Adapter, Params, unflatten
 
 Batch = Any  # a pytree of arrays with a leading axis of examples
 
@@ -90,6 +91,42 @@ def movement(before: Params, after: Params) -> Params:
     Array([0.5, 0. ], dtype=float32)
     """
     return jax.tree.map(lambda b, a: jnp.abs(a.astype(jnp.float32) - b.astype(jnp.float32)), before, after)
+
+
+def key_values(model: Any, params: Params, input_ids: Any) -> Adapter:
+    """The keys and values of a text in every layer, from which `jpeft.prefix_tuning` and `jpeft.p_tuning_v2` can start.
+
+    Args:
+      model: A linen model whose attention cores are modules called ``core``, as those of `jpeft.models`.
+      params: Its parameters.
+      input_ids: The l tokens of one text, [1, l].
+
+    Returns:
+      A prefix of length l: pass it as ``jpeft.apply(params, method="prefix_tuning", length=l, stats=...)``. Rotary models are told rotated
+      keys, as the text has them.
+
+    Raises:
+      ValueError: for another shape, or a model without cores.
+
+    >>> import jax, jax.numpy as jnp
+    >>> from jpeft.models import GPT2Config, GPT2Model
+    >>> from jpeft.stats import key_values
+    >>> model = GPT2Model(GPT2Config(vocab_size=9, hidden_size=4, num_hidden_layers=1, num_attention_heads=1))
+    >>> words = jnp.array([[3, 5, 2]])
+    >>> jax.tree.map(jnp.shape, key_values(model, model.init(jax.random.key(0), words)["params"], words))
+    {'h': {'0': {'attn': {'core': {'+': {'key': (3, 4), 'value': (3, 4)}}}}}}
+    """
+    input_ids = jnp.asarray(input_ids)
+    if input_ids.ndim != 2 or input_ids.shape[0] != 1:
+        raise ValueError(f"key_values: a prefix starts from one text, [1, length], and was given {input_ids.shape}.")
+    cores = linen.inputs_of(model, params, "core", input_ids)
+    if not cores:
+        raise ValueError("key_values: no module called 'core' ran. A prefix needs a model with attention cores, as those of jpeft.models.")
+    # [*stack, 1, l, heads, head_dim] -> [*stack, l, heads * head_dim]
+    flat = lambda leaf: leaf.reshape(*leaf.shape[:-4], leaf.shape[-3], -1)
+    return unflatten(
+        {f"{path}/{ADDED}/{name}": flat(inputs[i]) for path, inputs in cores.items() for i, name in ((1, "key"), (2, "value"))}
+    )
 
 
 def _empirical(fn: Callable[[Params, Any], jax.Array]) -> Callable[[Params, Any], Params]:

@@ -11,11 +11,20 @@ import pytest
 from tables import Classifier, batch, noised
 
 import jpeft
-from jpeft.additive.prefix_tuning import key_values, sites
-from jpeft.models import abstract_params
-from jpeft.models.bert import BertForSequenceClassification, BertForTokenClassification, BertModel
-from jpeft.models.bert_config import BertConfig
+from jpeft.additive.prefix import sites
+from jpeft.models import (
+    BertConfig,
+    BertForSequenceClassification,
+    BertForTokenClassification,
+    BertModel,
+    GPT2Config,
+    GPT2LMHeadModel,
+    GPT2Model,
+    abstract_params,
+    load,
+)
 from jpeft.models.bert_encoder import SelfAttention
+from jpeft.stats import key_values
 
 KEY = jax.random.key(0)
 IDS = jax.random.randint(KEY, (3, 6), 2, 17)
@@ -30,6 +39,11 @@ def tiny(model_type="bert", **changes) -> BertConfig:
         type_vocab_size=0 if model_type == "distilbert" else 2,
     )  # fmt: skip
     return BertConfig(**(options | changes))
+
+
+def tiny_gpt2(**changes) -> GPT2Config:
+    sizes = dict(vocab_size=17, hidden_size=8, num_hidden_layers=3, num_attention_heads=2, max_position_embeddings=40)
+    return GPT2Config(**sizes, initializer_range=0.5, **changes)
 
 
 def softmax(x: np.ndarray) -> np.ndarray:
@@ -130,8 +144,10 @@ def gpt2(layers: int, width: int):
 
 def test_counts_on_gpt2():
     """Li and Liang's GPT-2 medium and large."""
-    assert counted(gpt2(24, 1024), jpeft.prefix_tuning(length=5)) == (25_744_896, 245_760)
-    assert counted(gpt2(24, 1024), jpeft.prefix_tuning(length=10, mlp=None)) == (491_520, 491_520)
+    for scan in (False, True):
+        medium = abstract_params(GPT2Model(GPT2Config.gpt2_medium(scan=scan)))
+        assert counted(medium, jpeft.prefix_tuning(length=5)) == (25_744_896, 245_760)
+        assert counted(medium, jpeft.prefix_tuning(length=10, mlp=None)) == (491_520, 491_520)
     assert counted(gpt2(36, 1280), jpeft.prefix_tuning(length=5, mlp=None)) == (460_800, 460_800)
 
 
@@ -154,27 +170,108 @@ def test_fewer_heads_for_keys_than_for_queries():
     assert counted(gpt2(2, 32), jpeft.prefix_tuning(length=3, mlp=None, width=8)) == (2 * 2 * 8 * 3,) * 2
 
 
+# --- positions ---------------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")  # HF PEFT calls transformers by names that those are to lose
+@pytest.mark.parametrize("family", ["bert", "roberta", "gpt2"])
+def test_equals_hf_peft(family, tmp_path):
+    """The same prefix in torch, where HF PEFT hands it to the model as a cache of l tokens and the others so begin at position l."""
+    torch, transformers, hf = (pytest.importorskip(name) for name in ("torch", "transformers", "peft"))
+    ours = tiny_gpt2(bos_token_id=1, eos_token_id=1) if family == "gpt2" else tiny(family)
+    torch.manual_seed(0)
+    config = transformers.AutoConfig.for_model(family, **ours.to_hf())
+    model = (transformers.AutoModelForCausalLM if family == "gpt2" else transformers.AutoModel).from_config(config).eval()
+    model.save_pretrained(tmp_path)
+    kind = "CAUSAL_LM" if family == "gpt2" else "FEATURE_EXTRACTION"
+    wrapped = hf.get_peft_model(model, hf.PrefixTuningConfig(task_type=kind, num_virtual_tokens=5)).eval()
+    weight = wrapped.prompt_encoder["default"].embedding.weight
+    with torch.no_grad():
+        weight.normal_(std=2.0)
+        inputs = torch.tensor(np.asarray(IDS)).long(), torch.tensor(np.asarray(MASK)).long()
+        want = wrapped(input_ids=inputs[0], attention_mask=inputs[1])[0].numpy()
+
+    loaded = load(tmp_path, task="causal-lm" if family == "gpt2" else "encoder")
+    prefix = weight.detach().numpy().reshape(5, 3, 2, 8)
+    places = [f"{site.core}/+/{name}" for site in sites(loaded.params) for name in ("key", "value")]
+    given = jpeft.unflatten({path: prefix[:, i // 2, i % 2] for i, path in enumerate(places)})
+    peft = jpeft.apply(loaded.params, method="prefix_tuning", length=5, mlp=None, stats=given)
+    got = jax.jit(jpeft.wrap(loaded.model.apply, peft.method))(peft.variables, IDS, MASK)
+    real = np.asarray(MASK)
+    got = np.asarray(got if family == "gpt2" else got.last_hidden_state)
+    np.testing.assert_allclose(got[real], want[real], atol=1e-4)
+    unmoved = jpeft.apply(loaded.params, method="prefix_tuning", length=5, mlp=None, stats=given, shift=False)
+    other = jax.jit(jpeft.wrap(loaded.model.apply, unmoved.method))(unmoved.variables, IDS, MASK)
+    other = np.asarray(other if family == "gpt2" else other.last_hidden_state)
+    assert np.abs(other[real] - want[real]).max() > 1e-3
+
+
+def test_the_position_table_bounds_text_and_prefix_together():
+    model = BertModel(tiny())
+    params, ids = model.init(KEY, IDS)["params"], jnp.full((1, 38), 5)
+    for length, shift in ((2, True), (9, False)):
+        peft = jpeft.apply(params, method="prefix_tuning", length=length, shift=shift)
+        assert jnp.isfinite(jax.jit(jpeft.wrap(model.apply, peft.method))(peft.variables, ids).last_hidden_state).all()
+    for body in (model, GPT2Model(tiny_gpt2())):
+        peft = jax.eval_shape(lambda p: jpeft.apply(p, method="prefix_tuning", length=3), abstract_params(body))
+        with pytest.raises(ValueError, match="41 positions, but the position table holds 40"):
+            jax.eval_shape(jpeft.wrap(body.apply, peft.method), peft.variables, ids)
+
+
 # --- starting points --------------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("scan", [False, True])
 @pytest.mark.parametrize("mlp", [None, 7])
 def test_starts_from_words(scan, mlp):
-    """With the keys and values of words, each layer attends to them as if they stood in the text; the network reproduces them exactly."""
-    model = BertModel(tiny(scan=scan))
+    """Under a causal mask the model answers as if the words stood in front; the network reproduces them."""
+    model = GPT2LMHeadModel(tiny_gpt2(scan=scan))
+    params, words = model.init(KEY, IDS)["params"], jnp.array([[3, 9, 4, 2, 16]])
+    peft = jpeft.apply(params, method="prefix_tuning", length=5, mlp=mlp, stats=key_values(model, params, words))
+    forward = jax.jit(jpeft.wrap(model.apply, peft.method), static_argnames=("cache_length", "mutable"))
+    want = jax.jit(model.apply)({"params": params}, jnp.concatenate([jnp.repeat(words, 3, 0), IDS], 1))[:, 5:]
+    chex.assert_trees_all_close(forward(peft.variables, IDS), want, atol=1e-4 if mlp is None else 1e-2)
+    # So it does with a cache, where the prefix is no part of it.
+    first, cache = forward(peft.variables, IDS[:, :4], cache_length=8, mutable="cache")
+    last, _ = forward(peft.variables | cache, IDS[:, 4:], mutable="cache")
+    chex.assert_trees_all_close(jnp.concatenate([first, last], 1), forward(peft.variables, IDS), atol=1e-4)
+
+
+@pytest.mark.parametrize("remat", [False, True])
+def test_keys_and_values_of_words(remat):
+    """Those of the first layer by hand."""
+    model = BertModel(tiny(remat=remat))
+    params, words = model.init(KEY, IDS)["params"], IDS[:1, :5]
+    given = jpeft.flatten(key_values(model, params, words))
+    hidden = model.apply({"params": params}, words, output_hidden_states=True).hidden_states[0][0]
+    own = params["encoder"]["layer"]["0"]["attention"]["self"]
+    for name in ("key", "value"):
+        want = hidden @ own[name]["kernel"] + own[name]["bias"][None]
+        chex.assert_trees_all_close(given[f"encoder/layer/0/attention/self/core/+/{name}"], want, atol=1e-5)
+    assert len(given) == 2 * 3
+
+
+def test_words_are_one_text_for_a_model_with_a_core():
+    model = BertModel(tiny())
+    with pytest.raises(ValueError, match=r"one text.*\(3, 6\)"):
+        key_values(model, model.init(KEY, IDS)["params"], IDS)
+    with pytest.raises(ValueError, match="no module called 'core' ran"):
+        key_values(Classifier(), Classifier().init(KEY, batch()["x"])["params"], batch()["x"][:1])
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("task", [BertForSequenceClassification, BertForTokenClassification])
+def test_p_tuning_v2_classifies_texts_and_tokens(family, task):
+    """The prefix of every layer and the whole head of every encoder are trained, nothing else; the loss falls."""
+    model, tokens = task(tiny(family), num_labels=3), task is BertForTokenClassification
     params = model.init(KEY, IDS)["params"]
-    words = IDS[:1, :5]
-    _, state = model.apply({"params": params}, words, capture_intermediates=True, mutable="intermediates")
-    given = key_values(params, state["intermediates"])
-    peft = jpeft.apply(params, method="prefix_tuning", length=5, mlp=mlp, stats=given)
-    folded = jpeft.flatten(jpeft.fold(peft).adapter)
-    chex.assert_trees_all_close(folded, jpeft.flatten(given), atol=1e-3)
-    if mlp is None and not scan:
-        hidden = model.apply({"params": params}, words, output_hidden_states=True).hidden_states[0][0]
-        kernel = params["encoder"]["layer"]["0"]["attention"]["self"]["key"]
-        chex.assert_trees_all_close(
-            folded["encoder/layer/0/attention/self/core/+/key"], hidden @ kernel["kernel"] + kernel["bias"][None], atol=1e-5
-        )
+    peft = jpeft.apply(params, method="p_tuning_v2", length=4)
+    heads = {path for path in jpeft.flatten(params) if path.split("/")[0] in ("classifier", "pre_classifier")}
+    prefixes = {f"{site.core}/+/{name}" for site in sites(params) for name in ("key", "value")}
+    assert jpeft.flatten(peft.adapter).keys() == heads | prefixes
+    labels = IDS % 3 if tokens else IDS[:, 0] % 3
+    losses = train(model, peft, IDS, labels, steps=15, rate=jpeft.methods()["p_tuning_v2"].learning_rate)
+    assert losses[-1] < 0.8 * losses[0], losses
 
 
 @pytest.mark.parametrize("name", ["prefix_tuning", "p_tuning_v2"])

@@ -1,10 +1,8 @@
 """P-tuning v2: deep prompts for understanding, with a task head."""
 
-from typing import Any
-
 from ..method import Method, factory
 from ..select import AxesRules
-from .prefix_tuning import KEY, prefix_tuning
+from .prefix import KEY, prefix
 
 
 @factory
@@ -14,6 +12,7 @@ def p_tuning_v2(
     mlp: int | None = None,
     std: float = 0.02,
     dropout: float = 0.1,
+    shift: bool = True,
     target: str = KEY,
     width: int | None = None,
     axes: AxesRules | None = None,
@@ -28,6 +27,7 @@ def p_tuning_v2(
       mlp: Inner width of a network that makes the prompt (the paper's is 512), which helps on some tasks; None trains P.
       std: Standard deviation of P.
       dropout: Probability with which a scalar of P is dropped, for each example, where the model uses dropout.
+      shift: As in `jpeft.prefix_tuning`.
       target: As in `jpeft.prefix_tuning`.
       width: As in `jpeft.prefix_tuning`.
       axes: As in `jpeft.prefix_tuning`.
@@ -50,9 +50,6 @@ def p_tuning_v2(
     Follows the authors' code (THUDM/P-tuning-v2) in the dropout. Its embedding is declared N(0, 1) and then initialised anew by
     transformers with the deviation 0.02, which is therefore the default here.
     """
-    options: dict[str, Any] = dict(length=length, std=std, dropout=dropout, target=target, width=width, axes=axes, head=head)
-    made = prefix_tuning(mlp=mlp, **options)
-    if made.fold is None:
-        return made
-    inner = made.fold
-    return made.replace(fold=lambda params, adapter: (p_tuning_v2(mlp=None, **options), inner(params, adapter)[1]))
+    return prefix(
+        p_tuning_v2, length=length, mlp=mlp, std=std, dropout=dropout, shift=shift, target=target, width=width, axes=axes, head=head
+    )  # fmt: skip

@@ -303,6 +303,40 @@ def _einsum(module: nn.Einsum, args: tuple[Any, ...], kwargs: dict[str, Any]) ->
     return Linear("kernel", axes, branch)
 
 
+# --- watching a model -----------------------------------------------------------------------------------------------------------------
+
+
+def inputs_of(model: nn.Module, params: Params, name: str, *args: Any, **kwargs: Any) -> dict[str, list[Any]]:
+    """What every module called `name` is given in one forward pass, by the module's path; stacked where `nn.scan` runs it.
+
+    >>> from jpeft.hosts.linen import inputs_of
+    >>> from flax import linen as nn
+    >>> model, x = nn.Sequential([nn.Dense(4), nn.relu, nn.Dense(2)]), jnp.ones((1, 8))
+    >>> {path: inputs[0].shape for path, inputs in inputs_of(model, model.init(key, x)["params"], "layers_2", x).items()}
+    {'layers_2': (1, 4)}
+    """
+
+    def record(next_fun: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], context: Any) -> Any:
+        module = context.module
+        if module.name == name and context.method_name == "__call__" and not _is_lifted(module, "__call__"):
+            for i, x in enumerate(_positional(module, "__call__", args, kwargs)[0]):
+                if isinstance(x, jax.Array):
+                    module.sow("intermediates", f"{_INPUT}{i}", x)
+        return next_fun(*args, **kwargs)
+
+    with nn.intercept_methods(record):
+        _, state = model.apply({"params": params}, *args, mutable=["intermediates"], **kwargs)
+    found: dict[str, list[Any]] = {}
+    for path, leaf in flatten(state.get("intermediates", {})).items():
+        module, _, rest = path.rpartition(f"/{_INPUT}")
+        if module and rest.endswith("/0"):  # what a module was given when it ran first
+            found.setdefault(module, []).append(leaf)
+    return found
+
+
+_INPUT = "jpeft_input_"
+
+
 # --- asking a model for its geometry --------------------------------------------------------------------------------------------------
 
 

@@ -54,6 +54,7 @@ class Layout(NamedTuple):
     position_ids: Array  # int [batch or 1, length]
     token_type_ids: Array  # int [batch, length]
     mask: Array  # bool [batch, 1, 1, length], over keys: True may be attended to
+    offset: int = 0  # how many positions are left free in front of the first one
 
 
 class Positions(nn.Module):
@@ -91,7 +92,7 @@ class Embeddings(nn.Module):
 
     def __call__(self, input_ids: Ids, layout: Layout, deterministic: bool) -> Float[Array, "batch positions hidden"]:
         """Embed; ValueError if there are more positions than rows in the position table."""
-        length = layout.position_ids.shape[-1]
+        length = layout.offset + layout.position_ids.shape[-1]
         if length > self.config.max_length:  # a lookup past the table's end would give NaN, silently
             raise ValueError(f"{length} positions, but the position table holds {self.config.max_length}; truncate the input")
         hidden = self.word_embeddings(jnp.asarray(input_ids)) + self.position_embeddings(layout.position_ids)

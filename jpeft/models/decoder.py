@@ -59,6 +59,7 @@ class Layout(NamedTuple):
 
     position_ids: Array  # int [batch, length]
     mask: Array  # bool [batch, 1, 1, length], over the keys of this call: False is padding
+    offset: int = 0  # how many positions are left free in front of the first one
 
 
 class Positions(nn.Module):

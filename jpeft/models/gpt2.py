@@ -194,10 +194,9 @@ class GPT2Model(nn.Module):
         """
         layout = self.positions(jnp.asarray(input_ids), attention_mask, self.causal.seen())
         view = self.causal(layout, None if cache_length is None else cache_length - jnp.shape(input_ids)[1])
-        if view.mask.shape[-1] > self.config.max_position_embeddings:  # a lookup past the table's end would give NaN, silently
-            raise ValueError(
-                f"{view.mask.shape[-1]} positions, but the position table holds {self.config.max_position_embeddings}; truncate the input"
-            )
+        length = layout.offset + view.mask.shape[-1]
+        if length > self.config.max_position_embeddings:  # a lookup past the table's end would give NaN, silently
+            raise ValueError(f"{length} positions, but the position table holds {self.config.max_position_embeddings}; truncate the input")
         hidden = self.wte(jnp.asarray(input_ids)) + self.wpe(view.position_ids)
         hidden = self.dropout(hidden, deterministic=deterministic)
         hidden, states = run_stack(self.h, self.config, hidden, view, deterministic, output_hidden_states)
