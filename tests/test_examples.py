@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from tiny_text import make_model, make_rows, write_csv
+from tiny_text import make_decoder, make_model, make_rows, write_csv
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 
@@ -36,6 +36,10 @@ SMALL = {
     "chained.py": ("--steps 20", [r"collections: \['params', 'bitfit', 'lora'\]", r"refused: chain: 'freeze' replaces"]),
     "custom_method.py": ("--steps 60", [r"merged and wrapped logits differ by at most \S+e-0[67]", r"in a chain with LoRA"]),
     "sweep.py": ("--rates 1e-3 3e-3 --seeds 0 1 --steps 12", [r"best: rate", r"one step of all 4 takes"]),
+    "generation_prefix.py": (
+        "--model {decoder} --steps 3 --rows 40 --length 2 --max-length 120",
+        [r"trained (\S+) parameters, stored 128 of", r"perplexity of 128 summaries, with prefix: \d", r"with prefix  def "],
+    ),
     "hub_model.py": (
         "--model {model} --data {data} --output {output} --batch-size 8 --max-length 12",
         [r"'accuracy'", r"parameters trained in"],
@@ -51,7 +55,12 @@ def tiny(tmp_path_factory) -> dict[str, Path]:
     write_csv(folder / "data" / "train.csv", rows[:48])
     write_csv(folder / "data" / "validation.csv", rows[48:60])
     write_csv(folder / "data" / "test.csv", rows[60:])
-    return {"model": make_model(folder / "model"), "data": folder / "data", "output": folder / "run"}
+    return {
+        "model": make_model(folder / "model"),
+        "decoder": make_decoder(folder / "decoder", positions=160),
+        "data": folder / "data",
+        "output": folder / "run",
+    }
 
 
 def test_every_example_is_run():

@@ -61,7 +61,7 @@ def write_csv(path: Path, rows: list[tuple[str, str]], header: tuple[str, str] =
     return path
 
 
-def make_decoder(folder: Path, *, seed: int = 0, dropout: float = 0.0) -> Path:
+def make_decoder(folder: Path, *, seed: int = 0, dropout: float = 0.0, positions: int = 32) -> Path:
     """A two-layer GPT-2 of width 16 with a word-level tokenizer that has no padding token, like GPT-2's own."""
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
@@ -75,7 +75,7 @@ def make_decoder(folder: Path, *, seed: int = 0, dropout: float = 0.0) -> Path:
         hidden_size=16,
         num_hidden_layers=2,
         num_attention_heads=2,
-        max_position_embeddings=32,
+        max_position_embeddings=positions,
         attention_dropout=dropout,
         hidden_dropout=dropout,
         embedding_dropout=dropout,
