@@ -2,6 +2,7 @@
 
 import doctest
 import importlib
+import inspect
 import pkgutil
 import re
 from pathlib import Path
@@ -63,3 +64,24 @@ def test_the_readme_names_what_exists():
         assert (ROOT / path).exists(), path
     for target in re.findall(r"^make (\w+)", readme, flags=re.MULTILINE):
         assert re.search(rf"^{target}:", (ROOT / "Makefile").read_text(), flags=re.MULTILINE), target
+
+
+PAGES = sorted(path.stem for path in (ROOT / "docs" / "methods").glob("*.md") if path.stem != "README")
+
+
+@pytest.mark.parametrize("name", PAGES)
+def test_pages_of_methods(name):
+    """Short, about a method that exists, in the index, and naming no option that its factory lacks."""
+    text = (ROOT / "docs" / "methods" / f"{name}.md").read_text()
+    assert len(text.splitlines()) <= 60
+    assert f"[{name}]({name}.md)" in (ROOT / "docs" / "methods" / "README.md").read_text()
+    table = re.search(r"\| option \|.*\n\|[-|]+\n((?:\|.*\n)+)", text)
+    named = {option for row in table[1].splitlines() for option in re.findall(r"`(\w+)`", row.split("|")[1])} if table else set()
+    assert named <= set(inspect.signature(jpeft.methods()[name].factory).parameters)
+
+
+@pytest.mark.parametrize("file", ["README.md", "CONTRIBUTING.md", *(str(p.relative_to(ROOT)) for p in sorted(ROOT.glob("docs/**/*.md")))])
+def test_links_lead_somewhere(file):
+    links = re.findall(r"\]\(([^)\s]+)\)", (ROOT / file).read_text())
+    missing = [link for link in links if "://" not in link and not (ROOT / file).parent.joinpath(link.partition("#")[0]).exists()]
+    assert not missing
