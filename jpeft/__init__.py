@@ -43,6 +43,7 @@ from .reparameterized.lora import lora as lora
 from .select import KernelAxes as KernelAxes
 from .selective.bitfit import bitfit as bitfit
 from .selective.diff_pruning import diff_pruning as diff_pruning
+from .selective.far import far as far
 from .selective.fish_mask import fish_mask as fish_mask
 from .selective.freeze import freeze as freeze
 from .summary import Summary as Summary

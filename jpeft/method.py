@@ -165,11 +165,14 @@ class Linear:
       name: Name of the parameter, ``"kernel"`` or ``"embedding"``.
       axes: Its geometry inside the layer (under `nn.scan` the stack axis is gone by then).
       branch: ``(x, a, b) -> y``, equal to the layer without its bias run on the kernel ``a b``, computed as ``(x a) b``.
+      narrow: ``(x, kernel) -> y``, the layer without its bias on a kernel with another number of outputs, which are the last axis of y;
+        None for a layer whose outputs have several axes, or are not computed so.
     """
 
     name: str
     axes: KernelAxes
     branch: Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
+    narrow: Callable[[jax.Array, jax.Array], jax.Array] | None = None
 
 
 @dataclasses.dataclass(frozen=True)

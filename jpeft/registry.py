@@ -17,6 +17,7 @@ from .method import Method
 from .reparameterized.lora import lora
 from .selective.bitfit import bitfit
 from .selective.diff_pruning import diff_pruning
+from .selective.far import far
 from .selective.fish_mask import fish_mask
 from .selective.freeze import freeze
 
@@ -43,6 +44,7 @@ _METHODS = (
     MethodInfo("freeze", "selective", "train the top layers and what follows them, freeze the rest", freeze, 5e-4),
     MethodInfo("bitfit", "selective", "train the biases (all, or query and middle-of-MLP)", bitfit, 1e-2),
     MethodInfo("diff_pruning", "selective", "learn which weights to change by gates, then train the k largest changes", diff_pruning, 1e-3),
+    MethodInfo("far", "selective", "train the feed-forward neurons that move the most in a short priming", far, 1e-3),
     MethodInfo("fish_mask", "selective", "train the weights of highest Fisher information (needs stats)", fish_mask, 2e-3),
     MethodInfo("adapter", "additive", "bottleneck layers after attention and feed-forward (Houlsby)", adapter, 2e-3),
     MethodInfo("pfeiffer", "additive", "one bottleneck layer a block, between two runs of its LayerNorm", pfeiffer, 2e-3),

@@ -118,6 +118,8 @@ METHODS = {
     # A penalty that leaves the loss of so small a model visible beside it.
     "diff_pruning": jpeft.diff_pruning(sparsity=0.05, l0=1e-5),
     "diff_pruning-mask": jpeft.diff_pruning(sparsity=0.05, stage="mask"),
+    "far": jpeft.far(),
+    "far-learners": jpeft.far(retention=0.4, stage="learners"),
     "adapter": jpeft.adapter(size=4),
     "pfeiffer": jpeft.pfeiffer(size=4, activation="gelu"),
     "pfeiffer-lin": jpeft.pfeiffer(size=4, activation="silu", own_norm=True),
@@ -136,7 +138,7 @@ METHODS = {
 }
 
 # Methods that are told by data what to train.
-NEED_STATS = {"fish_mask", "chain-sparse", "diff_pruning-mask"}
+NEED_STATS = {"fish_mask", "chain-sparse", "diff_pruning-mask", "far-learners"}
 
 # Methods that put tokens into the text.
 PROMPTS = ["prompt_tuning", "p_tuning"]

@@ -191,7 +191,7 @@ def test_dropout_and_seed_matter(config, tmp_path):
 TINY = {"fish_mask": ("sparsity=0.1",), "diff_pruning": ("sparsity=0.1", "l0=1e-5")}
 
 
-@pytest.mark.parametrize("method", ["lora", "bitfit", "adapter", "freeze", "fish_mask", "diff_pruning"])
+@pytest.mark.parametrize("method", ["lora", "bitfit", "adapter", "freeze", "fish_mask", "diff_pruning", "far"])
 def test_every_method_learns(config, tmp_path, method):
     folder = make_model(tmp_path / "model", dropout=0.0)
     rate = {"learning_rate": 2e-2, "schedule": "constant", "log_every": 25}

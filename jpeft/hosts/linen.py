@@ -225,7 +225,8 @@ def _linear(module: nn.Module, method_name: str, own: Mapping[str, Any], args: t
     if isinstance(module, nn.Dense):
         down, up = (lambda r: module.clone(use_bias=False, features=r)), module.clone(use_bias=False)
         branch = lambda x, a, b: _run(up, b, _run(down(a.shape[-1]), a, x))
-        return Linear("kernel", KernelAxes((), (0,), (1,)), functools.partial(_by_rows, branch, 1))
+        narrow = lambda x, kernel: _run(down(kernel.shape[-1]), kernel, x)
+        return Linear("kernel", KernelAxes((), (0,), (1,)), functools.partial(_by_rows, branch, 1), functools.partial(_by_rows, narrow, 1))
     if type(module) is nn.Conv and module.feature_group_count == 1 and module.mask is None:
         axes = KernelAxes((), tuple(range(ndim - 1)), (ndim - 1,))
         return Linear("kernel", axes, lambda x, a, b: _mix(_run(module.clone(use_bias=False, features=a.shape[-1]), a, x), b))
@@ -244,12 +245,12 @@ def _trailing(axis: int | Sequence[int]) -> int:
     return len(axes) if axes == list(range(-len(axes), 0)) else 0
 
 
-def _by_rows(branch: Callable[..., jax.Array], trailing: int, x: jax.Array, a: jax.Array, b: jax.Array) -> jax.Array:
+def _by_rows(branch: Callable[..., jax.Array], trailing: int, x: jax.Array, *kernels: jax.Array) -> jax.Array:
     """The branch on the input as a matrix of rows.
 
     With two leading axes, XLA for CPU transposes what the gradients of ``a`` and ``b`` contract, and computes it a second time for that.
     """
-    rows = branch(x.reshape(-1, *x.shape[x.ndim - trailing :]), a, b)
+    rows = branch(x.reshape(-1, *x.shape[x.ndim - trailing :]), *kernels)
     return rows.reshape(*x.shape[: x.ndim - trailing], *rows.shape[1:])
 
 
