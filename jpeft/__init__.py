@@ -13,6 +13,7 @@ from importlib.metadata import version as _version
 from . import sharding as sharding
 from .additive.adapter import adapter as adapter
 from .additive.compacter import compacter as compacter
+from .additive.hard_prompt import hard_prompt as hard_prompt
 from .additive.p_tuning import p_tuning as p_tuning
 from .additive.p_tuning_v2 import p_tuning_v2 as p_tuning_v2
 from .additive.parallel_adapter import parallel_adapter as parallel_adapter

@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 
 from .additive.adapter import adapter
 from .additive.compacter import compacter
+from .additive.hard_prompt import hard_prompt
 from .additive.p_tuning import p_tuning
 from .additive.p_tuning_v2 import p_tuning_v2
 from .additive.parallel_adapter import parallel_adapter
@@ -52,6 +53,7 @@ _METHODS = (
         "parallel_adapter", "additive", "bottleneck layers beside the feed-forward ones, scaled (He et al.)", parallel_adapter, 1e-3
     ),
     MethodInfo("compacter", "additive", "bottlenecks of Kronecker products with shared factors (Compacter, Compacter++)", compacter, 3e-3),
+    MethodInfo("hard_prompt", "additive", "words put into every text, nothing trained but the head", hard_prompt, 1e-3),
     MethodInfo("prompt_tuning", "additive", "trained embeddings in front of the text's own", prompt_tuning, 1e-2),
     MethodInfo("p_tuning", "additive", "trained embeddings around the text, made by an LSTM or MLP in training", p_tuning, 1e-3),
     MethodInfo("prefix_tuning", "additive", "trained keys and values in every layer, made by an MLP in training", prefix_tuning, 1e-3),

@@ -169,7 +169,13 @@ def load_base(config: TrainConfig, labels: tuple[str, ...]) -> models.Loaded:
     return loaded
 
 
-def attach(config: TrainConfig, params: Any, fresh: Iterable[str] = (), statistics: Mapping[str, Callable[[], Any]] | None = None) -> Peft:
+def attach(
+    config: TrainConfig,
+    params: Any,
+    fresh: Iterable[str] = (),
+    statistics: Mapping[str, Callable[[], Any]] | None = None,
+    tokenizer: Any = None,
+) -> Peft:
     """The base with a fresh adapter of the configured method.
 
     Args:
@@ -177,6 +183,7 @@ def attach(config: TrainConfig, params: Any, fresh: Iterable[str] = (), statisti
         params: The base.
         fresh: Paths that the checkpoint did not hold. Beside the head this may be a pooler, which must not stay at its random start.
         statistics: What `Method.needs` may name, by that name; made only if it does.
+        tokenizer: Turns an option `tokens`, where it is given as text, into the token ids that it is.
 
     Raises:
         ValueError: if the method needs something that is not there.
@@ -185,6 +192,8 @@ def attach(config: TrainConfig, params: Any, fresh: Iterable[str] = (), statisti
     others = [path for path in fresh if not re.fullmatch(HEAD, path)]
     if others and "head" not in options:
         options["head"] = "|".join([HEAD, *sorted(map(re.escape, others))])
+    if isinstance(options.get("tokens"), str) and tokenizer is not None:
+        options["tokens"] = tokenizer(options["tokens"], add_special_tokens=False)["input_ids"]
     method = jpeft.make(config.method, **options)
     make = (statistics or {}).get(method.needs or "")
     if method.needs and make is None:

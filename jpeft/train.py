@@ -130,7 +130,9 @@ def prepare(config: TrainConfig) -> Setup:
         return loaded.model.apply({"params": params}, **inputs, deterministic=True)  # pyright: ignore[reportReturnType]
 
     available = statistics(config, task, splits["train"], forward, loaded.params)
-    peft = attach(config, loaded.params, loaded.new, available)
+    # For methods that start from the names of the labels.
+    names = {"labels": lambda: [loaded.tokenizer(label, add_special_tokens=False)["input_ids"] for label in labels]}
+    peft = attach(config, loaded.params, loaded.new, {**available, **names}, loaded.tokenizer)
     for stage in peft.method.stages:
         if stage.needs is not None and stage.needs not in available:
             raise ValueError(f"the stage {stage.name!r} of {config.method} needs {stage.needs!r}; there are {', '.join(available)}")

@@ -128,6 +128,7 @@ METHODS = {
     "lora": jpeft.lora(rank=2),
     "lora-two-view": jpeft.lora(rank=2, view="two-view"),
     "lora-factored": jpeft.lora(rank={r".*(up|down)/kernel": 3, ".*": 2}, view="factored", rslora=True, target=r".*(kernel|embedding)"),
+    "hard_prompt": jpeft.hard_prompt(tokens=(3, 7)),
     "prompt_tuning": jpeft.prompt_tuning(length=3),
     "p_tuning": jpeft.p_tuning(template=(("start", 2), ("end", (-1, 3))), hidden=3),
     "prefix_tuning": jpeft.prefix_tuning(length=3, mlp=5),
@@ -141,7 +142,7 @@ METHODS = {
 NEED_STATS = {"fish_mask", "chain-sparse", "diff_pruning-mask", "far-learners"}
 
 # Methods that put tokens into the text.
-PROMPTS = ["prompt_tuning", "p_tuning"]
+PROMPTS = ["hard_prompt", "prompt_tuning", "p_tuning"]
 
 # What a method's first output may differ from the base by, and whether it merges: True, or the reason it gives.
 NEAR_IDENTITY = {
@@ -174,6 +175,7 @@ MEETS = {name: SMALL if name in jpeft.methods() else ["plain", "jit", "scan", "e
     "parallel_adapter": [*ENCODERS, *DECODERS],
     "prefix_tuning": [*ENCODERS, *DECODERS],
     "p_tuning_v2": [*ENCODERS, "gpt2-scan"],
+    "hard_prompt": ["bert-scan", "gpt2"],
     "prompt_tuning": [*ENCODERS, "gpt2", "gpt2-scan", "plain"],
     "p_tuning": ["bert", "bert-scan", "gpt2-remat"],
 }

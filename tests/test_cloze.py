@@ -1,0 +1,138 @@
+"""Verbalisers: texts in a pattern, gaps, words as tokens, scores of masked and causal language models."""
+
+import jax
+import numpy as np
+import pytest
+
+import jpeft
+from jpeft.cloze import Cloze, label_scores
+from jpeft.models import BertConfig, BertForMaskedLM, GPT2Config, GPT2LMHeadModel
+
+TEXTS = ["the food was hot", "rain rain rain rain rain rain rain rain", "a"]
+ENGLISH = "the food was hot rain a It is . great fine terrible so and"
+MOODS = {"good": ("great", "fine"), "bad": ("terrible",)}
+
+
+@pytest.fixture(scope="module")
+def masked():
+    """A word-level tokenizer in BERT's way."""
+    from tokenizers import Tokenizer, models, pre_tokenizers, processors
+    from transformers import PreTrainedTokenizerFast
+
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *ENGLISH.split()]
+    tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="[UNK]"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer.post_processor = processors.BertProcessing(("[SEP]", 3), ("[CLS]", 2))
+    special = {"pad_token": "[PAD]", "unk_token": "[UNK]", "cls_token": "[CLS]", "sep_token": "[SEP]", "mask_token": "[MASK]"}
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special)
+
+
+@pytest.fixture(scope="module")
+def causal():
+    """A byte-level BPE in GPT-2's way: a word behind a space is another token than one in front; no padding, no mask."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(vocab_size=400, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), special_tokens=["<end>"])
+    tokenizer.train_from_iterator([" It is great fine terrible the food was hot rain"] * 20, trainer)
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<end>", unk_token="<end>")
+
+
+def decoded(tokenizer, arrays):
+    return [tokenizer.decode(row[mask == 1]) for row, mask in zip(arrays["input_ids"], arrays["attention_mask"])]
+
+
+def test_encodes_around_a_mask(masked):
+    """The text is cut, the pattern is not."""
+    cloze = Cloze("so {text} . It is {mask} .", MOODS)
+    arrays = cloze.encode(masked, TEXTS, max_length=12)
+    assert decoded(masked, arrays) == [
+        "[CLS] so the food was hot . It is [MASK] . [SEP]",
+        "[CLS] so rain rain rain rain . It is [MASK] . [SEP]",
+        "[CLS] so a . It is [MASK] . [SEP]",
+    ]
+    assert {name: array.shape for name, array in arrays.items() if name != "token_type_ids"} == {
+        "input_ids": (3, 12), "attention_mask": (3, 12), "gap": (3,),
+    }  # fmt: skip
+    assert all(array.dtype == np.int32 for array in arrays.values())
+    assert (arrays["input_ids"][np.arange(3), arrays["gap"]] == masked.mask_token_id).all()
+    assert cloze.word_ids(masked) == (tuple(masked.convert_tokens_to_ids(["great", "fine"])), (masked.convert_tokens_to_ids("terrible"),))
+    assert masked.decode(cloze.tokens(masked)) == "so . It is ."
+
+
+def test_encodes_pairs(masked):
+    """Of two texts the longer is cut."""
+    cloze = Cloze("{text} ? {mask} , {pair}", MOODS)
+    arrays = cloze.encode(masked, ["rain rain rain rain"], ["hot hot hot hot hot hot"], max_length=10)
+    assert decoded(masked, arrays) == ["[CLS] rain rain [UNK] [MASK] [UNK] hot hot hot [SEP]"]
+
+
+def test_encodes_up_to_the_gap(causal):
+    """Without a mask: the text ends where the word belongs, without a space that the word's own token has."""
+    cloze = Cloze("{text} It is {mask}", MOODS)
+    arrays = cloze.encode(causal, TEXTS, max_length=12)
+    assert [row.endswith(" It is") for row in decoded(causal, arrays)] == [True] * 3
+    assert decoded(causal, arrays)[0] == "the food was hot It is"
+    np.testing.assert_array_equal(arrays["gap"], arrays["attention_mask"].sum(1) - 1)
+    assert causal.convert_ids_to_tokens([ids[0] for ids in cloze.word_ids(causal)]) == ["Ġgreat", "Ġterrible"]
+
+
+@pytest.mark.parametrize("kind", ["masked", "causal"])
+def test_classifies_by_a_language_model(kind, request):
+    """log p(word | text), each text by itself and unpadded, averaged over a label's words; the same through a prompt of no effect."""
+    tokenizer = request.getfixturevalue(kind)
+    sizes = dict(vocab_size=len(tokenizer), hidden_size=16, num_hidden_layers=1, num_attention_heads=2, initializer_range=0.5)
+    model = BertForMaskedLM(BertConfig(**sizes, intermediate_size=16)) if kind == "masked" else GPT2LMHeadModel(GPT2Config(**sizes))
+    cloze = Cloze("{text} . It is {mask} ." if kind == "masked" else "{text} It is {mask}", MOODS)
+    arrays = cloze.encode(tokenizer, TEXTS, max_length=14)
+    params = jax.jit(model.init)(jax.random.key(0), arrays["input_ids"])["params"]
+    got = cloze.classify(model.apply, {"params": params}, tokenizer, arrays, batch_size=2)
+    assert got.shape == (3, 2)
+    for row, (ids, mask, gap) in enumerate(zip(arrays["input_ids"], arrays["attention_mask"], arrays["gap"])):
+        logits = np.asarray(model.apply({"params": params}, ids[None, : mask.sum()]), np.float64)[0, gap]
+        known = logits - np.log(np.exp(logits).sum())
+        want = [known[list(words)].mean() for words in cloze.word_ids(tokenizer)]
+        np.testing.assert_allclose(got[row], want, atol=1e-4)
+    peft = jpeft.apply(params, method="hard_prompt", tokens=[7, 8])
+    words = cloze.classify(jpeft.wrap(model.apply, peft.method), peft.variables, tokenizer, arrays)
+    assert words.shape == got.shape
+    assert np.abs(words - got).max() > 1e-3
+
+
+def test_scores_by_hand():
+    logits = np.random.default_rng(0).normal(size=(2, 3, 5)).astype(np.float32)
+    got = label_scores(jax.numpy.asarray(logits), np.array([2, 0]), ((1,), (0, 4)))
+    for row, gap in enumerate((2, 0)):
+        p = np.exp(logits[row, gap]) / np.exp(logits[row, gap]).sum()
+        np.testing.assert_allclose(got[row], [np.log(p[1]), np.log(p[[0, 4]]).mean()], rtol=1e-5)
+
+
+def test_a_cloze_can_be_hashed():
+    assert hash(Cloze("{text} {mask}", {"a": ["b"]})) == hash(Cloze("{text} {mask}", {"a": "b"}))
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda t: Cloze("It was {mask}.", MOODS), r"must have \{text\} and \{mask\} once each"),
+        (lambda t: Cloze("{text} {mask} {mask}", MOODS), r"must have \{text\} and \{mask\} once each"),
+        (lambda t: Cloze("{text} {mask}", {"good": []}), "each label needs at least one word"),
+        (lambda t: Cloze("{text} {mask}", {"good": ["great fine"]}).word_ids(t), "'great fine' of label 'good' is 2 tokens"),
+        (lambda t: Cloze("{text} {mask}", {"good": ["splendid"]}).word_ids(t), "'splendid' of label 'good' is unknown"),
+        (lambda t: Cloze("{text} {mask}", {"a": ["hot"], "b": ["hot"]}).word_ids(t), "stands for two labels, 'a' and 'b'"),
+        (lambda t: Cloze("{text} {mask}", MOODS).encode(t, ["a [MASK]"], max_length=9), "there would be two gaps"),
+        (lambda t: Cloze("{text} {mask}", MOODS).encode(t, ["a"], ["b"], max_length=9), "must both have pairs, or neither"),
+        (lambda t: Cloze("It is {mask} {text}", MOODS).encode(t, ["a"], max_length=4), "less than the 5 tokens of the pattern alone"),
+    ],
+)
+def test_errors(masked, make, message):
+    with pytest.raises(ValueError, match=message):
+        make(masked)
+
+
+def test_a_causal_gap_must_be_last(causal):
+    with pytest.raises(ValueError, match="must end with"):
+        Cloze("{text} {mask} .", MOODS).encode(causal, ["a"], max_length=9)
