@@ -23,6 +23,9 @@ from .additive.prompt_tuning import prompt_tuning as prompt_tuning
 from .chain import chain as chain
 from .checkpoint.orbax import load as load
 from .checkpoint.orbax import save as save
+from .ensemble import ensemble as ensemble
+from .ensemble import majority as majority
+from .ensemble import stack as stack
 from .hosts.linen import kernel_axes as kernel_axes
 from .method import Group as Group
 from .method import Layer as Layer
@@ -37,6 +40,7 @@ from .peft import fold as fold
 from .peft import merge as merge
 from .peft import penalty as penalty
 from .peft import wrap as wrap
+from .readback import nearest_tokens as nearest_tokens
 from .registry import MethodInfo as MethodInfo
 from .registry import make as make
 from .registry import methods as methods
