@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -14,7 +14,6 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.text import Text
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
-from matplotlib.transforms import Bbox, BboxBase
 
 from jpeft.plot import INK, write_figure
 
@@ -22,6 +21,11 @@ FAMILIES = {"selective": "#1f6fb2", "additive": "#c9701a", "reparameterized": "#
 GREY, GRID = "#7a8592", "#e9edf0"
 # All in points, which is what fonts are measured in.
 FONT, MARKER, NEAR = 9.0, 7.0, 5.0
+
+# Left, lower, right and upper edge in pixels.
+Box = tuple[float, float, float, float]
+# For each place of a text: its box, what it costs by itself, and points of the line that leads there.
+Places = tuple[np.ndarray, np.ndarray, np.ndarray]
 
 
 class Point(NamedTuple):
@@ -118,81 +122,110 @@ def _legend(axes: Axes, points: Sequence[Point]) -> None:
 # --- texts ------------------------------------------------------------------------------------------------------------
 
 
-def _label_lines(axes: Axes, lines: Sequence[Line]) -> list[Bbox]:
+def _label_lines(axes: Axes, lines: Sequence[Line]) -> list[Box]:
     """Names the baselines at the left end, just above each, or below where the next one above is too near; their boxes."""
-    boxes: list[Bbox] = []
+    boxes: list[Box] = []
     for line in sorted(lines, key=lambda line: line.y):
         style = {"color": GREY, "fontsize": FONT, "style": "italic", "zorder": 2, "textcoords": "offset points"}
-        text = axes.annotate(f"{line.label} {line.y:.3f}", (0, line.y), xycoords=axes.get_yaxis_transform(), xytext=(4, 3), **style)
-        if any(_box(text).overlaps(box) for box in boxes):
+        value = f"{line.y:.3f}" if abs(line.y) < 10 else f"{line.y:.1f}"
+        text = axes.annotate(f"{line.label} {value}", (0, line.y), xycoords=axes.get_yaxis_transform(), xytext=(4, 3), **style)
+        if _overlap(np.array([_box(text)]), boxes).any():
             text.set_position((4, -3))
             text.set_verticalalignment("top")
         boxes.append(_box(text))
     return boxes
 
 
-def _label_points(axes: Axes, points: Sequence[Point], lines: Sequence[Line], taken: Sequence[Bbox]) -> None:
+def _label_points(axes: Axes, points: Sequence[Point], lines: Sequence[Line], taken: Sequence[Box]) -> None:
     """Gives each text the place near its point where it covers the least; all of them in turns, until none wants to move."""
     pixel = axes.figure.dpi / 72
     centres = [_pixels(axes, point.x, point.y) for point in points]
     texts = [axes.text(0, 0, point.label, color=FAMILIES.get(point.family, GREY), fontsize=FONT, zorder=5) for point in points]
     for text in texts:
         text.set_transform(None)
-    sizes = [(_box(text).width, _box(text).height) for text in texts]
-    marks = [Bbox.from_extents(x - r, y - r, x + r, y + r) for x, y in centres for r in [MARKER / 2 * pixel]]
+    # For each point: [places, 4] boxes, [places] costs, [places, samples, 2] points of the line that leads to the text.
+    places = [_places(centre, _box(text), pixel) for centre, text in zip(centres, texts)]
+    marks = [_around(x, y, MARKER / 2 * pixel) for x, y in centres]
     bars = [_bar(axes, point) for point in points]
-    rules = [Bbox.from_extents(-1e4, y - pixel, 1e4, y + pixel) for line in lines for y in [_pixels(axes, 1.0, line.y)[1]]]
-    frame = axes.get_window_extent()
-    places = [_places(*centre, *size, pixel) for centre, size in zip(centres, sizes)]
-
-    def fixed_cost(box: Bbox) -> float:
-        outside = box.width * box.height - _overlap(box, frame)
-        solid = sum(_overlap(box, other) for other in (*marks, *taken))
-        return 40 * outside + 20 * solid + 6 * sum(_overlap(box, bar) for bar in bars) + 3 * sum(_overlap(box, rule) for rule in rules)
-
-    costs = [[cost + fixed_cost(box) for cost, box in options] for options in places]
-    chosen = [int(np.argmin(options)) for options in costs]
-    for _ in range(20):
-        before = list(chosen)
-        for i, options in enumerate(places):
-            others = [places[j][chosen[j]][1] for j in range(len(points)) if j != i]
-            total = [cost + 25 * sum(_overlap(box, other) for other in others) for cost, (_, box) in zip(costs[i], options)]
-            chosen[i] = int(np.argmin(total))
-        if chosen == before:
-            break
-    for text, centre, options, choice in zip(texts, centres, places, chosen):
-        box = options[choice][1]
+    rules = [(-1e4, y - pixel, 1e4, y + pixel) for y in (_pixels(axes, 1.0, line.y)[1] for line in lines)]
+    frame = [axes.get_window_extent().extents]
+    costs = []
+    for i, (boxes, cost, leads) in enumerate(places):
+        area = (boxes[:, 2] - boxes[:, 0]) * (boxes[:, 3] - boxes[:, 1])
+        covered = sum(weight * _overlap(boxes, things).sum(1) for weight, things in ((20, [*marks, *taken]), (6, bars), (3, rules)))
+        crossed = _inside(leads, [*marks[:i], *marks[i + 1 :], *taken, *bars[:i], *bars[i + 1 :]])
+        costs.append(cost + 40 * (area - _overlap(boxes, frame).sum(1)) + pixel**2 * 200 * crossed.sum(1) + covered)
+    chosen = _cheapest(costs, [[_between(a, b, pixel) for b in places] for a in places])
+    for text, (boxes, _, leads), choice in zip(texts, places, chosen):
         # The box has a margin of two points; a text's origin is its lower left corner.
-        text.set_position((box.x0 + 2 * pixel, box.y0 + 2 * pixel))
+        text.set_position((boxes[choice, 0] + 2 * pixel, boxes[choice, 1] + 2 * pixel))
         text.set_verticalalignment("bottom")
-        _leader(axes, text, centre, box, pixel)
+        start, end = leads[choice, 0], leads[choice, -1]
+        if np.hypot(*(end - start)) > 7 * pixel:
+            leader = Line2D([start[0], end[0]], [start[1], end[1]], color=text.get_color(), linewidth=0.8, alpha=0.5, zorder=2)
+            leader.set_transform(None)
+            axes.add_line(leader)
 
 
-def _places(x: float, y: float, width: float, height: float, pixel: float) -> list[tuple[float, Bbox]]:
-    """Boxes around a point with what each costs by itself: right of it and near is best."""
-    places = []
+def _places(centre: tuple[float, float], box: Box, pixel: float) -> Places:
+    """Boxes of a text's size around a point, what each costs by itself (right of the point and near is best), and the lines to them."""
+    x, y, width, height = *centre, box[2] - box[0], box[3] - box[1]
+    boxes, costs, leads = [], [], []
     for distance in (NEAR, 10.0, 17.0, 26.0, 37.0, 50.0):
         for step in range(16):
-            angle = 2 * math.pi * step / 16
-            dx, dy = math.cos(angle), math.sin(angle)
+            dx, dy = math.cos(math.pi * step / 8), math.sin(math.pi * step / 8)
             reach = (distance + MARKER / 4) * pixel
             # The side or corner that faces the point lies on a circle around it.
-            x0 = x + dx * reach - width * (1 - dx) / 2
-            y0 = y + dy * reach - height * (1 - dy) / 2
+            x0, y0 = x + dx * reach - width * (1 - dx) / 2, y + dy * reach - height * (1 - dy) / 2
+            boxes.append((x0, y0, x0 + width, y0 + height))
             sideways = {0: 0.0, 8: 0.6}.get(step, 0.8 + 0.3 * (dx < -0.1) + 0.1 * (dy < 0))
-            places.append((pixel * pixel * (30 * sideways + 7 * (distance - NEAR)), Bbox.from_bounds(x0, y0, width, height)))
-    return places
+            costs.append(pixel**2 * (30 * sideways + 7 * (distance - NEAR)))
+            end = np.array([np.clip(x, x0, x0 + width), np.clip(y, y0, y0 + height)])
+            # From the rim of the marker.
+            start = np.array(centre) + (end - centre) * min(1.0, MARKER / 2 * pixel / max(float(np.hypot(*(end - centre))), 1e-9))
+            leads.append(np.linspace(start, end, 12))
+    return np.array(boxes), np.array(costs), np.array(leads)
 
 
-def _leader(axes: Axes, text: Text, centre: tuple[float, float], box: Bbox, pixel: float) -> None:
-    """A thin line from a point to a text that is not right beside it."""
-    x, y = np.clip(centre[0], box.x0, box.x1), np.clip(centre[1], box.y0, box.y1)
-    length = math.hypot(x - centre[0], y - centre[1])
-    if length < 11 * pixel:
-        return
-    line = Line2D([centre[0], x], [centre[1], y], color=text.get_color(), linewidth=0.8, alpha=0.5, zorder=2)
-    line.set_transform(None)
-    axes.add_line(line)
+def _between(a: Places, b: Places, pixel: float) -> np.ndarray:
+    """What it costs that one text is at a place and another at another: [places, places]. Overlap, and lines through texts."""
+    return 25 * _overlap(a[0], b[0]) + 200 * pixel**2 * (_inside(a[2], b[0]) + _inside(b[2], a[0]).T)
+
+
+def _cheapest(costs: Sequence[np.ndarray], pairs: Sequence[Sequence[np.ndarray]]) -> list[int]:
+    """A place for each text: from many starts, always the same ones, texts move in turns until none wants to; the best end is taken."""
+    rng = np.random.default_rng(0)
+    best, least = [], math.inf
+    for attempt in range(40):
+        chosen = [int(np.argmin(cost)) if attempt == 0 else int(rng.integers(len(cost))) for cost in costs]
+        for _ in range(20):
+            before = list(chosen)
+            for i in rng.permutation(len(chosen)):
+                others = [pairs[i][j][:, place] for j, place in enumerate(chosen) if j != i]
+                chosen[i] = int(np.argmin(costs[i] + sum(others, np.zeros(len(costs[i])))))
+            if chosen == before:
+                break
+        total = sum(cost[place] for cost, place in zip(costs, chosen))
+        total += sum(pairs[i][j][chosen[i], chosen[j]] for i in range(len(chosen)) for j in range(i))
+        if total < least:
+            best, least = chosen, total
+    return best
+
+
+def _bar(axes: Axes, point: Point) -> Box:
+    (x, low), (_, high) = (_pixels(axes, point.x, y) for y in (point.y - point.spread, point.y + point.spread))
+    return x - 2, low, x + 2, high
+
+
+def _around(x: float, y: float, radius: float) -> Box:
+    return x - radius, y - radius, x + radius, y + radius
+
+
+def _box(text: Text) -> Box:
+    figure = text.get_figure(root=True)
+    assert figure is not None
+    x0, y0, x1, y1 = text.get_window_extent().padded(2 * figure.dpi / 72).extents
+    return float(x0), float(y0), float(x1), float(y1)
 
 
 def _pixels(axes: Axes, x: float, y: float) -> tuple[float, float]:
@@ -200,15 +233,15 @@ def _pixels(axes: Axes, x: float, y: float) -> tuple[float, float]:
     return float(x), float(y)
 
 
-def _bar(axes: Axes, point: Point) -> Bbox:
-    (x, low), (_, high) = (_pixels(axes, point.x, y) for y in (point.y - point.spread, point.y + point.spread))
-    return Bbox.from_extents(x - 2, low, x + 2, high)
+def _overlap(boxes: np.ndarray, others: Any) -> np.ndarray:
+    """The area that each box shares with each other one: [n, 4], [m, 4] -> [n, m]."""
+    a, b = boxes[:, None], np.reshape(np.asarray(others, float), (1, -1, 4))
+    sides = np.minimum(a[..., 2:], b[..., 2:]) - np.maximum(a[..., :2], b[..., :2])
+    return np.maximum(sides, 0).prod(-1)
 
 
-def _box(text: Text) -> Bbox:
-    return text.get_window_extent().padded(2 * text.get_figure(root=True).dpi / 72)  # pyright: ignore[reportOptionalMemberAccess]
-
-
-def _overlap(a: BboxBase, b: BboxBase) -> float:
-    width, height = min(a.x1, b.x1) - max(a.x0, b.x0), min(a.y1, b.y1) - max(a.y0, b.y0)
-    return max(width, 0.0) * max(height, 0.0)
+def _inside(lines: np.ndarray, boxes: Any) -> np.ndarray:
+    """How many points of each line, but for its end, lie in each box: [n, samples, 2], [m, 4] -> [n, m]."""
+    b = np.reshape(np.asarray(boxes, float), (1, 1, -1, 4))
+    inner = lines[:, :-1, None]
+    return ((inner > b[..., :2]) & (inner < b[..., 2:])).all(-1).sum(1)
