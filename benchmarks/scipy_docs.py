@@ -9,6 +9,7 @@ kept and not repeated; with --report nothing is trained.
 """
 
 import argparse
+import dataclasses
 import importlib.util
 import os
 import re
@@ -50,7 +51,8 @@ def main() -> None:
 def write(comparison: Comparison, results: Path, readme: Path) -> None:
     """Writes compare.md and compare.png, and fills the README."""
     results.mkdir(parents=True, exist_ok=True)
-    comparison.plot(results / "compare.png", title="all-MiniLM-L6-v2 on SciPy's documentation")
+    comparison = dataclasses.replace(comparison, subject="all-MiniLM-L6-v2 on SciPy's documentation")
+    comparison.plot(results / "compare.png")
     (results / "compare.md").write_text(
         f"# Every method on the built-in data\n\nMade by `make compare` with jax {jax.__version__}.\n\n"
         f"![quality against trained parameters](compare.png)\n\n{comparison.markdown()}"

@@ -68,6 +68,8 @@ class Comparison:
     # Rows that do not apply, with the reason.
     left_out: Mapping[Row, str]
     parameters: str
+    # What was trained on what, for caption and picture; by default the names of model and data.
+    subject: str = ""
 
     @property
     def split(self) -> str:
@@ -133,15 +135,21 @@ class Comparison:
             notes.append("not all runs have seen the same data: their config.json say which; delete the old ones and run them again")
         return notes
 
+    @property
+    def title(self) -> str:
+        """The subject, or what stands in for it."""
+        assert self.config is not None
+        return self.subject or f"{Path(self.config.model).name} on {Path(self.config.data).name}"
+
     def caption(self) -> str:
         """What the numbers mean and how they came about, in a few sentences of Markdown."""
         assert self.config is not None
-        seeds, model, data = ", ".join(map(str, self.seeds)), Path(self.config.model).name, Path(self.config.data).name
+        seeds = ", ".join(map(str, self.seeds))
         kinds = sorted({str(result["device"]) for entry in self.entries for result in entry.results.values() if result.get("device")})
         mean = f"mean ± standard deviation over seeds {seeds}" if len(self.seeds) > 1 else f"seed {seeds}"
         length = f"{self.config.steps} steps" if self.config.steps else f"{self.config.epochs} epochs"
         return (
-            f"{model} on {data}, {length}, batches of {self.config.batch_size} × {self.config.max_length} tokens; {mean}. Trained: "
+            f"{self.title}, {length}, batches of {self.config.batch_size} × {self.config.max_length} tokens; {mean}. Trained: "
             "scalars that the optimizer moves; stored: scalars of the adapter; changed: scalars of the base that take another value; "
             f"times ({', '.join(kinds) or 'unknown device'}), FLOPs and temporary memory are those of one training step."
         )
@@ -186,9 +194,8 @@ class Comparison:
             "errors": errors,
         }
 
-    def plot(self, path: str | os.PathLike[str], title: str | None = None) -> None:
-        """Draws quality against parameters as a PNG; the title names model and data by default."""
-        assert self.config is not None
+    def plot(self, path: str | os.PathLike[str]) -> None:
+        """Draws quality against parameters as a PNG."""
         points, lines = [], []
         for entry in self.entries:
             if not (scores := entry.scores(self.split, self.task.metric)):
@@ -205,7 +212,7 @@ class Comparison:
             lines,
             x_label=f"{self.parameters} parameters",
             y_label=f"{self.split} {self.task.metric.replace('_', ' ')}" + ("" if self.task.higher_is_better else ", lower is better"),
-            title=title or f"{Path(self.config.model).name} on {Path(self.config.data).name}",
+            title=self.title,
         )
 
     def write(self, folder: str | os.PathLike[str]) -> None:

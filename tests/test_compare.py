@@ -312,7 +312,9 @@ def test_the_benchmark_fills_the_readme(done, tmp_path):
         assert lines[4] == f"| {' | '.join(benchmark.COLUMNS)} |"
         assert [line.split("|")[1].strip() for line in lines[6:9]] == ["head only", "lora rank=2", "bitfit"]
     assert (results / "compare.png").stat().st_size < 200_000
-    assert comparison.markdown() in (results / "compare.md").read_text()
+    table, caption = comparison.markdown().split("\n\n", 1)
+    assert f"{table}\n\nall-MiniLM-L6-v2 on SciPy's documentation" in (results / "compare.md").read_text()
+    assert caption.startswith("model on data.csv, 4 steps")
     readme.write_text("no place")
     with pytest.raises(SystemExit, match="has no place for the table"):
         benchmark.write(comparison, results, readme)
