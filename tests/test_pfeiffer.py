@@ -96,6 +96,35 @@ def test_one_in_every_block(family, name):
     assert all(jnp.abs(leaf).max() > 0 for leaf in jax.tree.leaves(jax.jit(jax.grad(loss))(noisy)))
 
 
+@pytest.mark.parametrize(
+    ("leaf", "around", "beside"),
+    [
+        ("model/layers/0/mlp/down_proj/kernel", "model/layers/0", "model/layers/0/mlp"),  # Llama
+        ("model/layers/mlp/down_proj/kernel", "model/layers", "model/layers/mlp"),  # scanned
+        ("h/11/mlp/c_proj/kernel", "h/11", "h/11/mlp"),
+        ("encoder/block/0/layer/1/DenseReluDense/wo/kernel", "encoder/block/0/layer/1", "encoder/block/0/layer/1/DenseReluDense"),  # T5
+        ("vit/encoder/layer/0/output/dense/kernel", "vit/encoder/layer/0", None),
+        ("bert/encoder/layer/0/output/LayerNorm/scale", "bert/encoder/layer/0/output/LayerNorm", "bert/encoder/layer/0/output/+/residual"),
+        ("bert/encoder/layer/0/attention/output/LayerNorm/scale", None, None),
+        ("bert/encoder/layer/0/attention/output/dense/kernel", None, None),
+        ("h/0/attn/c_proj/kernel", None, None),
+        ("bert/embeddings/LayerNorm/scale", None, None),
+    ],
+)
+def test_places_by_name(leaf, around, beside):
+    """What the default targets find in common families, and what they leave alone."""
+    shape = (8,) if leaf.endswith("scale") else (3, 12, 8) if "layers/mlp" in leaf else (12, 8)
+    params = jpeft.unflatten({leaf: jnp.zeros(shape)})
+    for method, place in ((jpeft.pfeiffer(size=2), around), (jpeft.parallel_adapter(size=2), beside)):
+        if place is None:
+            with pytest.raises(ValueError, match="matches none"):
+                jpeft.apply(params, method=method)
+            continue
+        leaves = jpeft.flatten(jpeft.apply(params, method=method).adapter)
+        assert {path.rpartition("/down/")[0].removesuffix("/+") for path in leaves if "/down/" in path} == {place}
+        assert all(leaf.shape[:-2] == shape[:-2] for path, leaf in leaves.items() if path.endswith("kernel"))
+
+
 def test_starting_points():
     """Pfeiffer: N(0, 0.02²) and a sixteenth of the width. Parallel: torch's uniform for linear layers, and nothing added."""
     params = {"output": {"LayerNorm": {"scale": jnp.ones(256), "bias": jnp.zeros(256)}}}
