@@ -122,6 +122,7 @@ METHODS = {
     "bitfit": jpeft.bitfit(),
     "adapter": jpeft.adapter(size=3),
     "prefix_tuning": jpeft.prefix_tuning(length=3, mlp=5),
+    "prompt_tuning": jpeft.prompt_tuning(length=3),
     "chain": jpeft.chain(lora=jpeft.lora(rank=2), prefix=jpeft.prefix_tuning(length=2, mlp=None)),
 }
 
