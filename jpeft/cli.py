@@ -299,7 +299,7 @@ def _summary(args: SummaryArgs) -> None:
     elif args.model is not None and not runs:
         config = TrainConfig(model=args.model, output="", task=args.task, method=args.method, options=options, max_length=1)
         loaded = load_base(config, tuple(f"LABEL_{i}" for i in range(args.labels)))
-        peft = attach(config, loaded.params, loaded.new)
+        peft = attach(config, loaded.params, loaded.new, tokenizer=loaded.tokenizer)
     else:
         raise ValueError("give the folder of one run, or --model with --method and its options as NAME=VALUE")
     print(jpeft.summary(peft))
