@@ -26,7 +26,7 @@ from rich.table import Table
 import jpeft
 from jpeft import data
 from jpeft.compare import compare
-from jpeft.config import CompareConfig, TrainConfig
+from jpeft.config import CompareConfig, Settings, TrainConfig
 from jpeft.evaluate import Evaluator
 from jpeft.files import write_atomically
 from jpeft.interrupt import InterruptedRun
@@ -35,13 +35,22 @@ from jpeft.run import Run, attach, columns, load_base, open_run, save_merged
 from jpeft.task import Decoding
 from jpeft.train import train
 
+DESCRIPTION = """Parameter-efficient fine-tuning for JAX: train a small part of a pretrained model, or a small addition to it.
+
+jpeft train --model FOLDER_OR_HUB_ID --data reviews.csv --output run --method lora rank=8
+
+jpeft predict run --text "Not bad at all."
+
+jpeft COMMAND --help explains a command.
+"""
+
 
 @dataclasses.dataclass(frozen=True)
 class ReportArgs:
     """Table and picture of runs that are there already, from `compare` or `train`; nothing is trained."""
 
     # Folder that holds the folders of the runs.
-    runs: tyro.conf.Positional[str]
+    runs: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="FOLDER")]
     # Folder for results.json, table.md and compare.png; none for the one that holds the runs.
     output: str | None = None
     # Which parameters the picture shows on its horizontal axis.
@@ -53,7 +62,7 @@ class EvalArgs:
     """Metrics of a finished run on a split of its own data, or on other data."""
 
     # Folder of the run.
-    run: tyro.conf.Positional[str]
+    run: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="RUN")]
     # Other data than the run's: a file (all of it is evaluated), a folder, "builtin[:name]" or "hub:name[/config]".
     data: str | None = None
     # Which split.
@@ -67,7 +76,7 @@ class PredictArgs:
     """Labels and probabilities for texts, or how they go on: one JSON object a line."""
 
     # Folder of the run.
-    run: tyro.conf.Positional[str]
+    run: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="RUN")]
     # Texts given right here.
     text: tuple[str, ...] = ()
     # Second texts, for a model of pairs: one for each text.
@@ -97,9 +106,9 @@ class MergeArgs:
     """Write a finished run as a plain Hugging Face folder, the adapter merged into the base."""
 
     # Folder of the run.
-    run: tyro.conf.Positional[str]
+    run: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="RUN")]
     # Folder to write; must be new or empty.
-    out: tyro.conf.Positional[str]
+    out: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="OUT")]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -141,14 +150,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     Returns:
         The exit status: 0, 1 if some runs of a comparison failed, 2 for a user's error, 128 + signal if interrupted.
     """
-    arguments = sys.argv[1:] if argv is None else list(argv)
+    arguments = _with_none(sys.argv[1:] if argv is None else list(argv))
     debug = os.environ.get("JPEFT_DEBUG", "") not in ("", "0")
     try:
         args: Any = tyro.cli(
             Command,  # pyright: ignore[reportArgumentType]
             args=arguments,
             prog="jpeft",
-            description=jpeft.__doc__,
+            description=DESCRIPTION,
             config=(tyro.conf.FlagCreatePairsOff,),
         )
     except SystemExit as exit_:  # tyro has shown the help or what was wrong
@@ -173,6 +182,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         if debug:
             raise
         return _fail(error)
+
+
+def _with_none(arguments: list[str]) -> list[str]:
+    """`--clip none` as `--clip None`, which is how the parser knows it; in a configuration's flags alone, not in texts."""
+    if arguments[:1] not in (["train"], ["compare"]):
+        return arguments
+    optional = {f"--{field.name.replace('_', '-')}" for field in dataclasses.fields(Settings) if "None" in str(field.type)}
+    pairs = zip(["", *arguments], arguments)
+    return ["None" if text == "none" and flag.replace("_", "-") in optional else text for flag, text in pairs]
 
 
 def _fail(error: Exception) -> int:

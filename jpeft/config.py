@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
-OptionPairs = Annotated[tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="NAME=VALUE")]
+OptionPairs = Annotated[tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="[NAME=VALUE ...]")]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -24,8 +24,8 @@ class Settings:
     model: str
     # Folder of the run: config, metrics, curve, checkpoints, adapter, result. Must be new or empty.
     output: str
-    # Data: "builtin", for generation "builtin:reference" or "builtin:summaries", a folder with train/validation/test files, a file, or
-    # "hub:name[/config]".
+    # Data: a folder with train/validation/test files, a file, "hub:name[/config]", or what comes along: "builtin", for generation also
+    # one of "builtin:reference" and "builtin:summaries".
     data: str = "builtin"
     # Column that holds the text; for generation, what the target continues, or all there is.
     text: str = "text"
@@ -120,9 +120,9 @@ class CompareConfig(Settings):
 
     # Folder of the comparison: a run folder for each method and seed, results.json, table.md, compare.png.
     output: str
-    # Rows, each a method with options: lora "lora rank=4 target=['query','value']" "bitfit learning_rate=1e-3". So are "head-only" and
-    # "full" (fine-tuning); "all" stands for these two and every method that applies.
-    methods: tuple[str, ...] = ("all",)
+    # Rows, each a method with options in quotes: lora "lora rank=4 target=['query','value']" "bitfit learning_rate=1e-3". Rows are
+    # also "head-only" and "full" (fine-tuning); "all" stands for these two and every method that applies.
+    methods: Annotated[tuple[str, ...], tyro.conf.arg(metavar="ROW ...")] = ("all",)
     # Seeds that every row is trained with.
     seeds: tuple[int, ...] = (0, 1, 2)
     # Which parameters the picture shows on its horizontal axis.

@@ -64,6 +64,13 @@ def test_help_explains_every_flag(capfd):
     assert "--- " not in out  # the configuration's section banners are not help
 
 
+def test_none_may_be_written_small(world, tmp_path):
+    flags = train_flags(world, tmp_path / "run", "--clip", "none", "--eval_every", "none", "--pair", "none")
+    assert main(flags) == 0
+    run = json.loads((tmp_path / "run" / "config.json").read_text())["run"]
+    assert (run["clip"], run["eval_every"], run["pair"], run["progress"]) == (None, None, None, "none")
+
+
 def test_unknown_flag(capfd):
     assert main(["train", "--lerning-rate", "1"]) == 2
     assert "lerning-rate" in capfd.readouterr().err

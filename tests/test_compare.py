@@ -192,7 +192,7 @@ def test_one_failed_method_does_not_lose_the_others(base, tmp_path, capfd):
     # Refused by the model (there are two layers), and a loss that is not finite.
     rows = ("freeze top=9", "lora rank=2 learning_rate=1e30", "bitfit")
     config = CompareConfig(**base | {"clip": None}, output=str(tmp_path / "out"), methods=rows, seeds=(0,))
-    assert main(flags(config, "--clip", "None")) == 1
+    assert main(flags(config, "--clip", "none")) == 1
     out = capfd.readouterr().out
     values = json.loads((tmp_path / "out" / "results.json").read_text())
     by_label = {row["label"]: row for row in values["rows"]}
