@@ -25,6 +25,10 @@ SMALL = {
         "--steps 30",
         [r"stage gates: trains", r"stage mask: trains", r"(\S+) of \S+ weights differ from the base; the budget is \1"],
     ),
+    "far.py": (
+        "--steps 20",
+        [r"priming   trains \S+: \d+ MFLOP", r"learners  trains \S+: \d+ MFLOP", r"merged: 64 of 256 neurons of \S+ differ"],
+    ),
     "fish_mask.py": (
         "--model {model} --data {data} --steps 3 --samples 8 --sparsity 0.05 --max-length 12",
         [r"trains (\S+) of \S+ weights", r"(\S+) weights differ from the base"],
@@ -39,6 +43,10 @@ SMALL = {
     "generation_prefix.py": (
         "--model {decoder} --steps 3 --rows 40 --length 2 --max-length 120",
         [r"trained (\S+) parameters, stored 128 of", r"perplexity of 128 summaries, with prefix: \d", r"with prefix  def "],
+    ),
+    "prompt_from_words.py": (
+        "--model {model} --data {data} --steps 3 --max-length 12 --prompt=some/old/iron",
+        [r"hard prompt: accuracy \S+, 51 parameters", r"began as 'iron'\s+ended near 'iron'"],
     ),
     "hub_model.py": (
         "--model {model} --data {data} --output {output} --batch-size 8 --max-length 12",
