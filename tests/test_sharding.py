@@ -14,7 +14,7 @@ import pytest
 from flax import linen as nn
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
-from tables import CLASSES, HEADS, MERGES, METHODS, NEED_STATS, WIDTH, noised
+from tables import CLASSES, HEADS, MERGES, METHODS, NEED_STATS, PROMPTS, WIDTH, noised
 
 import jpeft
 from jpeft import sharding
@@ -36,6 +36,8 @@ DECODER = GPT2LMHeadModel(GPT2Config(**SIZES, num_hidden_layers=2, scan=True))
 MODELS = {"encoder": ENCODER, "decoder": DECODER}
 # A difference at scattered places of a weight: XLA sums the weight's whole gradient over the batch's parts before it looks these up.
 SUMMED_WHOLE = {"fish_mask"}
+# A factor that all sites share: its gradient is summed over the batch's parts for each site, and over the sites after that.
+SUMMED_OFTEN = {"compacter"}
 REGISTERED = [name for name in METHODS if name in jpeft.methods()]
 
 
@@ -368,9 +370,11 @@ def check(alone: Run, many: Run, needed: Run, sizes: tuple[int, int, int]) -> No
 
     # What is sent beyond what the base needs for itself is no larger than the adapter, and sums are over adapters alone.
     summary = jpeft.summary(many.peft)
-    adapter = summary.bytes + (summary.base_bytes if many.peft.method.name in SUMMED_WHOLE else 0)
+    name = many.peft.method.name
+    adapter = summary.bytes * (1.5 if name in SUMMED_OFTEN else 1) + (summary.base_bytes if name in SUMMED_WHOLE else 0)
     got, base_needs = sent(many.compiled), sent(needed.compiled)
-    largest = max(part.bytes for part in base_needs)
+    # Activations are longer by the table's three virtual tokens.
+    largest = max(part.bytes for part in base_needs) * (1 + 3 / LENGTH if name in PROMPTS else 1)
     assert max(part.bytes for part in got) <= adapter + largest, got
     if sizes == (8, 1, 1):
         assert sum(part.bytes for part in got) <= adapter + 64, got
