@@ -68,6 +68,9 @@ class Settings:
     remat: bool = False
     # Run the layers as one scanned loop, to compile faster.
     scan: bool = False
+    # Devices by axis, e.g. data=2,fsdp=4 or fsdp=-1 (-1: what is left); none for one device. data and fsdp split the batch, fsdp and tensor
+    # the weights.
+    mesh: str | None = None
 
     # --- evaluation, logging, checkpoints ---------------------------------------------------------
 
@@ -129,8 +132,8 @@ class CompareConfig(Settings):
     parameters: Literal["trained", "stored", "changed"] = "trained"
 
 
-# Changing one of these between an interrupted run and its continuation leaves the trained adapter as it is.
-WITHOUT_EFFECT = frozenset({"output", "log_every", "checkpoint_every", "keep", "resume", "overwrite", "export", "progress"})
+# Changing one of these between an interrupted run and its continuation leaves the trained adapter as it is (a mesh, but for rounding).
+WITHOUT_EFFECT = frozenset({"output", "log_every", "checkpoint_every", "keep", "resume", "overwrite", "export", "progress", "mesh"})
 
 
 def parse_options(pairs: Iterable[str]) -> dict[str, Any]:

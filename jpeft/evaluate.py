@@ -21,9 +21,11 @@ class Evaluator:
         forward: `jpeft.wrap(model.apply, peft.method)`.
         task: Gives metrics and answers.
         batch_size: Rows per compiled call.
+        put: Puts a batch where the model is.
     """
 
-    def __init__(self, forward: Callable[..., Any], task: Task, batch_size: int):
+    def __init__(self, forward: Callable[..., Any], task: Task, batch_size: int, put: Callable[[PyTree], PyTree] = lambda batch: batch):
+        self._put = put
         self.task = task
         self.batch_size = batch_size
         self._forward = forward
@@ -48,5 +50,5 @@ class Evaluator:
         parts = []
         for index, batch in enumerate(data.eval_batches(arrays, self.batch_size)):
             rows = batch["weight"] > 0
-            parts.append(jax.tree.map(lambda x, rows=rows: np.asarray(x)[rows], jax.device_get(run(batch, index))))
+            parts.append(jax.tree.map(lambda x, rows=rows: np.asarray(x)[rows], jax.device_get(run(self._put(batch), index))))
         return jax.tree.map(lambda *columns: np.concatenate(columns), *parts)

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
+from jax.sharding import Mesh
 
 import jpeft
 from jpeft import models
@@ -149,8 +150,8 @@ def columns(config: TrainConfig, task: Task) -> dict[str, Any]:
     return {"text": config.text, **{name: column if name in task.columns else None for name, column in optional.items()}}
 
 
-def load_base(config: TrainConfig, labels: tuple[str, ...]) -> models.Loaded:
-    """The pretrained model with a head for `labels`.
+def load_base(config: TrainConfig, labels: tuple[str, ...], mesh: Mesh | None = None) -> models.Loaded:
+    """The pretrained model with a head for `labels`, on a mesh if one is given.
 
     Raises:
         ValueError: from the loader, or if the model cannot take `max_length` tokens.
@@ -163,6 +164,7 @@ def load_base(config: TrainConfig, labels: tuple[str, ...]) -> models.Loaded:
         remat=config.remat,
         scan=config.scan,
         key=keys(config.seed).head,
+        mesh=mesh,
     )
     if config.max_length > loaded.config.max_length:
         raise ValueError(f"max_length={config.max_length} is more than the model's {loaded.config.max_length} positions")

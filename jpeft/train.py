@@ -27,6 +27,7 @@ from jpeft import data, models, stats
 from jpeft.checkpoint.fingerprint import fingerprint, leaf_table
 from jpeft.config import TrainConfig, check_values, resolved, to_json
 from jpeft.cost import Cost, cost
+from jpeft.devices import Devices, find_mesh
 from jpeft.evaluate import Evaluator
 from jpeft.files import size_on_disk, write_json
 from jpeft.interrupt import InterruptedRun, deferred_signals
@@ -86,6 +87,7 @@ class Setup:
 
     config: TrainConfig
     task: Task
+    devices: Devices
     labels: tuple[str, ...]
     splits: dict[str, Arrays]
     loaded: models.Loaded
@@ -117,7 +119,8 @@ def prepare(config: TrainConfig) -> Setup:
     task = find_task(config.task)
     tables = data.splits(config.data, **columns(config, task))
     labels = task.labels(tables["train"])
-    loaded = load_base(config, labels)
+    mesh = find_mesh(config)
+    loaded = load_base(config, labels, mesh)
     splits = {
         name: task.encode(table, loaded.tokenizer, labels=labels, max_length=config.max_length)
         for name, table in tables.items()
@@ -143,6 +146,7 @@ def prepare(config: TrainConfig) -> Setup:
     return Setup(
         config=config,
         task=task,
+        devices=Devices(mesh, models.partition_rules(loaded.model)),
         labels=labels,
         splits=splits,
         loaded=loaded,
@@ -292,20 +296,21 @@ class _Trainer:
             peft: The adapter to go on from.
             progress: Where the run stands.
         """
-        config, now = self.config, self.plan[progress.stage]
-        self.peft, self.progress = peft, progress
+        config, devices, now = self.config, self.setup.devices, self.plan[progress.stage]
+        self.peft = peft = devices.put(peft)
+        self.progress = progress
         begin, end = now.course
         course = learning_rate_schedule(config.schedule, self.setup.learning_rate, end - begin, config.warmup)
         # The optimizer counts its own steps, which are those of the stage.
         self.schedule = lambda count: course(count + now.begin - begin)
         tx = jpeft.optimizer(optimizer(self.schedule, weight_decay=config.weight_decay, clip=config.clip), peft)
         self.tx = faster(tx, peft.adapter, self.setup.loaded.new, config.head_rate)
-        self.forward = jpeft.wrap(self.setup.loaded.model.apply, peft.method)
-        self.evaluator = Evaluator(self.forward, self.setup.task, config.batch_size)
+        self.forward = devices.forward(jpeft.wrap(self.setup.loaded.model.apply, peft.method))
+        self.evaluator = Evaluator(self.forward, self.setup.task, config.batch_size, devices.batch)
 
         # A copy, because the step donates its adapter and the caller's must live on.
         self.adapter = jax.tree.map(jnp.copy, peft.adapter)
-        self.opt_state = self.tx.init(self.adapter)
+        self.opt_state = devices.state(self.tx, self.adapter)
         self.best_adapter = jax.tree.map(jnp.copy, self.adapter) if self.keeps_best else None
 
     def run(self) -> Result:
@@ -338,8 +343,9 @@ class _Trainer:
         """The step, compiled ahead for the shapes it will see: another shape is an error, not a recompilation."""
         begun = time.perf_counter()
         step = make_step(self.forward, self.tx, self.setup.task, self.peft, self.config.accumulate)
-        arguments = (self.adapter, self.opt_state, self.peft.params, self.batches[0], self.key, np.int32(0))
-        self.step = jax.jit(step, donate_argnums=(0, 1)).lower(*arguments).compile()
+        batch, places = self.setup.devices.batch(self.batches[0]), self.setup.devices.places(self.adapter, self.opt_state)
+        arguments = (self.adapter, self.opt_state, self.peft.params, batch, self.key, np.int32(0))
+        self.step = jax.jit(step, donate_argnums=(0, 1), out_shardings=places).lower(*arguments).compile()
         self.cost: Cost = cost(self.step)
         self.compile_seconds += time.perf_counter() - begun
 
@@ -369,9 +375,8 @@ class _Trainer:
                 plot_run(self.folder, self.setup.task)
                 raise InterruptedRun(signals[0], self.progress.step, self.folder.path)
             index = self.progress.step
-            self.adapter, self.opt_state, loss = self.step(
-                self.adapter, self.opt_state, self.peft.params, self.batches[index], self.key, np.int32(index)
-            )
+            batch = self.setup.devices.batch(self.batches[index])
+            self.adapter, self.opt_state, loss = self.step(self.adapter, self.opt_state, self.peft.params, batch, self.key, np.int32(index))
             self.losses.append(loss)
             self.progress = dataclasses.replace(self.progress, step=index + 1)
             # The last step of a stage, of the last one or of another.

@@ -1,0 +1,62 @@
+"""The devices of a run: JAX's default one, or a mesh."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import optax
+from jax.sharding import Mesh
+from jaxtyping import PyTree
+
+from jpeft import sharding
+from jpeft.config import Settings
+from jpeft.peft import Peft
+
+
+@dataclasses.dataclass(frozen=True)
+class Devices:
+    """Where a run keeps its arrays; without a mesh everything stays as it is."""
+
+    mesh: Mesh | None = None
+    # How the base is split over the mesh.
+    rules: sharding.Rules = ()
+
+    def put(self, peft: Peft) -> Peft:
+        """Base and adapter in their places."""
+        return peft if self.mesh is None else sharding.shard(peft, self.mesh, self.rules)
+
+    def forward(self, fn: Callable[..., Any]) -> Callable[..., Any]:
+        """The model, its activations split by examples."""
+        return fn if self.mesh is None else sharding.by_example(fn, self.mesh)
+
+    def batch(self, batch: PyTree) -> PyTree:
+        """A batch, split by examples."""
+        return batch if self.mesh is None else sharding.shard_batch(batch, self.mesh)
+
+    def state(self, tx: optax.GradientTransformation, adapter: PyTree) -> PyTree:
+        """A new optimizer state beside its adapter."""
+        state = tx.init(adapter)
+        return state if self.mesh is None else jax.device_put(state, sharding.state_shardings(state, adapter))
+
+    def places(self, *trees: PyTree) -> PyTree:
+        """Where these are, for the first outputs of a jitted function that gives one more; None leaves it to XLA."""
+        return None if self.mesh is None else (*jax.tree.map(lambda leaf: leaf.sharding, trees), None)
+
+
+def find_mesh(settings: Settings) -> Mesh | None:
+    """The mesh that the settings name; None for the default device.
+
+    Raises:
+        ValueError: if it does not fit the devices there are, or the batch does not fit it.
+    """
+    if settings.mesh is None:
+        return None
+    mesh = sharding.make_mesh(**sharding.parse_mesh(settings.mesh))
+    parts, rows = mesh.size // mesh.shape["tensor"], settings.batch_size // settings.accumulate
+    if rows % parts:
+        what = "batch_size" if settings.accumulate == 1 else "batch_size / accumulate"
+        raise ValueError(f"{what}={rows} cannot be split over data * fsdp = {parts} devices of the mesh {settings.mesh!r}")
+    return mesh
