@@ -26,7 +26,7 @@ from rich.table import Table
 import jpeft
 from jpeft import data
 from jpeft.compare import compare
-from jpeft.config import CompareConfig, Settings, TrainConfig
+from jpeft.config import CompareConfig, Settings, TaskName, TrainConfig
 from jpeft.evaluate import Evaluator
 from jpeft.files import write_atomically
 from jpeft.interrupt import InterruptedRun
@@ -73,7 +73,7 @@ class EvalArgs:
 
 @dataclasses.dataclass(frozen=True)
 class PredictArgs:
-    """Labels and probabilities for texts, or how they go on: one JSON object a line."""
+    """Labels and probabilities for texts, tags for their words, or how they go on: one JSON object a line."""
 
     # Folder of the run.
     run: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="RUN")]
@@ -122,7 +122,7 @@ class SummaryArgs:
     # Name of the method.
     method: str = "lora"
     # What the model is to do.
-    task: Literal["sequence-classification", "generation"] = "sequence-classification"
+    task: TaskName = "sequence-classification"
     # Number of labels of the new head.
     labels: int = 2
 
@@ -330,7 +330,7 @@ def _methods(args: MethodsArgs) -> None:
 
 
 def _evaluator(run: Run, batch_size: int) -> Evaluator:
-    return Evaluator(jpeft.wrap(run.loaded.model.apply, run.peft.method), run.task, batch_size)
+    return Evaluator(jpeft.wrap(run.loaded.model.apply, run.peft.method), run.task, batch_size, run.labels)
 
 
 def _print_metrics(rows: Mapping[str, Mapping[str, float]]) -> None:

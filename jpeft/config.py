@@ -11,6 +11,7 @@ from typing import Annotated, Any, Literal
 import tyro
 
 OptionPairs = Annotated[tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="[NAME=VALUE ...]")]
+TaskName = Literal["sequence-classification", "token-classification", "generation"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -35,8 +36,10 @@ class Settings:
     label: str = "label"
     # Column that holds what is to be generated; without one, generation learns to continue the texts themselves.
     target: str | None = None
+    # Column that holds a list of tags, for token classification; that of the text then holds lists of words.
+    tags: str = "tags"
     # What the model is asked to do.
-    task: Literal["sequence-classification", "generation"] = "sequence-classification"
+    task: TaskName = "sequence-classification"
     # Tokens per text (or pair), longer ones are cut; plain texts for generation fill rows of this length. Every batch has it.
     max_length: int = 128
 

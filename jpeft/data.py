@@ -47,6 +47,8 @@ class Table:
       pair: The second texts of sentence pairs; None for single texts.
       label: The class of each row; None for rows to be predicted, and where there are no classes.
       target: What is to be generated from each text; None for rows to be continued, and for plain text.
+      words: The words of each text, if they came as lists; None if the spaces tell.
+      tags: A tag for each word of each text; None for rows to be tagged, and where there are no tags.
 
     >>> from jpeft.data import Table
     >>> len(Table(text=["good", "bad"], pair=None, label=["pos", "neg"]))
@@ -57,6 +59,8 @@ class Table:
     pair: list[str] | None = None
     label: list[str] | None = None
     target: list[str] | None = None
+    words: list[list[str]] | None = None
+    tags: list[list[str]] | None = None
 
     def __post_init__(self) -> None:
         lengths = {f.name: len(column) for f in dataclasses.fields(self) if (column := getattr(self, f.name)) is not None}
@@ -75,17 +79,26 @@ class Table:
 # --- reading --------------------------------------------------------------------------------------------------------
 
 
-def read(path: str | Path, *, text: str = "text", pair: str | None = None, label: str | None = "label", target: str | None = None) -> Table:
+def read(
+    path: str | Path,
+    *,
+    text: str = "text",
+    pair: str | None = None,
+    label: str | None = "label",
+    target: str | None = None,
+    tags: str | None = None,
+) -> Table:
     """Read one file of texts.
 
     Args:
       path: A `.csv`, `.tsv` (both with a header line), `.jsonl`, `.parquet` or `.txt` file, UTF-8. A `.txt` file has one
         column, "text": what stands between blank lines.
-      text: Column of the texts.
+      text: Column of the texts; of lists of words, where there are tags.
       pair: Column of the second texts of sentence pairs; None for single texts.
       label: Column of the classes, strings or whole numbers (which become strings); None for rows to be predicted, and
         where there are no classes.
       target: Column of what is to be generated from the texts; None where nothing is.
+      tags: Column of lists with a tag for each word (or of texts, "B-PER O O"); None where there are none.
 
     Returns:
       The table, rows in the order of the file.
@@ -114,7 +127,7 @@ def read(path: str | Path, *, text: str = "text", pair: str | None = None, label
         raise ValueError(f"{path}: not UTF-8 text ({error}); save it with that encoding") from error
     except pa.ArrowInvalid as error:
         raise ValueError(f"{path}: not a readable {path.suffix} file: {error}") from error
-    return _table(columns, str(path), text=text, pair=pair, label=label, target=target)
+    return _table(columns, str(path), text=text, pair=pair, label=label, target=target, tags=tags)
 
 
 def _read_csv(path: Path, delimiter: str = ",") -> Columns:
@@ -174,20 +187,37 @@ _READERS: dict[str, Callable[[Path], Columns]] = {
 }
 
 
-def _table(columns: Columns, source: str, *, text: str, pair: str | None, label: str | None, target: str | None) -> Table:
+def _table(columns: Columns, source: str, *, text: str, pair: str | None, label: str | None, target: str | None, tags: str | None) -> Table:
     """Pick the named columns and check them; `source` names the data in errors."""
     if not any(len(column) for column in columns.values()):
         raise ValueError(f"{source}: no rows; it needs a column {text!r} and at least one row")
-    for option, name in (("text", text), ("pair", pair), ("label", label), ("target", target)):
+    for option, name in (("text", text), ("pair", pair), ("label", label), ("target", target), ("tags", tags)):
         if name is not None and name not in columns:
             there = ", ".join(map(repr, columns))
             raise ValueError(f"{source}: no column {name!r}; it has {there}. Name the right one with `{option}`")
-    return Table(
-        text=_filled(columns[text], source, text),
+    words = None
+    if tags is not None or any(isinstance(value, list) for value in columns[text]):
+        words = _lists(columns[text], source, text)
+    table = Table(
+        text=_filled(columns[text] if words is None else [" ".join(row) for row in words], source, text),
         pair=None if pair is None else _texts(columns[pair], source, pair),
         label=None if label is None else _labels(columns[label], source, label),
         target=None if target is None else _filled(columns[target], source, target),
+        words=words,
+        tags=None if tags is None else _lists(columns[tags], source, tags),
     )
+    uneven = [i for i, (row, marks) in enumerate(zip(words or (), table.tags or ()), start=1) if len(row) != len(marks)]
+    if uneven:
+        raise ValueError(f"{source}: as many tags in column {tags!r} as words in column {text!r} are needed; not so in {_rows(uneven)}")
+    return table
+
+
+def _lists(values: Sequence[Any], source: str, column: str) -> list[list[str]]:
+    lists = [value.split() if isinstance(value, str) else [_label(part) for part in value or ()] for value in values]
+    wrong = [i for i, row in enumerate(lists, start=1) if not row or not all(row)]
+    if wrong:
+        raise ValueError(f"{source}: column {column!r} must hold lists of words, none of them empty; not so in {_rows(wrong)}")
+    return [[part for part in row if part] for row in lists]
 
 
 def _filled(values: Sequence[Any], source: str, column: str) -> list[str]:
@@ -252,6 +282,7 @@ def splits(
     pair: str | None = None,
     label: str | None = "label",
     target: str | None = None,
+    tags: str | None = None,
     validation: float = 0.1,
     test: float = 0.1,
 ) -> dict[str, Table]:
@@ -268,6 +299,7 @@ def splits(
       pair: Column of the second texts of sentence pairs; None for single texts.
       label: Column of the classes; None where there are none.
       target: Column of what is to be generated from the texts; None where nothing is.
+      tags: Column of lists with a tag for each word; None where there are none.
       validation: Share of all texts for validation, where the data set brings no such split.
       test: Share of all texts for the test, likewise. A hub split with hidden labels (-1) counts as missing.
 
@@ -284,7 +316,7 @@ def splits(
     """
     if str(spec).partition(":")[0] == "builtin":
         return _builtin(str(spec))
-    columns: dict[str, Any] = {"text": text, "pair": pair, "label": label, "target": target}
+    columns: dict[str, Any] = {"text": text, "pair": pair, "label": label, "target": target, "tags": tags}
     if isinstance(spec, str) and spec.startswith("hub:"):
         given = _hub(spec, **columns)
     elif Path(spec).is_dir():
@@ -416,6 +448,10 @@ def _hub(spec: str, *, label: str | None, **others: Any) -> dict[str, Table]:
             columns[label] = [None if i is None or i < 0 else names[i] for i in columns[label]]
             if name != "train" and not any(columns[label]):
                 continue
+        tags = others["tags"]
+        kinds = getattr(getattr(rows.features.get(tags), "feature", None), "names", None)
+        if tags is not None and kinds is not None:  # lists of a ClassLabel
+            columns[tags] = [[kinds[i] for i in row] for row in columns[tags]]
         tables[name] = _table(columns, f"{spec} ({aliases[0]})", label=label, **others)
     return tables
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -21,19 +21,29 @@ class Evaluator:
         forward: `jpeft.wrap(model.apply, peft.method)`.
         task: Gives metrics and answers.
         batch_size: Rows per compiled call.
+        labels: Names of the classes, if there are any.
         put: Puts a batch where the model is.
     """
 
-    def __init__(self, forward: Callable[..., Any], task: Task, batch_size: int, put: Callable[[PyTree], PyTree] = lambda batch: batch):
+    def __init__(
+        self,
+        forward: Callable[..., Any],
+        task: Task,
+        batch_size: int,
+        labels: Sequence[str] = (),
+        *,
+        put: Callable[[PyTree], PyTree] = lambda batch: batch,
+    ):
         self._put = put
         self.task = task
         self.batch_size = batch_size
+        self.labels = tuple(labels)
         self._forward = forward
         self._scores = jax.jit(lambda peft, batch: task.scores(forward(peft.variables, **model_inputs(batch), deterministic=True), batch))
 
     def metrics(self, peft: Peft, arrays: Arrays) -> dict[str, float]:
         """The task's metrics over every row of `arrays`."""
-        return self.task.metrics(self._over(arrays, lambda batch, index: self._scores(peft, batch)), arrays)
+        return self.task.metrics(self._over(arrays, lambda batch, index: self._scores(peft, batch)), arrays, self.labels)
 
     def answers(self, peft: Peft, arrays: Arrays, decoding: Decoding) -> PyTree:
         """The task's answers to every row of `arrays`, in order."""
@@ -41,7 +51,7 @@ class Evaluator:
         def run(batch: dict[str, np.ndarray], index: int) -> PyTree:
             # Other batches must not draw the same tokens.
             key = None if decoding.key is None else jax.random.fold_in(decoding.key, index)
-            return self.task.answer(self._forward, peft.variables, model_inputs(batch), decoding._replace(key=key))
+            return self.task.answer(self._forward, peft.variables, batch, decoding._replace(key=key))
 
         return self._over(arrays, run)
 

@@ -20,12 +20,10 @@ from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
-import optax
 from jaxtyping import Array, Float, Int
 
 from jpeft.data import Table
-
-IGNORE = -100  # the label where nothing is predicted
+from jpeft.token_loss import IGNORE, counts, losses
 
 
 def encode(table: Table, tokenizer: Any, *, labels: Sequence[str] | None, max_length: int) -> dict[str, np.ndarray]:
@@ -126,18 +124,6 @@ def _padded(columns: dict[str, list[list[int]]], tokenizer: Any, width: int) -> 
 
 
 # --- what is learned and measured -----------------------------------------------------------------------------------
-
-
-def losses(logits: Float[Array, "batch length vocab"], batch: Mapping[str, Any]) -> Float[Array, " batch"]:
-    """-log p of the tokens to be predicted, summed over each row."""
-    label = jnp.asarray(batch["label"])
-    nll = optax.softmax_cross_entropy_with_integer_labels(logits.astype(jnp.float32), jnp.maximum(label, 0))
-    return jnp.where(label == IGNORE, 0.0, nll).sum(-1)
-
-
-def counts(batch: Mapping[str, Any]) -> Float[Array, " batch"]:
-    """How many tokens are predicted in each row."""
-    return (jnp.asarray(batch["label"]) != IGNORE).sum(-1).astype(jnp.float32)
 
 
 def scores(logits: Float[Array, "batch length vocab"], batch: Mapping[str, Any]) -> dict[str, Array]:

@@ -140,8 +140,8 @@ def columns(config: TrainConfig, task: Task) -> dict[str, Any]:
     Raises:
         ValueError: if the configuration names one that the task has no use for.
     """
-    optional = {"pair": config.pair, "label": config.label, "target": config.target}
-    # The label's column alone has a name from the start.
+    optional = {"pair": config.pair, "label": config.label, "target": config.target, "tags": config.tags}
+    # The columns of labels and tags have names from the start.
     idle = [name for name in ("pair", "target") if optional[name] is not None and name not in task.columns]
     if idle:
         raise ValueError(

@@ -16,14 +16,14 @@ import numpy as np
 import optax
 from jaxtyping import Array, Float, PyTree
 
-from jpeft import data, generation
+from jpeft import data, generation, tagging, token_loss
 from jpeft.metrics import accuracy, macro_f1
 from jpeft.models import generate
 
 Arrays = dict[str, np.ndarray]
 
 # Columns of a batch that are not inputs of the model.
-TARGETS = frozenset({"label", "weight", "complete"})
+TARGETS = frozenset({"label", "weight", "complete", "first"})
 
 
 class Decoding(NamedTuple):
@@ -63,9 +63,9 @@ class Task:
     counts: Callable[[Mapping[str, Any]], Float[Array, " batch"]]
     # (logits, batch) -> what the metrics need of each row, as arrays [batch, ...]; computed where the logits are.
     scores: Callable[[Array, Mapping[str, Any]], PyTree]
-    # (scores, arrays) -> metrics over all rows.
-    metrics: Callable[[Any, Arrays], dict[str, float]]
-    # (forward, variables, inputs, decoding) -> answers for each row, as arrays [batch, ...].
+    # (scores, arrays, labels) -> metrics over all rows.
+    metrics: Callable[[Any, Arrays, Sequence[str]], dict[str, float]]
+    # (forward, variables, batch, decoding) -> answers for each row, as arrays [batch, ...].
     answer: Callable[[Callable[..., Any], Mapping[str, Any], Mapping[str, Any], Decoding], PyTree]
     # (answers, labels, tokenizer) -> one JSON-ready prediction per row.
     predictions: Callable[[Any, Sequence[str], Any], list[dict[str, Any]]]
@@ -100,7 +100,8 @@ def _class_losses(logits: Array, batch: Mapping[str, Any]) -> Float[Array, " bat
     return optax.softmax_cross_entropy_with_integer_labels(logits.astype("float32"), batch["label"])
 
 
-def _class_metrics(logits: np.ndarray, arrays: Arrays) -> dict[str, float]:
+def _class_metrics(logits: np.ndarray, arrays: Arrays, labels: Sequence[str]) -> dict[str, float]:
+    del labels
     expected = arrays["label"]
     predicted = logits.argmax(-1).astype(expected.dtype)
     loss = float(np.mean(np.asarray(_class_losses(jnp.asarray(logits), arrays))))
@@ -130,8 +131,38 @@ SEQUENCE_CLASSIFICATION = Task(
     counts=lambda batch: jnp.ones(batch["label"].shape),
     scores=lambda logits, batch: logits.astype("float32"),
     metrics=_class_metrics,
-    answer=lambda forward, variables, inputs, decoding: _logits(forward, variables, inputs),
+    answer=lambda forward, variables, batch, decoding: _logits(forward, variables, model_inputs(batch)),
     predictions=_class_predictions,
+)
+
+
+# --- token classification ---------------------------------------------------------------------------------------------
+
+
+def _tags(forward: Callable[..., Any], variables: Mapping[str, Any], batch: Mapping[str, Any], decoding: Decoding) -> dict[str, Array]:
+    del decoding
+    return {"predicted": _logits(forward, variables, model_inputs(batch)).argmax(-1), "first": batch["first"]}
+
+
+def _tag_predictions(answers: Mapping[str, np.ndarray], labels: Sequence[str], tokenizer: Any) -> list[dict[str, Any]]:
+    del tokenizer
+    return [{"tags": tags} for tags in tagging.tags_of(answers["predicted"], answers["first"], labels)]
+
+
+TOKEN_CLASSIFICATION = Task(
+    name="token-classification",
+    model="token-classification",
+    columns=("tags",),
+    metric="f1",
+    higher_is_better=True,
+    labels=tagging.tag_names,
+    encode=tagging.encode,
+    losses=token_loss.losses,
+    counts=token_loss.counts,
+    scores=tagging.scores,
+    metrics=tagging.metrics,
+    answer=_tags,
+    predictions=_tag_predictions,
 )
 
 
@@ -139,9 +170,9 @@ SEQUENCE_CLASSIFICATION = Task(
 
 
 def _continuations(
-    forward: Callable[..., Any], variables: Mapping[str, Any], inputs: Mapping[str, Any], decoding: Decoding
+    forward: Callable[..., Any], variables: Mapping[str, Any], batch: Mapping[str, Any], decoding: Decoding
 ) -> dict[str, Array]:
-    made = generate(forward, variables, inputs["input_ids"], inputs["attention_mask"], **decoding._asdict())
+    made = generate(forward, variables, batch["input_ids"], batch["attention_mask"], **decoding._asdict())
     return {"tokens": made.tokens, "lengths": made.lengths}
 
 
@@ -158,13 +189,13 @@ GENERATION = Task(
     higher_is_better=False,
     labels=lambda table: (),
     encode=generation.encode,
-    losses=generation.losses,
-    counts=generation.counts,
+    losses=token_loss.losses,
+    counts=token_loss.counts,
     scores=generation.scores,
-    metrics=generation.metrics,
+    metrics=lambda scores, arrays, labels: generation.metrics(scores, arrays),
     answer=_continuations,
     predictions=_text_predictions,
     generates=True,
 )
 
-TASKS = {task.name: task for task in (SEQUENCE_CLASSIFICATION, GENERATION)}
+TASKS = {task.name: task for task in (SEQUENCE_CLASSIFICATION, TOKEN_CLASSIFICATION, GENERATION)}

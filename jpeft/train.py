@@ -139,6 +139,10 @@ def prepare(config: TrainConfig) -> Setup:
     for stage in peft.method.stages:
         if stage.needs is not None and stage.needs not in available:
             raise ValueError(f"the stage {stage.name!r} of {config.method} needs {stage.needs!r}; there are {', '.join(available)}")
+    if not jax.tree.leaves(peft.adapter):
+        raise ValueError(
+            f"{config.method} with these options finds nothing to train in this model: it has no new head, name parameters of it"
+        )
     if config.export:
         # Refused now, by the method itself, rather than after hours of training.
         jpeft.merge(peft)
@@ -306,7 +310,7 @@ class _Trainer:
         tx = jpeft.optimizer(optimizer(self.schedule, weight_decay=config.weight_decay, clip=config.clip), peft)
         self.tx = faster(tx, peft.adapter, self.setup.loaded.new, config.head_rate)
         self.forward = devices.forward(jpeft.wrap(self.setup.loaded.model.apply, peft.method))
-        self.evaluator = Evaluator(self.forward, self.setup.task, config.batch_size, devices.batch)
+        self.evaluator = Evaluator(self.forward, self.setup.task, config.batch_size, self.setup.labels, put=devices.batch)
 
         # A copy, because the step donates its adapter and the caller's must live on.
         self.adapter = jax.tree.map(jnp.copy, peft.adapter)
