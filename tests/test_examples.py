@@ -48,6 +48,10 @@ SMALL = {
         "--model {model} --data {data} --steps 3 --max-length 12 --prompt=some/old/iron",
         [r"hard prompt: accuracy \S+, 51 parameters", r"began as 'iron'\s+ended near 'iron'"],
     ),
+    "generation.py": (
+        "--model {decoder} --data {pairs} --target label --steps 20 --max-length 12 --new-tokens 3 --shown 2",
+        [r"as it is +test perplexity +\d+\.\d+ exact match", r"lora +test perplexity", r"\n  wanted +'(fruit|metal|water)'"],
+    ),
     "hub_model.py": (
         "--model {model} --data {data} --output {output} --batch-size 8 --max-length 12",
         [r"'accuracy'", r"parameters trained in"],
@@ -67,6 +71,7 @@ def tiny(tmp_path_factory) -> dict[str, Path]:
         "model": make_model(folder / "model"),
         "decoder": make_decoder(folder / "decoder", positions=160),
         "data": folder / "data",
+        "pairs": folder / "data" / "train.csv",
         "output": folder / "run",
     }
 
