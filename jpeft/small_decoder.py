@@ -18,6 +18,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+import jpeft
 from jpeft import models, python_docs
 from jpeft.config import TrainConfig
 from jpeft.files import write_atomically
@@ -84,7 +85,8 @@ def cache_folder() -> Path:
 
 
 def _key(recipe: Recipe) -> str:
-    versions = {name: importlib.metadata.version(name) for name in recipe.packages}
+    # That of jpeft too, because another version may not continue an interrupted run of this one.
+    versions = {name: importlib.metadata.version(name) for name in recipe.packages} | {"jpeft": jpeft.__version__}
     about = json.dumps({"recipe": dataclasses.asdict(recipe), "versions": versions}, sort_keys=True)
     return hashlib.sha256(about.encode()).hexdigest()[:16]
 
