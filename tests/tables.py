@@ -167,6 +167,13 @@ SMALL = ["plain", "remat", "jit", "scan", "mha", "einsum", "scan-mha"]
 MEETS = {name: SMALL if name in jpeft.methods() else ["plain", "jit", "scan", "einsum"] for name in METHODS} | {
     "freeze": [*SMALL, "gpt2"],
     "bitfit": [*SMALL, "gpt2-remat"],
+    # What only replaces leaves has nothing to do with kinds of layers.
+    "fish_mask": ["plain", "remat", "scan", "gpt2-scan"],
+    "diff_pruning": ["plain", "remat", "scan", "gpt2"],
+    "diff_pruning-mask": ["plain", "scan"],
+    "far": ["plain", "remat", "scan"],
+    "far-learners": ["plain", "remat", "jit", "scan", "gpt2"],
+    "chain-sparse": ["plain", "scan"],
     "adapter": [*SMALL, "gpt2-scan"],
     "lora": [*SMALL, "gpt2", "gpt2-scan"],
     "pfeiffer": ["jit", "scan-mha", *ENCODERS, "gpt2-remat"],
