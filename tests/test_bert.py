@@ -351,7 +351,7 @@ def test_config_from_and_to_hf(family):
 def test_activations_equal_torch(activation):
     torch = pytest.importorskip("torch")
     activations = pytest.importorskip("transformers.activations")
-    from jpeft.models.bert_config import ACTIVATIONS
+    from jpeft.models.activations import ACTIVATIONS
 
     x = np.linspace(-4, 4, 41, dtype=np.float32)
     expected = activations.ACT2FN[activation](torch.tensor(x)).numpy()

@@ -4,7 +4,16 @@ import jax
 import pytest
 
 import jpeft
-from jpeft.models import BertConfig, BertForSequenceClassification, BertModel, GPT2Config, GPT2Model, abstract_params
+from jpeft.models import (
+    BertConfig,
+    BertForSequenceClassification,
+    BertModel,
+    GPT2Config,
+    GPT2Model,
+    LlamaConfig,
+    LlamaForCausalLM,
+    abstract_params,
+)
 
 
 def counted(params, method) -> jpeft.Summary:
@@ -134,3 +143,23 @@ def test_freeze_two_blocks_of_gpt2_medium():
     params = {"wte": {"embedding": shape(50257, d)}, "h": {str(i): block for i in range(24)}, "ln_f": {"scale": shape(d), "bias": shape(d)}}
     assert counted(params, jpeft.freeze(top=2, also=None)).trained == 25_192_448
     assert counted(params, jpeft.freeze(top=2)).trained == 25_192_448 + 2 * d
+
+
+@pytest.mark.parametrize(
+    ("config", "mlp", "attention", "unembedding"),
+    [
+        (LlamaConfig.llama_3_1_8b(), 1_769_472, 851_968, 132_352),
+        (LlamaConfig.llama_3_2_1b(scan=True), 491_520, 212_992, 130_304),
+        (LlamaConfig.qwen3_8b(scan=True), 1_769_472, 958_464, 156_032),
+        (LlamaConfig.qwen3_4b(), 1_327_104, 737_280, 154_496),
+    ],
+    ids=["llama-3.1-8b", "llama-3.2-1b", "qwen3-8b", "qwen3-4b"],
+)
+def test_lora_per_unit_of_rank_on_decoders(config, mlp, attention, unembedding):
+    """Thinking Machines' table for "LoRA Without Regret": r (in + out) for every kernel; a tied head is the embedding."""
+    params = abstract_params(LlamaForCausalLM(config))
+    head = r"model/embed_tokens/embedding" if config.tie_word_embeddings else r"lm_head/kernel"
+    targets = {r".*/mlp/.*kernel": mlp, r".*/self_attn/.*kernel": attention, head: unembedding}
+    for target, per_rank in targets.items():
+        assert counted(params, jpeft.lora(rank=1, target=target)).trained == per_rank
+        assert counted(params, jpeft.lora(rank=16, target=target)).trained == 16 * per_rank

@@ -1,6 +1,7 @@
 """Decoders as linen modules: parity with torch, folders in and out, caches, padding, dtypes, and room for middleware."""
 
 import dataclasses
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -9,25 +10,60 @@ import numpy as np
 import pytest
 from flax.traverse_util import flatten_dict
 from test_bert import VARIANTS, random_params, run
-from test_hf import assert_equal, edit
+from test_hf import assert_equal, edit, edit_config
 
 import jpeft
-from jpeft.models import GPT2Config, GPT2LMHeadModel, GPT2Model, abstract_params, load, save
+from jpeft.models import (
+    GPT2Config,
+    GPT2LMHeadModel,
+    GPT2Model,
+    LlamaConfig,
+    LlamaForCausalLM,
+    LlamaModel,
+    Rope,
+    abstract_params,
+    load,
+    save,
+)
 
 SIZES = {"vocab_size": 50, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 4, "max_position_embeddings": 32}
 SPECIAL = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
+GPT2 = GPT2Config(**SIZES, **SPECIAL)
+LLAMA = LlamaConfig(**SIZES, **SPECIAL, intermediate_size=24, num_key_value_heads=2, rope=Rope(100.0))
+LLAMA3 = Rope(100.0, "llama3", factor=4.0, original_max_position_embeddings=16)
+YARN = Rope(100.0, "yarn", factor=4.0, original_max_position_embeddings=16)
+MSCALE = dataclasses.replace(YARN, mscale=0.7, mscale_all_dim=1.3, beta_fast=8.0, beta_slow=0.5, truncate=False)
+SLIDES = ("full_attention", "sliding_attention")
 # Name of a case -> configuration, language model, body, and what the names of torch's classes begin and end with.
-CASES = {
-    "gpt2": (GPT2Config(**SIZES, **SPECIAL), GPT2LMHeadModel, GPT2Model, "GPT2", "LMHeadModel"),
-    "gpt2-untied": (
-        GPT2Config(**SIZES, **SPECIAL, intermediate_size=24, tie_word_embeddings=False),
-        GPT2LMHeadModel,
-        GPT2Model,
-        "GPT2",
-        "LMHeadModel",
-    ),
+CASES: dict[str, tuple[Any, Any, Any, str, str]] = {"gpt2": (GPT2, GPT2LMHeadModel, GPT2Model, "GPT2", "LMHeadModel")} | {
+    config.model_type: (config, LlamaForCausalLM, LlamaModel, prefix, "ForCausalLM")
+    for prefix, config in {
+        "Llama": dataclasses.replace(LLAMA, rope=LLAMA3),
+        "Mistral": dataclasses.replace(LLAMA, model_type="mistral", sliding_window=3),
+        "Qwen2": dataclasses.replace(LLAMA, model_type="qwen2", sliding_window=3, layer_types=SLIDES, tie_word_embeddings=True),
+        "Qwen3": dataclasses.replace(LLAMA, model_type="qwen3", head_dim=6, num_key_value_heads=1),
+    }.items()
 }
-WITHOUT_TWINS = [case for case in CASES if not case.endswith("tied")]  # for what heads have no part in
+FAMILIES = list(CASES)
+# What else their configurations may say.
+CASES |= {
+    f"{family}-{twin}": (dataclasses.replace(CASES[family][0], **changes), *CASES[family][1:])
+    for family, twin, changes in [
+        ("gpt2", "untied", {"intermediate_size": 24, "tie_word_embeddings": False}),
+        ("llama", "biased", {"attention_bias": True, "mlp_bias": True, "tie_word_embeddings": True, "head_dim": 6}),
+        ("llama", "linear", {"rope": Rope(100.0, "linear", factor=3.0), "num_key_value_heads": None, "hidden_act": "gelu_pytorch_tanh"}),
+        ("llama", "dynamic", {"rope": Rope(100.0, "dynamic", factor=3.0), "max_position_embeddings": 6}),
+        ("mistral", "unwindowed", {"sliding_window": None}),
+        ("qwen2", "unwindowed", {"sliding_window": None, "layer_types": None, "tie_word_embeddings": False}),
+        ("qwen3", "yarn", {"rope": YARN, "attention_bias": True}),
+        ("qwen3", "mscale", {"rope": MSCALE}),
+        ("qwen3", "windowed", {"sliding_window": 4, "layer_types": SLIDES, "eos_token_id": (2, 3)}),
+    ]
+}
+# Compilation is what takes time: all variants for a family with a table of positions and one with layers of two kinds.
+CELLS = [(case, variant) for case in FAMILIES for variant in (VARIANTS if case in ("gpt2", "qwen2") else ("plain", "scan-remat"))]
+PAIRED = [(case, scan) for case in FAMILIES for scan in (False, True) if scan or case in ("gpt2", "qwen3")]
+TWINS = [case for case in CASES if case not in FAMILIES]
 LENGTHS = (9, 5)  # real tokens of the two sequences; the rest is padding
 
 
@@ -44,11 +80,15 @@ def batch(side="right"):
     return np.where(mask, ids, 0).astype(np.int32), mask
 
 
+def transformers_config(config):
+    return pytest.importorskip("transformers").AutoConfig.for_model(config.model_type, **config.to_hf())
+
+
 def torch_model(case, body=False):
     torch = pytest.importorskip("torch")
     transformers = pytest.importorskip("transformers")
     config, _, _, prefix, suffix = CASES[case]
-    hf = transformers.AutoConfig.for_model(config.model_type, **config.to_hf())
+    hf = transformers_config(config)
     hf._attn_implementation = "eager"
     torch.manual_seed(0)
     model = getattr(transformers, prefix + ("Model" if body else suffix))(hf).eval()
@@ -83,8 +123,14 @@ def checkpoint(tmp_path_factory):
     return make
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize(
+    ("case", "variant"),
+    [
+        *CELLS,
+        *((case, "plain") for case in TWINS),
+        ("qwen3-windowed", "scan-remat"),
+    ],
+)
 def test_equals_torch(checkpoint, case, variant):
     folder, expected = checkpoint(case)
     loaded = load(folder, task="causal-lm", **VARIANTS[variant])
@@ -98,8 +144,9 @@ def test_equals_torch(checkpoint, case, variant):
         np.testing.assert_allclose(logits[real], expected[side].logits.numpy()[real], atol=1e-4)
 
 
-@pytest.mark.parametrize("variant", ["plain", "scan-remat"])
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize(
+    ("case", "variant"), [("gpt2", "plain"), ("gpt2", "scan-remat"), ("llama", "plain"), ("mistral", "scan-remat"), ("qwen2", "scan-remat")]
+)
 def test_body_equals_torch(checkpoint, case, variant):
     folder, expected = checkpoint(case, body=True)
     loaded = load(folder, task="decoder", **VARIANTS[variant])
@@ -111,8 +158,7 @@ def test_body_equals_torch(checkpoint, case, variant):
         np.testing.assert_allclose(got[real], want.numpy()[real], atol=1e-4)
 
 
-@pytest.mark.parametrize("scan", [False, True])
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize(("case", "scan"), [*PAIRED, *((case, False) for case in TWINS)])
 def test_round_trip_and_torch_opens_it(tmp_path, case, scan):
     transformers = pytest.importorskip("transformers")
     config, *_, prefix, suffix = CASES[case]
@@ -138,6 +184,21 @@ def test_scan_is_the_plain_parameters_stacked(checkpoint):
     for path, leaf in scanned.items():
         parts = [plain[path.replace("/h/", f"/h/{i}/")] for i in range(2)] if "/h/" in path else plain[path]
         np.testing.assert_array_equal(leaf, np.stack(parts) if isinstance(parts, list) else parts)
+
+
+def test_shards_and_bfloat16_of_llama(tmp_path):
+    """What the hub's checkpoints are like; old ones have the base of the frequencies beside their scaling, and rotary buffers."""
+    torch = torch_model("llama").bfloat16()
+    torch.save_pretrained(tmp_path, max_shard_size="4KB")
+    assert len(list(tmp_path.glob("model-*.safetensors"))) > 2
+    changes = {"rope_parameters": None, "rope_theta": 100.0, "rope_scaling": {"type": "linear", "factor": 2.0}, "head_dim": None}
+    edit_config(tmp_path, **changes)
+    loaded = load(tmp_path, task="causal-lm")
+    assert loaded.new == loaded.unused == frozenset()
+    assert loaded.config.rope == Rope(100.0, "linear", factor=2.0)
+    assert loaded.config.head_size == 4
+    weight = torch.model.layers[1].mlp.down_proj.weight
+    np.testing.assert_array_equal(loaded.params["model"]["layers"]["1"]["mlp"]["down_proj"]["kernel"], weight.detach().float().numpy().T)
 
 
 def test_gpt2_checkpoints_of_other_makes(checkpoint, tmp_path):
@@ -166,14 +227,25 @@ def test_tasks_of_other_families_are_refused(checkpoint, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("config", "total"),
-    [(GPT2Config.gpt2(), 124_439_808), (GPT2Config.gpt2_medium(), 354_823_168)],
-    ids=["gpt2", "gpt2-medium"],
+    ("make", "total"),
+    [
+        (GPT2Config.gpt2, 124_439_808),
+        (GPT2Config.gpt2_medium, 354_823_168),
+        (LlamaConfig.llama_3_1_8b, 8_030_261_248),
+        (LlamaConfig.llama_3_2_1b, 1_235_814_400),
+        (LlamaConfig.mistral_7b, 7_241_732_096),
+        (LlamaConfig.qwen2_0_5b, 494_032_768),
+        (LlamaConfig.qwen3_8b, 8_190_735_360),
+        (LlamaConfig.qwen3_4b, 4_022_468_096),
+    ],
+    ids=lambda value: getattr(value, "__name__", None),
 )
-def test_gpt2_parameter_totals(config, total):
+def test_parameter_totals(make, total):
     for scan in (False, True):
-        params = abstract_params(GPT2LMHeadModel(dataclasses.replace(config, scan=scan)))
+        config = make(scan=scan)
+        params = abstract_params((GPT2LMHeadModel if isinstance(config, GPT2Config) else LlamaForCausalLM)(config))
         assert sum(leaf.size for leaf in jax.tree.leaves(params)) == total
+    assert type(config).from_hf(transformers_config(config), scan=True) == config
 
 
 def test_gpt2_errors():
@@ -195,10 +267,35 @@ def test_gpt2_errors():
         jax.eval_shape(model.apply, {"params": params}, jnp.full((1, 33), 5))
 
 
+def test_llama_errors():
+    transformers = pytest.importorskip("transformers")
+    small = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 4}
+    for message, options in {
+        "hidden_size 16 is not a multiple of num_attention_heads 3": {"num_attention_heads": 3},
+        "num_attention_heads 4 is not a multiple of num_key_value_heads 3": {"num_key_value_heads": 3},
+        "heads of width 5": {"head_dim": 5},
+        "1 layer_types for num_hidden_layers=2": {"layer_types": ("full_attention",)},
+        "unknown layer_types": {"layer_types": ("full_attention", "chunked_attention")},
+        "unknown model_type 'gemma'; supported: llama, mistral, qwen2, qwen3": {"model_type": "gemma"},
+    }.items():
+        with pytest.raises(ValueError, match=message):
+            LlamaConfig(**small | options)
+    with pytest.raises(ValueError, match="unknown rope_type 'longrope'; supported: default, linear, dynamic, llama3, yarn"):
+        Rope.from_hf({"rope_theta": 1e4, "rope_type": "longrope", "factor": 2.0})
+    with pytest.raises(ValueError, match="needs a factor"):
+        Rope.from_hf({"rope_theta": 1e4, "rope_type": "linear"})
+    with pytest.raises(ValueError, match="needs original_max_position_embeddings"):
+        Rope(rope_type="yarn", factor=2.0)
+    with pytest.raises(ValueError, match="partial_rotary_factor=0.5"):
+        LlamaConfig.from_hf(
+            transformers.LlamaConfig(rope_parameters={"rope_theta": 1e4, "rope_type": "default", "partial_rotary_factor": 0.5})
+        )
+
+
 # --- padding, caches, numerics ---
 
 
-@pytest.mark.parametrize("case", WITHOUT_TWINS)
+@pytest.mark.parametrize("case", FAMILIES)
 def test_padding_does_not_matter(case):
     model = language_model(case)
     params, short = random_params(model), LENGTHS[1]
@@ -210,8 +307,9 @@ def test_padding_does_not_matter(case):
 
 
 @pytest.mark.parametrize("side", ["right", "left"])
-@pytest.mark.parametrize("variant", ["plain", "scan-remat"])
-@pytest.mark.parametrize("case", WITHOUT_TWINS)
+@pytest.mark.parametrize(
+    ("case", "variant"), [("gpt2", "plain"), ("llama", "plain"), ("mistral", "plain"), ("qwen2", "scan-remat"), ("qwen3", "scan-remat")]
+)
 def test_a_cache_changes_nothing(case, variant, side):
     """A padded prompt of LENGTHS, three tokens more in one call, two in one each: as if all had been there from the start."""
     model = language_model(case, **VARIANTS[variant])
@@ -246,7 +344,7 @@ def test_logits_at_one_token():
     np.testing.assert_allclose(got[:, 0], run(model, params, ids, mask)[np.arange(2), last], atol=1e-5)
 
 
-@pytest.mark.parametrize("case", WITHOUT_TWINS)
+@pytest.mark.parametrize("case", ["gpt2", "qwen3"])
 def test_bfloat16_is_near_float32(case):
     exact, half = language_model(case), language_model(case, dtype=jnp.bfloat16)
     params = random_params(exact)
@@ -269,8 +367,7 @@ def test_dropout_is_active_in_training_only(variant):
     assert not np.allclose(first, plain)
 
 
-@pytest.mark.parametrize("scan", [False, True])
-@pytest.mark.parametrize("case", WITHOUT_TWINS)
+@pytest.mark.parametrize(("case", "scan"), PAIRED)
 def test_positions_and_core_can_be_widened(case, scan):
     """What prompts and prefixes do: lengthen what passes through the two parameterless modules and the embedding."""
     extra, before = 2, (2, 0)
@@ -305,13 +402,16 @@ def test_positions_and_core_can_be_widened(case, scan):
         assert not np.allclose(lengthen(core=core, visible=True)[real], plain[real], atol=1e-2)
 
 
-@pytest.mark.parametrize("scan", [False, True])
-@pytest.mark.parametrize("method", ["lora", "bitfit", "adapter"])
-@pytest.mark.parametrize("case", WITHOUT_TWINS)
+@pytest.mark.parametrize("method", ["lora", "bitfit", "adapter", "parallel_adapter"])
+@pytest.mark.parametrize(("case", "scan"), [("gpt2", False), ("gpt2", True), ("llama", False), ("qwen2", True), ("qwen3", True)])
 def test_methods_find_their_places(case, method, scan):
     """With default options: identity at first (nearly so for the adapter), and every kernel of a block has its low-rank update."""
     model = language_model(case, scan=scan)
     params = random_params(model)
+    if method == "bitfit" and not any(path.endswith("bias") for path in flatten_dict(params, sep="/")):
+        with pytest.raises(ValueError, match="no bias parameters"):
+            jpeft.apply(params, method=method)
+        return
     peft = jpeft.apply(params, method=method)
     got = jax.jit(jpeft.wrap(model.apply, peft.method))(peft.variables, *batch())
     np.testing.assert_allclose(got, run(model, params, *batch()), atol=0.1 if method == "adapter" else 1e-5)

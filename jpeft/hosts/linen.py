@@ -117,7 +117,8 @@ def _check_met(params: Params, method: Method) -> None:
         if path and (method, path.rpartition("/")[2]) not in _met and not any(name.startswith(f"{path}/") for name in owners):
             raise ValueError(
                 f"{method.name} adds to the module '{path}', but no such module ran. Lengthening a sequence or its keys needs a model "
-                "with a parameterless module there, as those of jpeft.models have: `AttentionCore` and `Positions` in bert_encoder.py."
+                "with a parameterless module there, as those of jpeft.models have: `AttentionCore` in attention.py, `Positions` in "
+                "bert_encoder.py and decoder.py."
             )
 
 

@@ -21,4 +21,8 @@ from .gpt2 import GPT2Model as GPT2Model
 from .hf import Loaded as Loaded
 from .hf import load as load
 from .hf import save as save
+from .llama import LlamaConfig as LlamaConfig
+from .llama import LlamaForCausalLM as LlamaForCausalLM
+from .llama import LlamaModel as LlamaModel
+from .rope import Rope as Rope
 from .weights import abstract_params as abstract_params

@@ -15,8 +15,11 @@ import flax.struct
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from .bert_config import ACTIVATIONS, BertConfig
-from .bert_encoder import Embeddings, Encoder, Hidden, Ids, Mask, Positions, dense, layer_norm
+from .activations import ACTIVATIONS
+from .bert_config import BertConfig
+from .bert_encoder import Embeddings, Encoder, Ids, Mask, Positions
+from .layers import dense, layer_norm
+from .stack import Hidden
 
 
 class Pooler(nn.Module):

@@ -1,46 +1,23 @@
 """The encoder of the BERT family: embeddings, attention, blocks.
 
 Post-norm transformer blocks over the sum of word, position and token-type embeddings. Two modules without parameters
-are there to be wrapped: `Positions` (position ids, token types and the attention mask) and `AttentionCore` (queries,
-keys, values and mask to context). Whoever lengthens the sequence or the keys changes what goes into or comes out of
+are there to be wrapped: `Positions` (position ids, token types and the attention mask) and `attention.AttentionCore`
+(queries, keys, values and mask to context). Whoever lengthens the sequence or the keys changes what goes into or comes out of
 these; all other modules take their lengths from their inputs.
 """
 
 from typing import NamedTuple
 
 import flax.linen as nn
-import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int, Shaped
 
-from .bert_config import ACTIVATIONS, BertConfig
-
-# --- layers with this configuration's dtypes and initialisers ---
-
-
-def dense(config: BertConfig, features: int, name: str | None = None) -> nn.Dense:
-    """A Dense layer."""
-    init = nn.initializers.normal(config.initializer_range)
-    return nn.Dense(features, dtype=config.dtype, param_dtype=config.param_dtype, kernel_init=init, name=name)
-
-
-def _embed(config: BertConfig, rows: int) -> nn.Embed:
-    init = nn.initializers.normal(config.initializer_range)
-    return nn.Embed(rows, config.hidden_size, dtype=config.dtype, param_dtype=config.param_dtype, embedding_init=init)
-
-
-def layer_norm(config: BertConfig, name: str | None = None) -> nn.LayerNorm:
-    """A LayerNorm."""
-    # The "fast" variance E[x^2] - E[x]^2 cancels where the mean is large; torch does not use it either.
-    return nn.LayerNorm(
-        epsilon=config.layer_norm_eps,
-        dtype=config.dtype,
-        param_dtype=config.param_dtype,
-        use_fast_variance=False,
-        name=name,
-    )
-
+from .activations import ACTIVATIONS
+from .attention import AttentionCore
+from .bert_config import BertConfig
+from .layers import dense, embed, layer_norm
+from .stack import Hidden, run_stack, stack
 
 # --- embeddings ---
 
@@ -83,10 +60,10 @@ class Embeddings(nn.Module):
     def setup(self):
         """Setup rather than compact: the masked-LM head reads `word_embeddings` again."""
         config = self.config
-        self.word_embeddings = _embed(config, config.vocab_size)
-        self.position_embeddings = _embed(config, config.max_position_embeddings)
+        self.word_embeddings = embed(config, config.vocab_size)
+        self.position_embeddings = embed(config, config.max_position_embeddings)
         if config.type_vocab_size:
-            self.token_type_embeddings = _embed(config, config.type_vocab_size)
+            self.token_type_embeddings = embed(config, config.type_vocab_size)
         self.LayerNorm = layer_norm(config)
         self.dropout = nn.Dropout(config.hidden_dropout_prob)
 
@@ -104,35 +81,6 @@ class Embeddings(nn.Module):
 # --- blocks ---
 
 
-class AttentionCore(nn.Module):
-    """softmax(Q Kᵀ / √d) V over the keys whose mask is True: the part of attention that has no parameters.
-
-    Keys and values may be longer than the queries, with a mask as long as the keys.
-    """
-
-    config: BertConfig
-
-    @nn.compact
-    def __call__(
-        self,
-        query: Float[Array, "batch queries heads head"],
-        key: Float[Array, "batch keys heads head"],
-        value: Float[Array, "batch keys heads head"],
-        mask: Bool[Array, "#batch #heads #queries keys"],
-        *,
-        deterministic: bool = True,
-    ) -> Float[Array, "batch queries heads head"]:
-        """Context of each query."""
-        scores = jnp.einsum("bqhd,bkhd->bhqk", query, key, preferred_element_type=jnp.float32)
-        scores = scores * query.shape[-1] ** -0.5  # [batch, heads, queries, keys], float32
-        # The lowest finite number, not -inf: a row with nothing to attend to stays finite.
-        scores = jnp.where(mask, scores, jnp.finfo(jnp.float32).min)
-        weights = jax.nn.softmax(scores, axis=-1).astype(value.dtype)
-        weights = nn.Dropout(self.config.attention_probs_dropout_prob)(weights, deterministic=deterministic)
-        return jnp.einsum("bhqk,bkhd->bqhd", weights, value)
-
-
-Hidden = Float[Array, "batch length hidden"]
 KeyMask = Bool[Array, "#batch 1 1 keys"]
 
 
@@ -149,7 +97,7 @@ class SelfAttention(nn.Module):
         size, heads = self.config.hidden_size, self.config.num_attention_heads
         split = (*hidden.shape[:-1], heads, size // heads)
         query, key, value = (dense(self.config, size, name)(hidden).reshape(split) for name in self.names)
-        context = AttentionCore(self.config, name="core")(query, key, value, mask, deterministic=deterministic)
+        context = AttentionCore(self.config.attention_probs_dropout_prob, name="core")(query, key, value, mask, deterministic=deterministic)
         context = context.reshape(hidden.shape)
         return context if self.output is None else dense(self.config, size, self.output)(context)
 
@@ -230,22 +178,6 @@ class DistilBertLayer(nn.Module):
         return layer_norm(self.config, "output_layer_norm")(hidden + inner)
 
 
-class LayerStack(nn.Module):
-    """The blocks one after another, named "0", "1", ..."""
-
-    config: BertConfig
-    layer: type[nn.Module]
-
-    @nn.compact
-    def __call__(self, hidden: Hidden, mask: KeyMask, deterministic: bool) -> list[Hidden]:
-        """Output of every block."""
-        outputs = []
-        for index in range(self.config.num_hidden_layers):
-            hidden = self.layer(self.config, name=str(index))(hidden, mask, deterministic)
-            outputs.append(hidden)
-        return outputs
-
-
 class Encoder(nn.Module):
     """All blocks, under the name `layer`: unrolled (layer/0/..., layer/1/...) or scanned (layer/..., stacked)."""
 
@@ -256,28 +188,6 @@ class Encoder(nn.Module):
         self, hidden: Hidden, mask: KeyMask, deterministic: bool, output_hidden_states: bool = False
     ) -> tuple[Hidden, tuple[Hidden, ...] | None]:
         """Last hidden state, and on request the input followed by the output of every block."""
-        config, states = self.config, (hidden,)
-        layer = DistilBertLayer if config.model_type == "distilbert" else BertLayer
-        if config.remat:
-            # Argument 3 is `deterministic` (0 is self). Inside a scan nothing can be merged, so no barrier is needed.
-            layer = nn.remat(layer, static_argnums=(3,), prevent_cse=not config.scan)
-        if config.scan:
-
-            def body(block: nn.Module, hidden: Array, mask: Array) -> tuple[Array, Array | None]:
-                hidden = block(hidden, mask, deterministic)
-                return hidden, hidden if output_hidden_states else None
-
-            scan = nn.scan(
-                body,
-                variable_axes={"params": 0, "intermediates": 0},
-                split_rngs={"params": True, "dropout": True},
-                in_axes=nn.broadcast,  # pyright: ignore[reportArgumentType]
-                length=config.num_hidden_layers,
-            )
-            hidden, stacked = scan(layer(config, name="layer"), hidden, mask)
-            states += () if stacked is None else tuple(stacked)
-        else:
-            outputs = LayerStack(config, layer, name="layer")(hidden, mask, deterministic)
-            hidden = outputs[-1]
-            states += tuple(outputs)
-        return hidden, states if output_hidden_states else None
+        layer = stack(self.config, DistilBertLayer if self.config.model_type == "distilbert" else BertLayer, "layer")
+        hidden, states = run_stack(layer, self.config, hidden, mask, deterministic, output_hidden_states=output_hidden_states)
+        return hidden, (*states, hidden) if output_hidden_states else None

@@ -1,7 +1,7 @@
-"""What decoders share: positions, the causal mask, the cache of keys and values, attention, a stack of blocks.
+"""What decoders share: positions, the causal mask, the cache of keys and values, and the models that a family fills in.
 
 Two modules without parameters are there to be wrapped, as in `bert_encoder`: `Positions` (position ids and the padding
-mask of the tokens of this call) and `AttentionCore` (queries, keys, values and mask to context). Whoever lengthens the
+mask of the tokens of this call) and `attention.AttentionCore` (queries, keys, values and mask to context). Whoever lengthens the
 sequence or the keys changes what goes into or comes out of these. What is behind them takes its lengths from its inputs:
 `Causal` makes the causal mask of however many positions there are, and the cache holds what `Positions` let through.
 
@@ -19,36 +19,24 @@ continued by the next call. Its length counts token ids: whatever `Positions` pu
 True
 """
 
-from typing import Any, NamedTuple
+from collections.abc import Callable
+from typing import Any, ClassVar, NamedTuple
 
 import flax.linen as nn
 import flax.struct
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float, Int, Shaped
+from jaxtyping import Array, Float, Int, Shaped
 
 from .decoder_config import DecoderConfig
+from .layers import dense, embed
+from .rope import Rotation
+from .stack import Hidden, run_stack, stack
 
 Ids = Int[Array | np.ndarray, "batch length"]
 Mask = Shaped[Array | np.ndarray, "batch length"]  # 1 or True: a token, 0 or False: padding
-Hidden = Float[Array, "batch length hidden"]
 Heads = Float[Array, "batch length heads head"]
-
-
-# --- layers with a configuration's dtypes and initialisers ---
-
-
-def dense(config: DecoderConfig, features: int, name: str | None = None, *, bias: bool = True) -> nn.Dense:
-    """A Dense layer."""
-    init = nn.initializers.normal(config.initializer_range)
-    return nn.Dense(features, use_bias=bias, dtype=config.dtype, param_dtype=config.param_dtype, kernel_init=init, name=name)
-
-
-def embed(config: DecoderConfig, rows: int) -> nn.Embed:
-    """An embedding of the hidden size."""
-    init = nn.initializers.normal(config.initializer_range)
-    return nn.Embed(rows, config.hidden_size, dtype=config.dtype, param_dtype=config.param_dtype, embedding_init=init)
 
 
 # --- what may be seen ---
@@ -89,6 +77,7 @@ class View(NamedTuple):
     mask: Array  # bool [batch, 1, length, keys]: causal, without padding
     windowed: Array | None  # the same within the sliding window; None without one
     slot: Array | None  # int []: where in the cache the keys of this call go; None without a cache
+    rotation: Rotation | None = None  # of the positions, in families that rotate
 
     def of(self, slides: bool | Array) -> "View":
         """What a layer looks at that does or does not slide."""
@@ -159,87 +148,7 @@ class KeyValueCache(nn.Module):
         return held.value
 
 
-class AttentionCore(nn.Module):
-    """softmax(Q Kᵀ / √d) V over the keys whose mask is True: the part of attention that has no parameters.
-
-    Keys and values may have fewer heads than queries, which share them in groups, and may be longer than the queries,
-    with a mask as long as the keys.
-    """
-
-    config: DecoderConfig
-
-    @nn.compact
-    def __call__(
-        self,
-        query: Float[Array, "batch queries heads head"],
-        key: Float[Array, "batch keys groups head"],
-        value: Float[Array, "batch keys groups head"],
-        mask: Bool[Array, "#batch 1 #queries keys"],
-        *,
-        deterministic: bool = True,
-    ) -> Float[Array, "batch queries heads head"]:
-        """Context of each query."""
-        grouped = query.reshape(*query.shape[:2], key.shape[2], -1, query.shape[-1])
-        scores = jnp.einsum("bqgrd,bkgd->bgrqk", grouped, key, preferred_element_type=jnp.float32)
-        scores = scores * query.shape[-1] ** -0.5  # [batch, groups, heads of a group, queries, keys], float32
-        # The lowest finite number, not -inf: a row with nothing to attend to stays finite.
-        scores = jnp.where(mask[:, :, None], scores, jnp.finfo(jnp.float32).min)
-        weights = jax.nn.softmax(scores, axis=-1).astype(value.dtype)
-        weights = nn.Dropout(self.config.attention_dropout)(weights, deterministic=deterministic)
-        return jnp.einsum("bgrqk,bkgd->bqgrd", weights, value).reshape(query.shape)
-
-
-# --- the stack of blocks ---
-
-
-class Blocks(nn.Module):
-    """The blocks one after another, named "0", "1", ..."""
-
-    config: DecoderConfig
-    block: type[nn.Module]
-
-    @nn.compact
-    def __call__(self, hidden: Hidden, view: View, deterministic: bool) -> list[Hidden]:
-        """Output of every block."""
-        outputs = []
-        for index, slides in enumerate(self.config.slides):
-            hidden = self.block(self.config, name=str(index))(hidden, view.of(slides), deterministic)
-            outputs.append(hidden)
-        return outputs
-
-
-def stack(config: DecoderConfig, block: type[nn.Module]) -> nn.Module:
-    """What holds the parameters of all blocks: `Blocks`, or one block to be scanned. `block(config)(hidden, view, deterministic)`."""
-    if config.remat:
-        # Argument 3 is `deterministic` (0 is self). Inside a scan nothing can be merged, so no barrier is needed.
-        block = nn.remat(block, static_argnums=(3,), prevent_cse=not config.scan)
-    return block(config) if config.scan else Blocks(config, block)
-
-
-def run_stack(
-    blocks: Any, config: DecoderConfig, hidden: Array, view: View, deterministic: bool, output_hidden_states: bool
-) -> tuple[Array, tuple[Array, ...]]:
-    """Run what `stack` made: the output of the last block, and the input and the outputs of all blocks but the last if asked for."""
-    if config.scan:
-
-        def body(block: nn.Module, hidden: Array, view: View, slides: Array) -> tuple[Array, Array | None]:
-            out = block(hidden, view.of(slides), deterministic)
-            return out, hidden if output_hidden_states else None
-
-        scan = nn.scan(
-            body,
-            variable_axes={"params": 0, "cache": 0, "intermediates": 0},
-            split_rngs={"params": True, "dropout": True},
-            in_axes=(nn.broadcast, 0),  # pyright: ignore[reportArgumentType]
-            length=config.num_hidden_layers,
-        )
-        hidden, stacked = scan(blocks, hidden, view, jnp.array(config.slides))
-        return hidden, () if stacked is None else tuple(stacked)
-    outputs: list[Array] = blocks(hidden, view, deterministic)
-    return outputs[-1], (hidden, *outputs[:-1])
-
-
-# --- what the models return ---
+# --- models ---
 
 
 @flax.struct.dataclass
@@ -248,6 +157,105 @@ class DecoderOutput:
 
     last_hidden_state: Any  # [batch, length, hidden]
     hidden_states: Any  # tuple of the embeddings, each block's output but the last one's, and the normalised last one; or None
+
+
+class Decoder(nn.Module):
+    """A decoder without a head. A family says what its parts are, and more where it has more."""
+
+    config: Any  # the family's `DecoderConfig`
+
+    BLOCK: ClassVar[type[nn.Module]]  # block(config)(hidden, view, deterministic)
+    NORM: ClassVar[Callable[[Any], nn.Module]]  # the last norm, given the configuration
+    NAMES: ClassVar[tuple[str, str, str]]  # of the word embedding, the blocks, the last norm
+
+    def setup(self):
+        """Setup rather than compact: `attend` needs the embedding too."""
+        config, (words, blocks, norm) = self.config, self.NAMES
+        self.positions = Positions(config)
+        self.causal = Causal(config)
+        setattr(self, words, embed(config, config.vocab_size))
+        setattr(self, blocks, stack(config, self.BLOCK))
+        setattr(self, norm, self.NORM(config))
+
+    def embedded(self, input_ids: Array, view: View, deterministic: bool) -> Hidden:
+        """What goes into the first block."""
+        del view, deterministic
+        return getattr(self, self.NAMES[0])(input_ids)
+
+    def viewed(self, view: View) -> View:
+        """The view with what the family's blocks need besides."""
+        return view
+
+    def __call__(
+        self,
+        input_ids: Ids,
+        attention_mask: Mask | None = None,
+        *,
+        deterministic: bool = True,
+        cache_length: int | None = None,
+        output_hidden_states: bool = False,
+    ) -> DecoderOutput:
+        """Run over a batch.
+
+        Args:
+          input_ids: token ids [batch, length].
+          attention_mask: 1 for tokens, 0 for padding on either side; all tokens if None.
+          deterministic: without dropout; False needs rngs={"dropout": key}.
+          cache_length: make a cache for that many tokens, those of this call included (see `jpeft.models.decoder`); needs
+            mutable=["cache"].
+          output_hidden_states: also return the embeddings and the output of every block.
+        """
+        input_ids = jnp.asarray(input_ids)
+        layout = self.positions(input_ids, attention_mask, self.causal.seen())
+        view = self.viewed(self.causal(layout, None if cache_length is None else cache_length - input_ids.shape[1]))
+        length, rows = layout.offset + view.mask.shape[-1], self.config.position_rows
+        if rows is not None and length > rows:  # a lookup past the table's end would give NaN, silently
+            raise ValueError(f"{length} positions, but the position table holds {rows}; truncate the input")
+        hidden = self.embedded(input_ids, view, deterministic)
+        _, blocks, norm = (getattr(self, name) for name in self.NAMES)
+        hidden, states = run_stack(
+            blocks,
+            self.config,
+            hidden,
+            view,
+            deterministic,
+            output_hidden_states=output_hidden_states,
+            kinds=self.config.slides,
+            pick=View.of,
+        )
+        hidden = norm(hidden)
+        return DecoderOutput(hidden, (*states, hidden) if output_hidden_states else None)
+
+    def attend(self, hidden: Hidden) -> Float[Array, "batch length vocab"]:
+        """Scores of every word of the vocabulary: the word embedding, used a second time."""
+        return getattr(self, self.NAMES[0]).attend(hidden)
+
+
+class LanguageModel(nn.Module):
+    """The next word at each position: a decoder and a head, which is the word embedding where they are tied."""
+
+    config: Any  # the family's `DecoderConfig`
+
+    BODY: ClassVar[type[Decoder]]
+    NAME: ClassVar[str]  # of the body
+
+    @nn.compact
+    def __call__(
+        self,
+        input_ids: Ids,
+        attention_mask: Mask | None = None,
+        *,
+        deterministic: bool = True,
+        cache_length: int | None = None,
+        logits_at: Int[Array | np.ndarray, " batch"] | None = None,
+    ) -> Float[Array, "batch positions vocab"]:
+        """float32 logits; arguments as in `Decoder`, and `logits_at`, the one token of each row to give logits for."""
+        config = self.config
+        body = self.BODY(config, name=self.NAME)
+        output = body(input_ids, attention_mask, deterministic=deterministic, cache_length=cache_length)
+        hidden = at_tokens(output.last_hidden_state, input_ids, logits_at)
+        logits = body.attend(hidden) if config.tie_word_embeddings else dense(config, config.vocab_size, "lm_head", bias=False)(hidden)
+        return logits.astype(jnp.float32)
 
 
 def at_tokens(hidden: Float[Array, "batch positions hidden"], input_ids: Ids, index: Int[Array | np.ndarray, " batch"] | None) -> Array:

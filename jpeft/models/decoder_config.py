@@ -1,66 +1,30 @@
 """What the configurations of all decoders have in common."""
 
 import dataclasses
-from typing import Any, ClassVar
 
-import jax.numpy as jnp
-
-from .activations import ACTIVATIONS
+from .model_config import ModelConfig
 
 
 @dataclasses.dataclass(frozen=True)
-class DecoderConfig:
-    """Shape and numerics of a decoder. A subclass adds what is its own, and says how Hugging Face calls each field.
+class DecoderConfig(ModelConfig):
+    """The fields of `ModelConfig`, and what every decoder has besides."""
 
-    Raises:
-      ValueError: if the model type or the activation is unknown, or the numbers of heads do not fit.
-    """
-
-    # Our field -> the name in Hugging Face's configuration, by model type.
-    HF_FIELDS: ClassVar[dict[str, dict[str, str]]] = {}
-
-    model_type: str = ""
-    vocab_size: int = 32000
-    hidden_size: int = 768
-    num_hidden_layers: int = 12
-    num_attention_heads: int = 12
     hidden_act: str = "silu"
     max_position_embeddings: int = 1024
     attention_dropout: float = 0.0  # on the attention weights
-    initializer_range: float = 0.02
     tie_word_embeddings: bool = True  # the head is the word embedding, used a second time
     bos_token_id: int | None = None
     eos_token_id: int | tuple[int, ...] | None = None
-    pad_token_id: int | None = None
-    dtype: Any = jnp.float32  # of the computation; softmax and the statistics of norms are always float32
-    param_dtype: Any = jnp.float32
-    remat: bool = False  # recompute each block in the backward pass instead of storing its activations
-    scan: bool = False  # one traced block over parameters stacked on axis 0, instead of `num_hidden_layers` blocks
-
-    def __post_init__(self):
-        object.__setattr__(self, "dtype", jnp.dtype(self.dtype))
-        object.__setattr__(self, "param_dtype", jnp.dtype(self.param_dtype))
-        if isinstance(self.eos_token_id, list):
-            object.__setattr__(self, "eos_token_id", tuple(self.eos_token_id))
-        if self.model_type not in self.HF_FIELDS:
-            raise ValueError(f"unknown model_type {self.model_type!r}; supported: {', '.join(self.HF_FIELDS)}")
-        if self.hidden_act not in ACTIVATIONS:
-            raise ValueError(f"unknown hidden_act {self.hidden_act!r}; supported: {', '.join(ACTIVATIONS)}")
-
-    @property
-    def max_length(self) -> int:
-        """Longest sequence that positions are defined for."""
-        return self.max_position_embeddings
-
-    @property
-    def head_size(self) -> int:
-        """Width of one attention head."""
-        return self.hidden_size // self.num_attention_heads
 
     @property
     def kv_heads(self) -> int:
         """Number of heads of keys and values; query heads share them in groups."""
         return self.num_attention_heads
+
+    @property
+    def position_rows(self) -> int | None:
+        """How many positions a table of them holds; None without one."""
+        return None
 
     @property
     def window(self) -> int | None:
@@ -72,31 +36,6 @@ class DecoderConfig:
         """For each layer, whether its attention is confined to the window."""
         return (False,) * self.num_hidden_layers
 
-    @classmethod
-    def from_hf(cls, config: Any, **overrides: Any) -> "DecoderConfig":
-        """From a `transformers` configuration of one of the supported model types; `overrides` win.
 
-        Raises:
-          ValueError: for another model type, or an option that is not supported.
-        """
-        if config.model_type not in cls.HF_FIELDS:
-            raise ValueError(f"unsupported model_type {config.model_type!r}; supported: {', '.join(cls.HF_FIELDS)}")
-        fields = {field: getattr(config, hf) for field, hf in cls.HF_FIELDS[config.model_type].items() if hasattr(config, hf)}
-        for name in [n for n in fields if n.endswith("_dropout")]:
-            fields[name] = float(fields[name])
-        return cls(**{"model_type": config.model_type} | fields | cls._own_fields(config) | overrides)
-
-    @classmethod
-    def _own_fields(cls, config: Any) -> dict[str, Any]:
-        """Fields that are no mere renaming; ValueError for what is not supported."""
-        del config
-        return {}
-
-    def to_hf(self) -> dict[str, Any]:
-        """The fields as Hugging Face's configuration of this model type calls them; inverse of `from_hf`."""
-        fields = {hf: getattr(self, field) for field, hf in self.HF_FIELDS[self.model_type].items()}
-        return {name: list(value) if isinstance(value, tuple) else value for name, value in fields.items()}
-
-
-# The fields above that Hugging Face has under the same name in every family.
+# The fields that Hugging Face has under the same name in every family.
 COMMON = {name: name for name in ("vocab_size", "initializer_range", "tie_word_embeddings", "bos_token_id", "eos_token_id", "pad_token_id")}

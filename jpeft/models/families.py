@@ -6,9 +6,9 @@ from typing import Any
 
 import flax.linen as nn
 
-from . import bert, gpt2
+from . import bert, gpt2, llama
 from .bert_config import BertConfig
-from .partition import BERT_RULES, GPT2_RULES, Rules
+from .partition import BERT_RULES, GPT2_RULES, LLAMA_RULES, Rules
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,6 +45,14 @@ FAMILIES = (
         prefix="transformer",
         partition=GPT2_RULES,
         untransposed=re.compile(r".*/(c_attn|c_proj|c_fc)/kernel"),
+    ),
+    Family(
+        config=llama.LlamaConfig,
+        names={"llama": "Llama", "mistral": "Mistral", "qwen2": "Qwen2", "qwen3": "Qwen3"},
+        tasks={"decoder": (llama.LlamaModel, "Model"), "causal-lm": (llama.LlamaForCausalLM, "ForCausalLM")},
+        blocks="layers",
+        prefix="model",
+        partition=LLAMA_RULES,
     ),
 )
 

@@ -12,27 +12,14 @@ from typing import Any, ClassVar
 
 import flax.linen as nn
 import jax.numpy as jnp
-import numpy as np
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array
 
 from .activations import ACTIVATIONS
-from .decoder import (
-    AttentionCore,
-    Causal,
-    DecoderOutput,
-    Hidden,
-    Ids,
-    KeyValueCache,
-    Mask,
-    Positions,
-    View,
-    at_tokens,
-    dense,
-    embed,
-    run_stack,
-    stack,
-)
+from .attention import AttentionCore
+from .decoder import Decoder, Hidden, KeyValueCache, LanguageModel, View
 from .decoder_config import COMMON, DecoderConfig
+from .layers import dense, embed, layer_norm
+from .model_config import check_divides
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,8 +59,12 @@ class GPT2Config(DecoderConfig):
 
     def __post_init__(self):
         super().__post_init__()
-        if self.hidden_size % self.num_attention_heads:
-            raise ValueError(f"hidden_size {self.hidden_size} is not a multiple of num_attention_heads {self.num_attention_heads}")
+        check_divides(self, "hidden_size", "num_attention_heads")
+
+    @property
+    def position_rows(self) -> int:
+        """How many positions the table holds."""
+        return self.max_position_embeddings
 
     @classmethod
     def _own_fields(cls, config: Any) -> dict[str, Any]:
@@ -94,18 +85,6 @@ class GPT2Config(DecoderConfig):
         return cls(**medium | overrides)
 
 
-def layer_norm(config: GPT2Config, name: str | None = None) -> nn.LayerNorm:
-    """A LayerNorm."""
-    # The "fast" variance E[x^2] - E[x]^2 cancels where the mean is large; torch does not use it either.
-    return nn.LayerNorm(
-        epsilon=config.layer_norm_eps,
-        dtype=config.dtype,
-        param_dtype=config.param_dtype,
-        use_fast_variance=False,
-        name=name,
-    )
-
-
 class GPT2Attention(nn.Module):
     """Causal self-attention; one kernel makes queries, keys and values."""
 
@@ -119,7 +98,7 @@ class GPT2Attention(nn.Module):
         qkv = dense(config, 3 * config.hidden_size, "c_attn")(hidden)
         query, key, value = (part.reshape(split) for part in jnp.split(qkv, 3, axis=-1))
         key, value = KeyValueCache(name="cache")(key, value, view)
-        context = AttentionCore(config, name="core")(query, key, value, view.mask, deterministic=deterministic)
+        context = AttentionCore(config.attention_dropout, name="core")(query, key, value, view.mask, deterministic=deterministic)
         return dense(config, config.hidden_size, "c_proj")(context.reshape(hidden.shape))
 
 
@@ -151,7 +130,7 @@ class GPT2Block(nn.Module):
         return hidden + dropout(inner, deterministic=deterministic)
 
 
-class GPT2Model(nn.Module):
+class GPT2Model(Decoder):
     """The decoder without a head.
 
     >>> from jpeft.models import abstract_params
@@ -160,73 +139,24 @@ class GPT2Model(nn.Module):
     (2, 5, 768)
     """
 
-    config: GPT2Config
+    BLOCK = GPT2Block
+    NORM = staticmethod(layer_norm)
+    NAMES = ("wte", "h", "ln_f")
 
     def setup(self):
-        """Setup rather than compact: `attend` needs the embedding too."""
-        config = self.config
-        self.positions = Positions(config)
-        self.causal = Causal(config)
-        self.wte = embed(config, config.vocab_size)
-        self.wpe = embed(config, config.max_position_embeddings)
-        self.dropout = nn.Dropout(config.embedding_dropout)
-        self.h = stack(config, GPT2Block)
-        self.ln_f = layer_norm(config)
+        """Positions have a table of their own."""
+        super().setup()
+        self.wpe = embed(self.config, self.config.max_position_embeddings)
+        self.dropout = nn.Dropout(self.config.embedding_dropout)
 
-    def __call__(
-        self,
-        input_ids: Ids,
-        attention_mask: Mask | None = None,
-        *,
-        deterministic: bool = True,
-        cache_length: int | None = None,
-        output_hidden_states: bool = False,
-    ) -> DecoderOutput:
-        """Run over a batch.
-
-        Args:
-          input_ids: token ids [batch, length].
-          attention_mask: 1 for tokens, 0 for padding on either side; all tokens if None.
-          deterministic: without dropout; False needs rngs={"dropout": key}.
-          cache_length: make a cache for that many tokens, those of this call included (see `jpeft.models.decoder`); needs
-            mutable=["cache"].
-          output_hidden_states: also return the embeddings and the output of every block.
-        """
-        layout = self.positions(jnp.asarray(input_ids), attention_mask, self.causal.seen())
-        view = self.causal(layout, None if cache_length is None else cache_length - jnp.shape(input_ids)[1])
-        length = layout.offset + view.mask.shape[-1]
-        if length > self.config.max_position_embeddings:  # a lookup past the table's end would give NaN, silently
-            raise ValueError(f"{length} positions, but the position table holds {self.config.max_position_embeddings}; truncate the input")
-        hidden = self.wte(jnp.asarray(input_ids)) + self.wpe(view.position_ids)
-        hidden = self.dropout(hidden, deterministic=deterministic)
-        hidden, states = run_stack(self.h, self.config, hidden, view, deterministic, output_hidden_states)
-        hidden = self.ln_f(hidden)
-        return DecoderOutput(hidden, (*states, hidden) if output_hidden_states else None)
-
-    def attend(self, hidden: Hidden) -> Float[Array, "batch length vocab"]:
-        """Scores of every word of the vocabulary: the word embedding, used a second time."""
-        return self.wte.attend(hidden)
+    def embedded(self, input_ids: Array, view: View, deterministic: bool) -> Hidden:
+        """Words and positions."""
+        hidden = super().embedded(input_ids, view, deterministic) + self.wpe(view.position_ids)
+        return self.dropout(hidden, deterministic=deterministic)
 
 
-class GPT2LMHeadModel(nn.Module):
+class GPT2LMHeadModel(LanguageModel):
     """The next word at each position."""
 
-    config: GPT2Config
-
-    @nn.compact
-    def __call__(
-        self,
-        input_ids: Ids,
-        attention_mask: Mask | None = None,
-        *,
-        deterministic: bool = True,
-        cache_length: int | None = None,
-        logits_at: Int[Array | np.ndarray, " batch"] | None = None,
-    ) -> Float[Array, "batch positions vocab"]:
-        """float32 logits; arguments as in `GPT2Model`, and `logits_at`, the one token of each row to give logits for."""
-        config = self.config
-        body = GPT2Model(config, name="transformer")
-        output = body(input_ids, attention_mask, deterministic=deterministic, cache_length=cache_length)
-        hidden = at_tokens(output.last_hidden_state, input_ids, logits_at)
-        logits = body.attend(hidden) if config.tie_word_embeddings else dense(config, config.vocab_size, "lm_head", bias=False)(hidden)
-        return logits.astype(jnp.float32)
+    BODY = GPT2Model
+    NAME = "transformer"

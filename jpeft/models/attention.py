@@ -1,0 +1,36 @@
+"""The part of attention that has no parameters, in one module for all families."""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float
+
+
+class AttentionCore(nn.Module):
+    """softmax(Q Kᵀ / √d) V over the keys whose mask is True.
+
+    A module of its own, named ``core``, so that it can be wrapped: keys and values may be longer than the queries, with a mask as long
+    as the keys. They may also have fewer heads than queries, which share them in groups.
+    """
+
+    dropout: float = 0.0  # on the attention weights
+
+    @nn.compact
+    def __call__(
+        self,
+        query: Float[Array, "batch queries heads head"],
+        key: Float[Array, "batch keys groups head"],
+        value: Float[Array, "batch keys groups head"],
+        mask: Bool[Array, "#batch 1 #queries keys"],
+        *,
+        deterministic: bool = True,
+    ) -> Float[Array, "batch queries heads head"]:
+        """Context of each query."""
+        grouped = query.reshape(*query.shape[:2], key.shape[2], -1, query.shape[-1])
+        scores = jnp.einsum("bqgrd,bkgd->bgrqk", grouped, key, preferred_element_type=jnp.float32)
+        scores = scores * query.shape[-1] ** -0.5  # [batch, groups, heads of a group, queries, keys], float32
+        # The lowest finite number, not -inf: a row with nothing to attend to stays finite.
+        scores = jnp.where(mask[:, :, None], scores, jnp.finfo(jnp.float32).min)
+        weights = jax.nn.softmax(scores, axis=-1).astype(value.dtype)
+        weights = nn.Dropout(self.dropout)(weights, deterministic=deterministic)
+        return jnp.einsum("bgrqk,bkgd->bqgrd", weights, value).reshape(query.shape)
