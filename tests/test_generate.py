@@ -80,7 +80,7 @@ def slowly(forward, variables, ids, mask):
     return np.array(rows)
 
 
-@pytest.mark.parametrize("case", ["gpt2"])
+@pytest.mark.parametrize("case", ["gpt2", "llama", "qwen2", "qwen3"])
 def test_greedy_equals_torch(torch_model, case):
     model, params = decoder(case)
     expected = torch_generate(torch_model(case), *batch("left"))
@@ -127,10 +127,19 @@ METHODS = {
 }
 
 
-@pytest.mark.parametrize("method", METHODS)
-def test_methods_are_active(method):
+@pytest.mark.parametrize(
+    ("case", "method"),
+    [
+        *(("gpt2", method) for method in METHODS),
+        ("llama", "lora"),
+        ("llama", "prefix_tuning"),
+        ("qwen2", "prompt_tuning"),
+        ("qwen3", "chain"),
+    ],
+)
+def test_methods_are_active(case, method):
     """What is generated through a cache is what the wrapped model says without one."""
-    model, params = decoder("gpt2")
+    model, params = decoder(case)
     peft = jpeft.apply(params, method=METHODS[method])
     peft = peft.replace(adapter=noised(peft.adapter, 0.5))
     forward = jpeft.wrap(model.apply, peft.method)
@@ -204,9 +213,74 @@ def test_a_key_is_a_text():
     np.testing.assert_array_equal(sharp.tokens, generate(model.apply, {"params": params}, *batch(), max_new_tokens=NEW).tokens)
 
 
+# --- beam search ---
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"num_beams": 3},
+        {"num_beams": 4, "length_penalty": 0.0, "early_stopping": True},
+        {"num_beams": 2, "length_penalty": -1.0},
+        {"num_beams": 3, "length_penalty": 0.5, "early_stopping": "never"},
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("case", ["gpt2", "qwen3"])
+def test_beam_search_equals_torch(torch_model, case, options):
+    import torch
+
+    (model, params), (ids, mask) = decoder(case), batch("left")
+    stops = [9, 21, 39]
+    own = {"beams": options["num_beams"]} | {name: value for name, value in options.items() if name != "num_beams"}
+    got = generate(model.apply, {"params": params}, ids, mask, max_new_tokens=NEW, stop=stops, **own)
+    with torch.no_grad():
+        want = torch_model(case).generate(
+            torch.tensor(ids).long(), attention_mask=torch.tensor(mask), max_new_tokens=NEW, do_sample=False, pad_token_id=1,
+            eos_token_id=stops, output_scores=True, return_dict_in_generate=True, **options,
+        )  # fmt: skip
+    assert (np.asarray(got.lengths) < NEW).any() or options.get("early_stopping") == "never"
+    new = want.sequences[:, ids.shape[1] :].numpy()
+    for tokens, length, expected in zip(got.tokens, got.lengths, new):
+        np.testing.assert_array_equal(tokens[:length], expected[:length])
+        assert (tokens[length:] == 0).all()
+        assert (expected[length:] == 1).all()
+    np.testing.assert_allclose(got.scores, want.sequences_scores.numpy(), rtol=1e-4)
+
+
+@pytest.mark.parametrize("scan", [False, True])
+def test_a_wide_beam_finds_the_best_of_all_texts(scan):
+    model, params = decoder("gpt2", vocab_size=5, scan=scan)
+    prompt, variables = np.array([[3, 4], [1, 2]], np.int32), {"params": params}
+    texts = np.array(np.meshgrid(*[np.arange(5)] * 3, indexing="ij")).reshape(3, -1).T.astype(np.int32)
+    best = []
+    for row in prompt:
+        whole = np.concatenate([np.repeat(row[None], len(texts), 0), texts], 1)
+        log_p = jax.nn.log_softmax(run(model, params, whole)[:, 1:-1])
+        best.append(texts[np.take_along_axis(np.asarray(log_p), texts[..., None], -1).sum((1, 2)).argmax()])
+    got = generate(model.apply, variables, prompt, max_new_tokens=3, beams=25)
+    np.testing.assert_array_equal(got.tokens, best)
+
+
+def test_beam_search_with_a_method():
+    model, params = decoder("qwen3", scan=True)
+    peft = jpeft.apply(params, method=METHODS["chain"])
+    peft = peft.replace(adapter=noised(peft.adapter, 0.5))
+    forward = jpeft.wrap(model.apply, peft.method)
+    left, right = (generate(forward, peft.variables, *batch(side), max_new_tokens=NEW, beams=3) for side in SIDES)
+    np.testing.assert_array_equal(left.tokens, right.tokens)
+    whole = np.concatenate([batch("left")[0], left.tokens], 1)
+    real = np.concatenate([batch("left")[1], np.ones_like(left.tokens)], 1)
+    log_p = jax.nn.log_softmax(jax.jit(forward)(peft.variables, whole, real)[:, -NEW - 1 : -1])
+    scores = np.take_along_axis(np.asarray(log_p), np.asarray(left.tokens)[..., None], -1).sum((1, 2)) / NEW
+    np.testing.assert_allclose(left.scores, scores, rtol=1e-4)
+    plain = generate(forward, peft.variables, *batch("left"), max_new_tokens=NEW)
+    assert (left.scores >= plain.scores / NEW - 1e-5).all()
+
+
 def test_errors():
     model, params = decoder("gpt2")
-    go: Any = lambda **options: generate(model.apply, {"params": params}, *batch(), **({"max_new_tokens": 3} | options))  # pyright: ignore
+    go: Any = lambda **options: generate(model.apply, {"params": params}, *batch(), **({"max_new_tokens": 3} | options))
     key = jax.random.key(0)
     with pytest.raises(ValueError, match="max_new_tokens=0"):
         go(max_new_tokens=0)
@@ -218,6 +292,12 @@ def test_errors():
         go(top_k=0, key=key)
     with pytest.raises(ValueError, match="top_p=1.5"):
         go(top_p=1.5, key=key)
+    with pytest.raises(ValueError, match="beams=1, length_penalty=0.5"):
+        go(length_penalty=0.5)
+    with pytest.raises(ValueError, match="beams=2 looks for the most likely"):
+        go(beams=2, key=key)
+    with pytest.raises(ValueError, match="early_stopping='always'"):
+        go(beams=2, early_stopping="always")
     with pytest.raises(ValueError, match="33 positions, but the position table holds 32"):
         go(max_new_tokens=25)
     assert go(max_new_tokens=24).tokens.shape == (4, 24)

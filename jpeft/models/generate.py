@@ -1,4 +1,4 @@
-"""Text from a decoder: greedy or sampled, with a cache of keys and values, as one compiled program.
+"""Text from a decoder: greedy, sampled or by beam search, with a cache of keys and values, as one compiled program.
 
 The program is one prefill, which runs the prompts and makes the cache, and one `lax.while_loop`, which runs a token at a time until every
 row has met a stop token. It knows nothing of methods: it is given the forward function, plain or wrapped, and the variables.
@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
+from . import beam
 from .decoder import Ids, Mask
 
 
@@ -21,7 +22,7 @@ class Generated(NamedTuple):
 
     tokens: Array  # int32 [batch, max_new_tokens]: the new tokens alone, with the stop token where there was one, then padding
     lengths: Array  # int32 [batch]: how many of them are no padding
-    scores: Array  # float32 [batch]: sum of log p(token) under the model, whatever the temperature
+    scores: Array  # float32 [batch]: sum of log p(token) under the model, whatever the temperature; of beam search divided by its penalty
 
 
 def generate(
@@ -37,11 +38,15 @@ def generate(
     temperature: float | None = None,
     top_k: int | None = None,
     top_p: float | None = None,
+    beams: int = 1,
+    length_penalty: float = 1.0,
+    early_stopping: bool | str = False,
 ) -> Generated:
-    r"""Continue a batch of prompts: the most likely token each time, or with a `key` a random one.
+    r"""Continue a batch of prompts: the most likely token each time, with a `key` a random one, with `beams` the most likely text.
 
     A random token is drawn from ``softmax(z / temperature)``, of which `top_k` keeps the k most likely words and `top_p` then the fewest
-    whose probabilities reach p together, renormalised: Hugging Face's order.
+    whose probabilities reach p together, renormalised: Hugging Face's order. Beam search keeps `beams` open texts for each prompt, and
+    returns that of the highest ``log p(text) / length^length_penalty`` among those that have ended.
 
     Args:
       forward: ``model.apply`` of a language model of `jpeft.models`, or ``jpeft.wrap(model.apply, peft.method)``. It is called as
@@ -57,15 +62,20 @@ def generate(
       temperature: Above 1 flatter, below 1 sharper; 1 if None. May change without a new compilation, like `top_p`.
       top_k: Draw among that many.
       top_p: Draw among the most likely that make up this probability.
+      beams: Number of open texts of beam search; 1 for none. It costs as much time and cache as that many prompts each.
+      length_penalty: Its exponent; above 0 favours long texts, 0 is plain log-likelihood.
+      early_stopping: When it stops before max_new_tokens. True: once as many texts as `beams` have ended. False: once the best open text,
+        at its present length, scores no higher than the worst of these. "never": once no open text can, whatever its length becomes.
 
     Returns:
       A `Generated`: ``tokens``, ``lengths``, ``scores``.
 
     Raises:
-      ValueError: for an option outside its range, or one of sampling without a `key`; from the model, if prompt and continuation do not fit
-        into its position table.
+      ValueError: for an option outside its range, one of sampling without a `key`, or one of beam search without `beams`; from the
+        model, if prompt and continuation do not fit into its position table.
 
-    The cache takes ``2 · layers · batch · (length + max_new_tokens) · kv_heads · head_dim`` numbers of the computation's dtype.
+    The cache takes ``2 · layers · rows · (length + max_new_tokens - 1 + virtual tokens) · kv_heads · head_dim`` numbers of the
+    computation's dtype, with ``batch · beams`` rows; a beam search copies it once more at each step.
 
     >>> import jax, jax.numpy as jnp, jpeft
     >>> from jpeft.models import GPT2Config, GPT2LMHeadModel, generate
@@ -81,6 +91,15 @@ def generate(
     """
     if max_new_tokens < 1:
         raise ValueError(f"max_new_tokens={max_new_tokens} must be at least 1.")
+    if beams < 1 or (beams == 1 and (length_penalty != 1.0 or early_stopping is not False)):
+        raise ValueError(
+            f"beams={beams}, length_penalty={length_penalty}, early_stopping={early_stopping!r}: beams must be at least 1, and the others "
+            "are without effect unless it is more."
+        )
+    if beams > 1 and key is not None:
+        raise ValueError(f"beams={beams} looks for the most likely text and key= asks for random ones; give one of them.")
+    if early_stopping not in (True, False, "never"):
+        raise ValueError(f"early_stopping={early_stopping!r} is not one of True, False, 'never'.")
     given = {"temperature": temperature, "top_k": top_k, "top_p": top_p}
     if key is None and any(value is not None for value in given.values()):
         names = ", ".join(f"{name}={value}" for name, value in given.items() if value is not None)
@@ -89,9 +108,12 @@ def generate(
     input_ids = jnp.asarray(input_ids, jnp.int32)
     mask = jnp.ones(input_ids.shape, bool) if attention_mask is None else jnp.asarray(attention_mask) != 0
     ends = () if stop is None else tuple(int(token) for token in np.atleast_1d(stop))
-    return _sample(
-        forward, dict(variables), input_ids, mask, key, temperature, top_p, new=max_new_tokens, stop=ends, pad=pad, top_k=top_k
-    )  # fmt: skip
+    static: dict[str, Any] = {"new": max_new_tokens, "stop": ends, "pad": pad}
+    if beams > 1:
+        penalty = float(length_penalty)
+        search = {"beams": beams, "length_penalty": penalty, "early_stopping": early_stopping}
+        return _search(forward, dict(variables), input_ids, mask, **static, **search)
+    return _sample(forward, dict(variables), input_ids, mask, key, temperature, top_p, **static, top_k=top_k)
 
 
 def _check_sampling(temperature: Any, top_k: int | None, top_p: Any) -> None:
@@ -185,7 +207,7 @@ def _sample(
             step=state.step + 1,
             tokens=jax.lax.dynamic_update_slice_in_dim(state.tokens, token[:, None], state.step, 1),
             last=token,
-            ended=state.ended | is_any(token, stop),
+            ended=state.ended | jnp.isin(token, jnp.array(stop, jnp.int32)),
             lengths=state.lengths + ~state.ended,
             scores=state.scores + jnp.where(state.ended, 0, score),
             cache=cache,
@@ -209,6 +231,14 @@ def _sample(
     return Generated(state.tokens, state.lengths, state.scores)
 
 
-def is_any(tokens: Int[Array, "..."], these: tuple[int, ...]) -> Array:
-    """Where tokens are one of these."""
-    return jnp.isin(tokens, jnp.array(these, jnp.int32))
+@functools.partial(jax.jit, static_argnames=("forward", "new", "stop", "pad", "beams", "length_penalty", "early_stopping"))
+def _search(forward: Any, variables: Any, ids: Ids, mask: Mask, *, new: int, **options: Any) -> Generated:
+    # The axis of the rows in each leaf of the cache, which differs under `nn.scan`, is the one that grows with the batch.
+    shapes = [
+        jax.eval_shape(lambda ids, mask: _prefill(forward, variables, ids, mask, new)[1], *(jnp.repeat(x, n, 0) for x in (ids, mask)))
+        for n in (1, 2)
+    ]
+    axes = jax.tree.map(lambda one, two: next((i for i, n in enumerate(one.shape) if n != two.shape[i]), -1), *shapes)
+    step = functools.partial(_step, forward, variables)
+    texts = beam.search(*_prefill(forward, variables, ids, mask, new), step, axes, new=new, **options)
+    return Generated(texts.tokens[:, 0], texts.lengths[:, 0], texts.scores[:, 0])
