@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+import tables
 from flax import linen as nn
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
@@ -33,7 +34,9 @@ LENGTH, EXAMPLES, VOCAB, STEPS = 6, 8, 24, 3
 SIZES = dict(vocab_size=VOCAB, hidden_size=WIDTH, num_attention_heads=HEADS, max_position_embeddings=32, initializer_range=0.3)
 ENCODER = BertForSequenceClassification(BertConfig(**SIZES, num_hidden_layers=1, intermediate_size=2 * WIDTH), CLASSES)
 DECODER = GPT2LMHeadModel(GPT2Config(**SIZES, num_hidden_layers=2, scan=True))
-MODELS = {"encoder": ENCODER, "decoder": DECODER}
+# The last one is no family of jpeft.models: heads as axes, layers stacked, sizes that do not divide, and no rules.
+MODELS = {"encoder": ENCODER, "decoder": DECODER, "foreign": tables.MODELS["scan-mha"]}
+RULES = {"encoder": partition_rules(ENCODER), "decoder": partition_rules(DECODER), "foreign": ()}
 # A difference at scattered places of a weight: XLA sums the weight's whole gradient over the batch's parts before it looks these up.
 SUMMED_WHOLE = {"fish_mask"}
 # A factor that all sites share: its gradient is summed over the batch's parts for each site, and over the sites after that.
@@ -252,7 +255,7 @@ def base(model: str) -> Any:
 
 @functools.cache
 def batch() -> dict[str, np.ndarray]:
-    x = np.random.default_rng(0).integers(0, VOCAB, (EXAMPLES, LENGTH)).astype(np.int32)
+    x = np.random.default_rng(0).integers(0, tables.VOCAB, (EXAMPLES, LENGTH)).astype(np.int32)
     return {"x": x, "y": x[:, 0] % CLASSES}
 
 
@@ -288,7 +291,7 @@ def run(name: str, mesh_name: str | None, model: str = "encoder") -> Run:
     if mesh is None:
         opt_state = tx.init(peft.adapter)
     else:
-        peft = sharding.shard(peft, mesh, partition_rules(MODELS[model]))
+        peft = sharding.shard(peft, mesh, RULES[model])
         follow = sharding.state_shardings(jax.eval_shape(tx.init, peft.adapter), peft.adapter)
         opt_state = jax.device_put(tx.init(peft.adapter), follow)
         out = (jax.tree.map(lambda leaf: leaf.sharding, peft.adapter), follow, None)
@@ -345,15 +348,23 @@ def test_collectives_are_read_from_the_program():
 @pytest.mark.parametrize("mesh_name", MESHES)
 @pytest.mark.parametrize("name", REGISTERED)
 def test_a_mesh_trains_like_one_device(name, mesh_name):
-    check(run(name, None), run(name, mesh_name), run("probe", mesh_name), MESHES[mesh_name])
+    check_same(run(name, None), run(name, mesh_name))
+    check_sent(run(name, mesh_name), run("probe", mesh_name), MESHES[mesh_name])
 
 
-@pytest.mark.parametrize("mesh_name", ["tensor"])
-def test_a_mesh_trains_a_stacked_decoder(mesh_name):
-    check(run("lora", None, "decoder"), run("lora", mesh_name, "decoder"), run("probe", mesh_name, "decoder"), MESHES[mesh_name])
+def test_a_mesh_trains_a_stacked_decoder():
+    check_same(run("lora", None, "decoder"), run("lora", "tensor", "decoder"))
+    check_sent(run("lora", "tensor", "decoder"), run("probe", "tensor", "decoder"), MESHES["tensor"])
 
 
-def check(alone: Run, many: Run, needed: Run, sizes: tuple[int, int, int]) -> None:
+def test_a_mesh_trains_a_model_without_rules():
+    check_same(run("lora", None, "foreign"), run("lora", "tensor", "foreign"))
+    leaves = jpeft.flatten(run("lora", "tensor", "foreign").adapter)
+    assert leaves["layers/attn/mha/query/kernel/a"].sharding.spec == P(None, ("fsdp", "tensor"))
+    assert leaves["layers/attn/mha/query/kernel/b"].sharding.spec == P()
+
+
+def check_same(alone: Run, many: Run) -> None:
     np.testing.assert_allclose(many.losses, alone.losses, rtol=1e-5, atol=1e-5)
     chex.assert_trees_all_close(many.adapter, jax.device_get(alone.adapter), rtol=1e-5, atol=1e-5)
     moved = jax.tree.map(lambda a, b: float(jnp.abs(a - b).max()), jax.device_get(many.adapter), jax.device_get(many.peft.adapter))
@@ -368,6 +379,8 @@ def check(alone: Run, many: Run, needed: Run, sizes: tuple[int, int, int]) -> No
         assert len(moments) % 2 == 0
         assert all(moment.sharding.is_equivalent_to(leaf.sharding, leaf.ndim) for moment in moments)
 
+
+def check_sent(many: Run, needed: Run, sizes: tuple[int, int, int]) -> None:
     # What is sent beyond what the base needs for itself is no larger than the adapter, and sums are over adapters alone.
     summary = jpeft.summary(many.peft)
     name = many.peft.method.name
