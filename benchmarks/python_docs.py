@@ -52,7 +52,7 @@ def main() -> None:
         rest = {"output": folder, "methods": methods, "seeds": seeds, "epochs": args.epochs, "keep_best": True, "progress": "none"}
         comparison = compare(CompareConfig(**same, **rest))
         picture = args.results / f"python_docs-{name.rpartition(':')[2]}.png"
-        comparison.plot(picture, title=f"A small decoder on {name}")
+        comparison.plot(picture)
         parts.append(f"## {name}\n\n![perplexity against trained parameters]({picture.name})\n\n{section(comparison, base)}")
     (args.results / "python_docs.md").write_text("\n".join(parts))
     print("\n".join(parts))
