@@ -13,6 +13,8 @@ from jpeft.models import (
     BertForSequenceClassification,
     GPT2Config,
     GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
     load,
     partition_rules,
     save,
@@ -20,10 +22,15 @@ from jpeft.models import (
 )
 
 GPT2 = GPT2Config(vocab_size=30, hidden_size=8, num_hidden_layers=2, num_attention_heads=2, max_position_embeddings=16)
+LLAMA = LlamaConfig(
+    model_type="qwen3", vocab_size=30, hidden_size=8, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, head_dim=4,
+    intermediate_size=12, max_position_embeddings=16,
+)  # fmt: skip
 MODELS = {
     "bert": (BertForSequenceClassification(tiny("bert"), 3), "sequence-classification"),
     "roberta": (BertForSequenceClassification(tiny("roberta"), 3), "sequence-classification"),
     "gpt2": (GPT2LMHeadModel(GPT2), "causal-lm"),
+    "qwen3": (LlamaForCausalLM(LLAMA), "causal-lm"),
 }
 
 
@@ -89,7 +96,7 @@ def test_each_part_is_read_once_and_nothing_else(tmp_path, monkeypatch, name, sc
         stored = weights.Tensors(tmp_path / "model", want.config.model_type)
         for tensor in entry.names:
             assert largest[stored._where[stored._find(tensor)][0]] == per_layer
-    query = jpeft.flatten(got.params)[next(path for path in where if path.endswith(("query/kernel", "c_attn/kernel")))]
+    query = jpeft.flatten(got.params)[next(path for path in where if path.endswith(("query/kernel", "c_attn/kernel", "q_proj/kernel")))]
     assert len({str(shard.index) for shard in query.addressable_shards}) == 4
 
 

@@ -24,6 +24,8 @@ from jpeft.models import (
     BertForSequenceClassification,
     GPT2Config,
     GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
     abstract_params,
     generate,
     partition_rules,
@@ -123,8 +125,10 @@ def test_rules_are_for_one_layer_and_leave_out_what_does_not_divide():
         BertForSequenceClassification(BertConfig(num_hidden_layers=2, model_type="roberta", vocab_size=50266), 2),
         GPT2LMHeadModel(GPT2Config(num_hidden_layers=2, vocab_size=50258)),
         GPT2LMHeadModel(GPT2Config(num_hidden_layers=2, vocab_size=50258, scan=True)),
+        LlamaForCausalLM(LlamaConfig(num_hidden_layers=2, num_key_value_heads=8)),
+        LlamaForCausalLM(LlamaConfig.qwen3_8b(num_hidden_layers=2, scan=True)),
     ],
-    ids=["bert", "bert-scan", "distilbert", "roberta", "gpt2", "gpt2-scan"],
+    ids=["bert", "bert-scan", "distilbert", "roberta", "gpt2", "gpt2-scan", "llama", "qwen3-scan"],
 )
 def test_families_are_split_eightfold(model):
     """Their kernels and word embeddings are by both axes; vectors and position tables, which are not, weigh next to nothing."""
@@ -132,10 +136,10 @@ def test_families_are_split_eightfold(model):
     made = sharding.plan(params, ABSTRACT, partition_rules(model))
     assert made.base == pytest.approx(sum(leaf.size * 4 for leaf in jax.tree.leaves(params)) / 8, rel=0.05)
     assert not any(row.why for row in made.rows)
-    kernels = [row for row in made.rows if re.search("/(layer|h)/.*kernel", row.path)]
+    kernels = [row for row in made.rows if re.search("/(layers?|h)/.*kernel", row.path)]
     assert len(kernels) >= 4
     for row in kernels:
-        first = re.search("(query|key|value|[qkv]_lin|intermediate/dense|lin1|c_attn|c_fc)/kernel", row.path)
+        first = re.search("(query|key|value|[qkv]_lin|intermediate/dense|lin1|c_attn|c_fc|[qkv]_proj|gate_proj|up_proj)/kernel", row.path)
         assert row.spec[-2:] == (("fsdp", "tensor") if first else ("tensor", "fsdp")), row
 
 
