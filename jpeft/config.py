@@ -67,8 +67,8 @@ class Settings:
     accumulate: int = 1
     # Type the model computes in; parameters stay float32.
     dtype: Literal["float32", "bfloat16"] = "float32"
-    # Recompute activations in the backward pass, to save memory.
-    remat: bool = False
+    # Recompute activations in the backward pass, to save memory; "dots" keeps the products of matrices, and costs next to no time.
+    remat: bool | Literal["dots"] = False
     # Run the layers as one scanned loop, to compile faster.
     scan: bool = False
     # Devices by axis, e.g. data=2,fsdp=4 or fsdp=-1 (-1: what is left); none for one device. data and fsdp split the batch, fsdp and tensor

@@ -157,7 +157,7 @@ def stacked(params, layers):
 def test_gradients_do_not_depend_on_scan_and_remat(family):
     params = random_params(BertForSequenceClassification(tiny(family), 3))
     grads = {}
-    for variant, options in VARIANTS.items():
+    for variant, options in (VARIANTS | {"remat-dots": {"remat": "dots"}}).items():
         config = tiny(family, **options)
         model, inputs = BertForSequenceClassification(config, 3), batch(config)
         loss = lambda p, model=model, inputs=inputs: (model.apply({"params": p}, *inputs) ** 2).sum()
@@ -167,6 +167,16 @@ def test_gradients_do_not_depend_on_scan_and_remat(family):
     for path, expected in grads.pop("plain").items():
         for variant, grad in grads.items():
             np.testing.assert_allclose(grad[path], expected, rtol=1e-3, atol=1e-3, err_msg=f"{variant} {path}")
+
+
+def test_remat_of_all_but_the_products_computes_none_of_them_again():
+    def products(remat):
+        config = tiny("bert", remat=remat)
+        model, inputs = BertModel(config), batch(config)
+        loss = lambda p, *inputs: (model.apply({"params": p}, *inputs).last_hidden_state ** 2).sum()
+        return jax.jit(jax.grad(loss)).lower(abstract_params(model), *inputs).as_text().count("stablehlo.dot_general")
+
+    assert products(True) > products("dots") == products(False)
 
 
 @pytest.mark.parametrize("scan", [False, True])

@@ -12,7 +12,7 @@ import uuid
 import zlib
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import flax.linen as nn
 import jax
@@ -63,7 +63,7 @@ def load(
     num_labels: int | None = None,
     dtype: Any = jnp.float32,
     param_dtype: Any = jnp.float32,
-    remat: bool = False,
+    remat: bool | Literal["dots"] = False,
     scan: bool = False,
     fresh_head: bool = False,
     key: jax.Array | None = None,
@@ -80,7 +80,7 @@ def load(
       num_labels: instead of `labels`, if they have no names.
       dtype: of the computation.
       param_dtype: of the parameters, whatever the checkpoint's.
-      remat: recompute each block in the backward pass.
+      remat: recompute each block in the backward pass; "dots" stores the products of matrices, and recomputes what lies between them.
       scan: stack the layers' parameters and trace one block.
       fresh_head: initialise the head anew although the checkpoint has one.
       key: for what is freshly initialised; `jax.random.key(0)` if None.

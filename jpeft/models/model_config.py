@@ -1,7 +1,7 @@
 """What the configurations of all families have in common."""
 
 import dataclasses
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import jax.numpy as jnp
 
@@ -30,7 +30,9 @@ class ModelConfig:
     pad_token_id: int | None = None
     dtype: Any = jnp.float32  # of the computation; softmax and the statistics of norms are always float32
     param_dtype: Any = jnp.float32
-    remat: bool = False  # recompute each block in the backward pass instead of storing its activations
+    # Recompute each block in the backward pass instead of storing its activations: all of it, or with "dots" what lies between the products
+    # of matrices, which are stored. That costs next to no time, and saves less.
+    remat: bool | Literal["dots"] = False
     scan: bool = False  # one traced block over parameters stacked on axis 0, instead of `num_hidden_layers` blocks
 
     def __post_init__(self):
@@ -40,6 +42,8 @@ class ModelConfig:
             raise ValueError(f"unknown model_type {self.model_type!r}; supported: {', '.join(self.HF_FIELDS)}")
         if self.hidden_act not in ACTIVATIONS:
             raise ValueError(f"unknown hidden_act {self.hidden_act!r}; supported: {', '.join(ACTIVATIONS)}")
+        if self.remat not in (False, True, "dots"):
+            raise ValueError(f"remat={self.remat!r} is not one of False, True, 'dots'")
 
     @property
     def max_length(self) -> int:

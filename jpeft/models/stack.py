@@ -4,6 +4,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import flax.linen as nn
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
@@ -33,7 +34,8 @@ def stack(config: ModelConfig, block: type[nn.Module], name: str | None = None) 
     """What holds the parameters of all blocks: `Blocks`, or one block to be scanned. ``block(config)(hidden, context, deterministic)``."""
     if config.remat:
         # Argument 3 is `deterministic` (0 is self). Inside a scan nothing can be merged, so no barrier is needed.
-        block = nn.remat(block, static_argnums=(3,), prevent_cse=not config.scan)
+        policy = jax.checkpoint_policies.dots_saveable if config.remat == "dots" else None
+        block = nn.remat(block, static_argnums=(3,), prevent_cse=not config.scan, policy=policy)
     return block(config, name=name) if config.scan else Blocks(config, block, name=name)
 
 
