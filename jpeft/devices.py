@@ -54,7 +54,8 @@ def find_mesh(settings: Settings) -> Mesh | None:
     """
     if settings.mesh is None:
         return None
-    mesh = sharding.make_mesh(**sharding.parse_mesh(settings.mesh))
+    sizes: dict[str, Any] = sharding.parse_mesh(settings.mesh)
+    mesh = sharding.make_mesh(**sizes)
     parts, rows = mesh.size // mesh.shape["tensor"], settings.batch_size // settings.accumulate
     if rows % parts:
         what = "batch_size" if settings.accumulate == 1 else "batch_size / accumulate"

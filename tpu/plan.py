@@ -104,11 +104,11 @@ def make_model(args: Args) -> Any:
       ValueError: for an unknown name, or a configuration of no family here.
     """
     numerics: dict[str, Any] = dict(dtype=jnp.dtype(args.dtype), param_dtype=jnp.dtype(args.dtype), scan=True, remat=True)
-    sizes = {name: value for name in SIZES if (value := getattr(args, name)) is not None}
+    sizes: dict[str, Any] = {name: value for name in SIZES if (value := getattr(args, name)) is not None}
     if args.config is None:
         if args.model not in PRESETS:
             raise ValueError(f"model {args.model!r} is not one of {', '.join(PRESETS)}; give its --config, a config.json")
-        own = dict(num_key_value_heads=KV_HEADS, max_position_embeddings=131072)
+        own: dict[str, Any] = dict(num_key_value_heads=KV_HEADS, max_position_embeddings=131072)
         return LlamaForCausalLM(LlamaConfig(**(PRESETS[args.model] | own | sizes | numerics)))
     from transformers import AutoConfig
 
