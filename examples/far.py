@@ -7,6 +7,7 @@ optimizer's state for both, the loss, and that merged weights of frozen neurons 
 """
 
 import argparse
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -58,7 +59,7 @@ for name, end in (("priming", round(args.priming * args.steps)), ("learners", ar
     if name == "learners":
         peft = jpeft.advance(peft)  # from priming to learners: the movement since the beginning decides
     step, opt_state = compiled(peft)
-    cost = step.cost_analysis()
+    cost: Any = step.cost_analysis()
     print(
         f"{name:9} trains {jpeft.summary(peft).trained:,}: {cost['flops'] / 1e6:.0f} MFLOP a step, "
         f"{nbytes(peft.adapter) / 1e3:.0f} kB of gradients, {nbytes(opt_state) / 1e3:.0f} kB of optimizer state"

@@ -37,7 +37,7 @@ pairs = data.splits("builtin:summaries")
 
 def encode(table: data.Table, rows: int) -> dict[str, np.ndarray]:
     """Rows [text target EOS], and for each position the token that it predicts: targets only, -100 elsewhere."""
-    few = data.Table(text=table.text[:rows], target=table.target[:rows])
+    few = data.Table(text=table.text[:rows], target=(table.target or [])[:rows])
     return generation.encode(few, tokenizer, labels=(), max_length=args.max_length)
 
 

@@ -8,6 +8,7 @@ loss of each after training, the best, and the time of one joint step beside tha
 
 import argparse
 import time
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -50,7 +51,7 @@ tx = optax.inject_hyperparams(lambda learning_rate: jpeft.optimizer(optax.adamw(
 
 def init(adapter, rate):
     """The optimizer state of one adapter at its rate."""
-    state = tx.init(adapter)
+    state: Any = tx.init(adapter)
     return state._replace(hyperparams=state.hyperparams | {"learning_rate": rate})
 
 

@@ -129,8 +129,10 @@ def prepare(config: TrainConfig) -> Setup:
     if (config.patience or config.keep_best) and "validation" not in splits:
         raise ValueError("patience and keep_best need a validation split, which the data has not")
 
+    apply: Callable[..., Any] = loaded.model.apply
+
     def forward(params: PyTree, inputs: dict[str, Array]) -> Array:
-        return loaded.model.apply({"params": params}, **inputs, deterministic=True)  # pyright: ignore[reportReturnType]
+        return apply({"params": params}, **inputs, deterministic=True)
 
     available = statistics(config, task, splits["train"], forward, loaded.params)
     # For methods that start from the names of the labels.
