@@ -76,8 +76,10 @@ def tiny(tmp_path_factory) -> dict[str, Path]:
     }
 
 
-def test_every_example_is_run():
-    assert {path.name for path in EXAMPLES.glob("*.py")} == SMALL.keys() | ELSEWHERE
+def test_every_example_is_run_and_listed():
+    names = {path.name for path in EXAMPLES.glob("*.py")}
+    assert names == SMALL.keys() | ELSEWHERE
+    assert set(re.findall(r"\]\((\w+\.py)\)", (EXAMPLES / "README.md").read_text())) == names
 
 
 @pytest.mark.parametrize("name", SMALL)
