@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from tables import MODELS, base, batch, case, information, noised
+from tables import MODELS, base, batch, case, noised
 
 import jpeft
 from jpeft.models import abstract_params
@@ -156,13 +156,70 @@ def test_abstract_parameters_with_concrete_stats():
     chex.assert_trees_all_equal_shapes_and_dtypes(abstract.adapter, jpeft.apply(PARAMS, "fish_mask", sparsity=0.4, stats=stats).adapter)
 
 
-def test_choosing_anew_begins_from_what_was_learnt():
-    stats = information("plain")
-    peft = case("fish_mask", "plain").noisy
-    again = jpeft.apply(jpeft.merge(peft), method=peft.method, stats=stats)
-    again_logits = MODELS["plain"].apply({"params": jpeft.merge(again)}, batch()["x"])
-    chex.assert_trees_all_close(again_logits, case("fish_mask", "plain").forward(peft.variables, batch()["x"]), atol=1e-5)
-    assert chosen(again) == chosen(peft)
+# --- choosing anew -------------------------------------------------------------------------------------------------------------------
+
+
+def refreshed(times=2):
+    """An adapter after each of its masks, noise as what was learnt under each."""
+    peft = jpeft.apply(PARAMS, method="fish_mask", sparsity=0.4, refresh=times, stats=scores())
+    out = [peft]
+    for seed in range(1, times + 1):
+        trained = {
+            p: leaf + 0.1 if p.endswith("values") and "kept" not in p else leaf for p, leaf in jpeft.flatten(out[-1].adapter).items()
+        }
+        out[-1] = out[-1].replace(adapter=jpeft.unflatten(trained))
+        out.append(jpeft.advance(out[-1], stats=scores(seed)))
+    return out
+
+
+def test_a_new_mask_changes_nothing_yet_and_chooses_as_the_first():
+    first, second, third = refreshed()
+    for before, seed in ((first, 1), (second, 2)):
+        after = jpeft.advance(before, stats=scores(seed))
+        chex.assert_trees_all_equal(jpeft.merge(after), jpeft.merge(before))
+        fresh = jpeft.apply(PARAMS, method="fish_mask", sparsity=0.4, stats=scores(seed))
+        assert {path: at for path, at in chosen(after).items() if "kept" not in path} == chosen(fresh)
+    assert [p.method for p in (first, second, third)] == [jpeft.fish_mask(sparsity=0.4, refresh=n) for n in (2, 1, 0)]
+    assert [[stage.share for stage in p.method.stages] for p in (first, second, third)] == [[1 / 3, 1 / 3], [1 / 2], []]
+
+
+def test_what_was_learnt_is_kept_or_goes_on():
+    _, second, third = refreshed()
+    entries = lambda peft: {(path.removesuffix("/kept"), i) for path, at in chosen(peft).items() for i in at}
+    new = lambda seed: {
+        (path, i) for path, at in chosen(jpeft.apply(PARAMS, "fish_mask", sparsity=0.4, stats=scores(seed))).items() for i in at
+    }
+    assert entries(second) == new(0) | new(1)
+    assert entries(third) == new(0) | new(1) | new(2)
+    assert new(0) & new(1), "some entries are chosen again"
+    labels = jpeft.flatten(third.method.labels(third.adapter))
+    assert {path for path, label in labels.items() if label == "train"} == {
+        path for path in labels if path.startswith("classifier") or (path.endswith("values") and "kept" not in path)
+    }
+    s = jpeft.summary(third)
+    assert s.trained == int(46 * 0.4)
+    assert s.changed == len(entries(third)) + 10
+    merged = jpeft.merge(third)
+    different = sum(int((np.asarray(a) != np.asarray(b)).sum()) for a, b in zip(*map(jax.tree.leaves, (merged, PARAMS)), strict=True))
+    assert different == len(new(0) | new(1))  # the third mask has not been trained yet, and no noise was put on the head
+
+
+def test_a_refreshed_adapter_is_saved_and_loaded(tmp_path):
+    for i, peft in enumerate(refreshed()):
+        jpeft.save(tmp_path / str(i), peft)
+        loaded = jpeft.load(tmp_path / str(i), PARAMS)
+        assert loaded.method == peft.method
+        chex.assert_trees_all_equal(loaded.adapter, peft.adapter)
+
+
+def test_a_refresh_needs_statistics():
+    peft, stats = refreshed(1)[0], scores(1)
+    with pytest.raises(ValueError, match="stage 'refresh' of fish_mask needs 'fisher' statistics of the current model"):
+        jpeft.advance(peft)
+    with pytest.raises(ValueError, match="call jpeft.advance outside of jit"):
+        jax.eval_shape(lambda p: jpeft.advance(p, stats=stats), peft)
+    with pytest.raises(ValueError, match="refresh=-1 must not be negative"):
+        jpeft.fish_mask(refresh=-1)
 
 
 # --- on disk -------------------------------------------------------------------------------------------------------------------------

@@ -16,7 +16,7 @@ from jpeft.snapshot import Snapshots
 from jpeft.train import prepare, train
 
 # Each method of several stages, with options for a model of 5000 parameters.
-STAGED = {"diff_pruning": ("sparsity=0.1", "l0=1e-5"), "far": ()}
+STAGED = {"diff_pruning": ("sparsity=0.1", "l0=1e-5"), "far": (), "fish_mask": ("sparsity=0.1", "refresh=2")}
 
 
 @pytest.fixture(scope="module")

@@ -4,9 +4,10 @@ import functools
 from typing import Any
 
 import jax
+import numpy as np
 
 from .. import tree
-from ..method import Method, factory, not_head, with_head
+from ..method import Method, Stage, factory, not_head, with_head
 from . import sparse
 
 
@@ -14,6 +15,7 @@ from . import sparse
 def fish_mask(
     *,
     sparsity: float = 0.005,
+    refresh: int = 0,
     head: str | None = "auto",
 ) -> Method:
     r"""FishMask: ``theta = theta_0 + m * delta``, m = 1 for the k weights of highest Fisher information, fixed before training.
@@ -24,6 +26,9 @@ def fish_mask(
     Args:
       sparsity: Share of the parameters that may change; 0.005 is the paper's main setting. The head is trained whole and counted inside:
         ``k = int(total * sparsity) - |head|``.
+      refresh: How many times the mask is chosen anew in training, after equal parts of the steps, by the Fisher information of the model
+        as it then is (`jpeft.advance` with new ``stats``). What was learnt stays: entries chosen again go on, all others are kept as they
+        are and no longer trained, so up to ``(refresh + 1) k`` entries differ from the base in the end.
       head: Task head to train along: "auto", a regex, or None.
 
     Returns:
@@ -31,8 +36,8 @@ def fish_mask(
       (`jpeft.stats.fisher`), as arrays; the parameters may be abstract.
 
     Raises:
-      ValueError: for a sparsity outside (0, 1]; from `init`, without stats, or if they are abstract, of another model, or zero outside the
-        head, or if the head uses up the budget.
+      ValueError: for a sparsity outside (0, 1] or a negative refresh; from `init`, without stats, or if they are abstract, of another
+        model, or zero outside the head, or if the head uses up the budget.
 
     >>> import jax.numpy as jnp, jpeft
     >>> from jpeft.stats import fisher
@@ -43,9 +48,6 @@ def fish_mask(
     >>> peft.adapter["kernel"]["indices"]
     Array([[2., 3.]], dtype=float32)
 
-    To choose anew now and then, as the paper does to save communication, merge what was learnt and begin again from there:
-    ``jpeft.apply(jpeft.merge(peft), method=peft.method, stats=fisher(losses, jpeft.merge(peft), batches))``.
-
     Reference: Sung, Nair and Raffel, Training Neural Networks with Fixed Sparse Masks, 2021, https://arxiv.org/abs/2111.09839.
 
     Differs from the authors' code, which multiplies dense gradients by the mask before the optimizer's step, so that weight decay still
@@ -54,8 +56,10 @@ def fish_mask(
     if not 0 < sparsity <= 1:
         raise ValueError(f"sparsity={sparsity} must be a share of the parameters, above 0 and at most 1.")
 
-    def init_fn(key: jax.Array, params: tree.Params, *, stats: Any = None) -> tree.Adapter:
-        del key
+    if refresh < 0:
+        raise ValueError(f"refresh={refresh} must not be negative: it counts how often the mask is chosen anew.")
+
+    def choose(params: tree.Params, stats: Any) -> dict[str, np.ndarray]:
         leaves = not_head(params, head)
         scores = sparse.concrete(leaves, stats, "fish_mask", _HOW)
         if not any(score.any() for score in scores.values()):
@@ -63,8 +67,17 @@ def fish_mask(
                 "fish_mask: the Fisher information is zero everywhere outside the head, so it says nothing about what to train. "
                 "A head that begins at zero passes no gradient on: give it small random values before taking the statistics."
             )
-        chosen = sparse.choose(scores, sparse.budget(params, sparsity, head))
-        return tree.unflatten(sparse.leaves(leaves, chosen))
+        return sparse.choose(scores, sparse.budget(params, sparsity, head))
+
+    def init_fn(key: jax.Array, params: tree.Params, *, stats: Any = None) -> tree.Adapter:
+        del key
+        return tree.unflatten(sparse.leaves(not_head(params, head), choose(params, stats)))
+
+    def refresh_fn(params: tree.Params, adapter: tree.Adapter, *, key: jax.Array, stats: Any = None) -> tuple[Method, tree.Adapter]:
+        del key
+        replaced, beside, _ = tree.split(params, adapter)
+        anew = sparse.chosen_anew(not_head(params, head), beside, choose(params, stats), "fish_mask")
+        return fish_mask(sparsity=sparsity, refresh=refresh - 1, head=head), tree.unflatten(replaced | anew)
 
     return Method(
         init=with_head(init_fn, head),
@@ -74,6 +87,7 @@ def fish_mask(
         changed=sparse.changed,
         shapes=functools.partial(sparse.shapes, sparsity=sparsity, head=head),
         needs="fisher",
+        stages=tuple(Stage("refresh", 1 / (refresh + 1), refresh_fn, needs="fisher") for _ in range(refresh)),
     )
 
 

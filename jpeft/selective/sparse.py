@@ -1,7 +1,8 @@
 """Sparse differences: a few entries of a weight that are trained, and nothing of the size of the weight.
 
 Beside a base leaf stand ``values`` [k], which are trained, and ``indices`` [digits, k], which are not. The bound leaf is the base with the
-values *added* at the indices. Differences rather than new weights, because they add up with what another method of a chain has changed, are
+values *added* at the indices. Under ``kept`` may stand a second such pair, which is not trained: what was learnt before the entries were
+chosen anew. Differences rather than new weights, because they add up with what another method of a chain has changed, are
 decayed towards the pretrained weight and not towards zero, and stay float32 beside a bfloat16 base, whose own steps would round them away.
 
 The indices are whole numbers in float32. JAX does not differentiate a tree with integer leaves, and an adapter is exactly what users, the
@@ -11,7 +12,7 @@ need one, but those of small integers are subnormal numbers, which XLA flushes t
 their label is "freeze", so an optimizer made by `jpeft.optimizer` keeps neither state nor updates for them.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import jax
@@ -24,7 +25,7 @@ from ..method import FREEZE, TRAIN
 from ..select import head_leaves
 
 DIGIT = 2**24
-VALUES, INDICES = "values", "indices"
+VALUES, INDICES, KEPT = "values", "indices", "kept"
 
 
 # --- choosing ------------------------------------------------------------------------------------------------------------------------
@@ -111,6 +112,52 @@ def leaves(base: Mapping[str, Any], chosen: Mapping[str, np.ndarray], values: Ma
     return out
 
 
+def chosen_anew(
+    base: Mapping[str, Any], beside: Mapping[str, Mapping[str, Any]], chosen: Mapping[str, np.ndarray], name: str
+) -> dict[str, Any]:
+    """The adapter's leaves by path after another choice of entries: the bound parameters stay as they are.
+
+    An entry that was chosen before, whether trained last or kept, goes on from its difference; differences of entries that are not chosen
+    again are kept.
+
+    Args:
+      base: The base's leaves by path.
+      beside: What stands beside them now.
+      chosen: The new choice, as from `choose`.
+      name: The method, for the message.
+
+    Raises:
+      ValueError: if the adapter is abstract.
+    """
+    old: dict[str, tuple[np.ndarray, np.ndarray]] = {}
+    for path, part in beside.items():
+        pairs = list(_pairs(part))
+        if any(isinstance(leaf, (Tracer, jax.ShapeDtypeStruct)) for pair in pairs for leaf in pair):
+            raise ValueError(f"{name}: the entries are chosen anew by their values: call jpeft.advance outside of jit and eval_shape.")
+        old[path] = np.concatenate([np.asarray(decode(i)) for i, _ in pairs]), np.concatenate([np.asarray(v) for _, v in pairs])
+    out: dict[str, Any] = {}
+    for path in base:
+        index, values = old.get(path, (np.zeros(0, np.int32), np.zeros(0, np.float32)))
+        new = chosen.get(path, np.zeros(0, np.int64))
+        if new.size:
+            dense = np.zeros(base[path].size, values.dtype)
+            dense[index] = values
+            out |= leaves({path: base[path]}, {path: new}, {path: dense})
+        stays = ~np.isin(index, new)
+        if stays.any():
+            order = np.argsort(index[stays])
+            out[f"{path}/{KEPT}/{VALUES}"] = jnp.asarray(values[stays][order])
+            out[f"{path}/{KEPT}/{INDICES}"] = encode(index[stays][order], base[path].size)
+    return out
+
+
+def _pairs(part: Mapping[str, Any]) -> Iterator[tuple[Any, Any]]:
+    """``(indices, values)``: of what is kept, and of what is trained."""
+    for pair in (part.get(KEPT, {}), part):
+        if VALUES in pair:
+            yield pair[INDICES], pair[VALUES]
+
+
 # --- indices -------------------------------------------------------------------------------------------------------------------------
 
 
@@ -138,25 +185,32 @@ def bind(params: tree.Params, adapter: tree.Adapter, *, rng: jax.Array | None = 
 
     def add(path: str, leaf: Any, beside: dict[str, Any]) -> Any:
         del path
-        # One coordinate for each axis, not a reshape to a vector, which would gather a sharded leaf.
-        at = jnp.unravel_index(decode(beside[INDICES]), leaf.shape)
-        new = leaf[at].astype(beside[VALUES].dtype) + beside[VALUES]
-        return leaf.at[at].set(new.astype(leaf.dtype), indices_are_sorted=True, unique_indices=True)
+        for indices, values in _pairs(beside):
+            # One coordinate for each axis, not a reshape to a vector, which would gather a sharded leaf.
+            at = jnp.unravel_index(decode(indices), leaf.shape)
+            new = leaf[at].astype(values.dtype) + values
+            leaf = leaf.at[at].set(new.astype(leaf.dtype), indices_are_sorted=True, unique_indices=True)
+        return leaf
 
     return tree.fold(params, adapter, add)
 
 
 def labels(adapter: tree.Adapter) -> Any:
-    """All is trained but the indices."""
+    """All is trained but the indices, and what is kept."""
     flat = tree.flatten(adapter)
-    fixed = lambda path: path.endswith(f"/{INDICES}") and f"{path.removesuffix(INDICES)}{VALUES}" in flat
+
+    def fixed(path: str) -> bool:
+        owner, _, name = path.rpartition("/")
+        paired = name in (VALUES, INDICES) and {f"{owner}/{VALUES}", f"{owner}/{INDICES}"} <= flat.keys()
+        return paired and (name == INDICES or owner.endswith(f"/{KEPT}"))
+
     return tree.unflatten({path: FREEZE if fixed(path) else TRAIN for path in flat})
 
 
 def changed(params: tree.Params, adapter: tree.Adapter) -> int:
-    """The values, and the dense head."""
+    """The values, those that are kept included, and the dense head."""
     replaced, beside, _ = tree.split(params, adapter)
-    return tree.size(replaced) + sum(part[VALUES].size for part in beside.values())
+    return tree.size(replaced) + sum(values.size for part in beside.values() for _, values in _pairs(part))
 
 
 def shapes(params: tree.Params, adapter: tree.Adapter, *, sparsity: float, head: str | None) -> tree.Adapter:
@@ -168,13 +222,19 @@ def shapes(params: tree.Params, adapter: tree.Adapter, *, sparsity: float, head:
     flat = tree.flatten(params)
     _, beside, _ = tree.split(params, adapter)
     out: dict[str, Any] = {path: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for path, leaf in head_leaves(params, head).items()}
+    held = 0
     for path, part in beside.items():
-        k, size = part[VALUES].size if VALUES in part else 0, flat[path].size
-        out[f"{path}/{VALUES}"] = jax.ShapeDtypeStruct((k,), jnp.promote_types(flat[path].dtype, jnp.float32))
-        out[f"{path}/{INDICES}"] = jax.ShapeDtypeStruct((_digits(size), k), jnp.float32)
-        if INDICES in part and part[INDICES].ndim == 2 and k and int(decode(part[INDICES]).max()) >= size:
-            raise ValueError(f"it changes entry {int(decode(part[INDICES]).max()):,} of '{path}', which has {size:,}.")
-    held, keep = sum(leaf.size for path, leaf in out.items() if path.endswith(f"/{VALUES}")), budget(params, sparsity, head)
+        size, pairs = flat[path].size, {path: part}
+        if KEPT in part:
+            pairs = {f"{path}/{KEPT}": part[KEPT]} | ({path: part} if VALUES in part else {})
+        for owner, pair in pairs.items():
+            k = pair[VALUES].size if VALUES in pair else 0
+            held += k if owner == path else 0
+            out[f"{owner}/{VALUES}"] = jax.ShapeDtypeStruct((k,), jnp.promote_types(flat[path].dtype, jnp.float32))
+            out[f"{owner}/{INDICES}"] = jax.ShapeDtypeStruct((_digits(size), k), jnp.float32)
+            if INDICES in pair and pair[INDICES].ndim == 2 and k and int(decode(pair[INDICES]).max()) >= size:
+                raise ValueError(f"it changes entry {int(decode(pair[INDICES]).max()):,} of '{path}', which has {size:,}.")
+    keep = budget(params, sparsity, head)
     if held != keep:
         raise ValueError(f"it changes {held:,} entries, where sparsity={sparsity} of this base is {keep:,}.")
     return tree.unflatten(out)
