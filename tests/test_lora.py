@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import linen as nn
-from tables import compiled_flops, noised
+from tables import batch, case, compiled_flops, noised
 
 import jpeft
 
@@ -233,6 +233,20 @@ def test_two_view_step_flops():
     )
     assert step < 1.06 * 2 * forward
     assert merged > 1.3 * 2 * forward
+
+
+def test_views_agree_around_another_method():
+    """A bottleneck between LoRA and the layer bends the layer's outputs, so the branch is added behind it, whichever view is asked for."""
+    cell = case("lora", "plain")
+    results = []
+    for view in ("factored", "two-view"):
+        method = jpeft.chain(adapter=jpeft.adapter(size=3, std=0.5), lora=jpeft.lora(rank=2, target=["out", "down"], view=view))
+        peft = jpeft.apply(cell.params, method=method)
+        peft = peft.replace(adapter=noised(peft.adapter, scale=0.3))
+        forward = jpeft.wrap(cell.model.apply, method)
+        loss = lambda a, peft=peft, forward=forward: jnp.sum(jnp.sin(forward(peft.replace(adapter=a).variables, batch()["x"])))
+        results.append(jax.jit(jax.value_and_grad(loss))(peft.adapter))
+    chex.assert_trees_all_close(*results, atol=1e-5)
 
 
 @pytest.mark.slow

@@ -112,7 +112,8 @@ def lora(
         if dropout and rng is not None and jnp.issubdtype(x.dtype, jnp.floating):
             keep = jax.random.bernoulli(rng, 1 - dropout, x.shape)
             return two_view.factored(layer, linear, s, inputs, jnp.where(keep, x / (1 - dropout), 0).astype(x.dtype), a, b)
-        if two_view.applies(layer, linear, inputs, a) if view == "auto" else view == "two-view":
+        # With the middleware of another method in between, a bottleneck say, what comes out is no longer linear in the kernel.
+        if not layer.beneath and (two_view.applies(layer, linear, inputs, a) if view == "auto" else view == "two-view"):
             return two_view.two_view(layer, linear, s, inputs, a, b)
         return two_view.factored(layer, linear, s, inputs, x, a, b)
 
