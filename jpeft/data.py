@@ -581,22 +581,49 @@ def batches(arrays: Mapping[str, np.ndarray], batch_size: int, *, seed: int) -> 
     >>> sorted(np.concatenate([ds[step]["x"] for step in range(5)]).tolist())    # two epochs
     [0, 0, 1, 1, 2, 2, 3, 3, 4, 4]
     """
+    return batch_rows(arrays, batch_size, seed=seed).map(functools.partial(_take, dict(arrays)))
+
+
+def _take(arrays: dict[str, np.ndarray], rows: np.ndarray) -> dict[str, np.ndarray]:
+    return {name: column[rows] for name, column in arrays.items()}
+
+
+def batch_rows(arrays: Mapping[str, np.ndarray], batch_size: int, *, seed: int) -> grain.MapDataset:
+    """The numbers of the rows in each batch of `batches`, for processes that read only a part of it.
+
+    Args:
+      arrays: As for `batches`, and so the rest.
+      batch_size: Rows B of a batch.
+      seed: Of the shuffling.
+
+    Returns:
+      A `grain.MapDataset` of arrays [B].
+
+    Raises:
+      ValueError: as `batches`.
+
+    >>> import numpy as np
+    >>> from jpeft.data import batch_rows, batches
+    >>> x = np.arange(5) * 10
+    >>> bool((x[batch_rows({"x": x}, 2, seed=0)[7]] == batches({"x": x}, 2, seed=0)[7]["x"]).all())
+    True
+    """
     size = _size(arrays, batch_size)
     if size == 0:
         raise ValueError("no rows to train on")
     if not 0 <= seed < 2**32:
         raise ValueError(f"seed must be a whole number from 0 to 2^32 - 1, got {seed}")
-    take = functools.partial(_batch, arrays=dict(arrays), size=size, batch_size=batch_size, seed=seed)
+    take = functools.partial(_batch_rows, size=size, batch_size=batch_size, seed=seed)
     return grain.MapDataset.range(sys.maxsize // batch_size).map(take)
 
 
-def _batch(step: int, *, arrays: dict[str, np.ndarray], size: int, batch_size: int, seed: int) -> dict[str, np.ndarray]:
+def _batch_rows(step: int, *, size: int, batch_size: int, seed: int) -> np.ndarray:
     position = np.arange(step * batch_size, (step + 1) * batch_size)  # in the endless stream
     epoch, offset = np.divmod(position, size)
     rows = np.empty(batch_size, np.int64)
     for number in range(int(epoch[0]), int(epoch[-1]) + 1):
         rows[epoch == number] = _order(size, seed, number)[offset[epoch == number]]
-    return {name: column[rows] for name, column in arrays.items()}
+    return rows
 
 
 # Not grain's shuffle: it takes milliseconds an example on small data sets and gives epoch 1 of seed 0 and epoch 0 of

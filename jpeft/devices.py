@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
+import numpy as np
 import optax
 from jax.sharding import Mesh
 from jaxtyping import PyTree
@@ -36,10 +37,17 @@ class Devices:
         """A batch, split by examples."""
         return batch if self.mesh is None else sharding.shard_batch(batch, self.mesh)
 
+    def rows(self, arrays: Mapping[str, np.ndarray], rows: np.ndarray) -> PyTree:
+        """The batch of these rows, split by examples; of several processes each reads its own rows only."""
+        if self.mesh is None:
+            return {name: column[rows] for name, column in arrays.items()}
+        return sharding.shard_rows(arrays, rows, self.mesh)
+
     def state(self, tx: optax.GradientTransformation, adapter: PyTree) -> PyTree:
         """A new optimizer state beside its adapter."""
-        state = tx.init(adapter)
-        return state if self.mesh is None else jax.device_put(state, sharding.state_shardings(state, adapter))
+        if self.mesh is None:
+            return tx.init(adapter)
+        return jax.jit(tx.init, out_shardings=sharding.state_shardings(jax.eval_shape(tx.init, adapter), adapter))(adapter)
 
     def places(self, *trees: PyTree) -> PyTree:
         """Where these are, for the first outputs of a jitted function that gives one more; None leaves it to XLA."""
@@ -53,6 +61,10 @@ def find_mesh(settings: Settings) -> Mesh | None:
         ValueError: if it does not fit the devices there are, or the batch does not fit it.
     """
     if settings.mesh is None:
+        if jax.process_count() > 1:
+            raise ValueError(
+                f"{jax.process_count()} processes train one model on a mesh of all their devices: give one, e.g. mesh='data=-1'"
+            )
         return None
     sizes: dict[str, Any] = sharding.parse_mesh(settings.mesh)
     mesh = sharding.make_mesh(**sizes)

@@ -9,7 +9,7 @@ import jax
 import numpy as np
 from jaxtyping import PyTree
 
-from jpeft import data
+from jpeft import data, distributed
 from jpeft.peft import Peft
 from jpeft.task import Arrays, Decoding, Task, model_inputs
 
@@ -60,5 +60,5 @@ class Evaluator:
         parts = []
         for index, batch in enumerate(data.eval_batches(arrays, self.batch_size)):
             rows = batch["weight"] > 0
-            parts.append(jax.tree.map(lambda x, rows=rows: np.asarray(x)[rows], jax.device_get(run(self._put(batch), index))))
+            parts.append(jax.tree.map(lambda x, rows=rows: np.asarray(x)[rows], distributed.whole(run(self._put(batch), index))))
         return jax.tree.map(lambda *columns: np.concatenate(columns), *parts)

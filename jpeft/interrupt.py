@@ -9,6 +9,8 @@ import threading
 from collections.abc import Iterator
 from types import FrameType
 
+import jax
+
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
@@ -32,23 +34,27 @@ class InterruptedRun(KeyboardInterrupt):
 def deferred_signals() -> Iterator[list[int]]:
     """Collects SIGINT and SIGTERM in the list it yields; a second one acts at once, as it would have outside.
 
-    Outside the main thread, where Python allows no handlers, the list stays empty.
+    Outside the main thread, where Python allows no handlers, the list stays empty. One of several processes leaves SIGTERM to JAX's
+    preemption service, which tells the others (`jpeft.distributed.stop_signal`), and takes SIGINT for the same.
     """
     caught: list[int] = []
     if threading.current_thread() is not threading.main_thread():
         yield caught
         return
-    before = {signum: signal.getsignal(signum) for signum in SIGNALS}
+    several = jax.process_count() > 1
+    before = {signum: signal.getsignal(signum) for signum in SIGNALS if not (several and signum == signal.SIGTERM)}
 
     def remember(signum: int, frame: FrameType | None) -> None:
         caught.append(signum)
         restore()
+        if several:
+            os.kill(os.getpid(), signal.SIGTERM)
 
     def restore() -> None:
         for number, handler in before.items():
             signal.signal(number, handler)
 
-    for signum in SIGNALS:
+    for signum in before:
         signal.signal(signum, remember)
     try:
         yield caught

@@ -24,7 +24,7 @@ import jax
 from jax.sharding import Mesh
 
 import jpeft
-from jpeft import models
+from jpeft import distributed, models
 from jpeft.config import TrainConfig, changed_fields, from_json, parse_options, to_json
 from jpeft.files import write_atomically, write_json
 from jpeft.peft import Peft
@@ -96,7 +96,9 @@ class RunFolder:
         write_json(self.config, about)
 
     def append(self, record: dict[str, Any]) -> None:
-        """Adds one line to metrics.jsonl; it is in the file, not in a buffer, on return."""
+        """Adds one line to metrics.jsonl, once of all processes; it is in the file, not in a buffer, on return."""
+        if not distributed.is_first():
+            return
         with open(self.metrics, "a", encoding="utf-8") as file:
             file.write(json.dumps(record) + "\n")
 
@@ -235,8 +237,11 @@ def open_run(path: str | os.PathLike[str]) -> Run:
 def save_merged(folder: str | os.PathLike[str], loaded: models.Loaded, peft: Peft) -> None:
     """Writes the merged model as a Hugging Face folder with its labels and tokenizer; the folder may exist if empty.
 
+    Of several processes all call it, and each has the whole model in its host's memory for a while.
+
     Raises:
         ValueError: the method's reason, if it cannot merge.
     """
-    params = jpeft.merge(peft)
-    models.save(folder, loaded.model, params, labels=loaded.labels, tokenizer=loaded.tokenizer, overwrite=True)
+    params = jpeft.merge(peft) if jax.process_count() == 1 else distributed.whole(jpeft.merge(peft))
+    write = lambda: models.save(folder, loaded.model, params, labels=loaded.labels, tokenizer=loaded.tokenizer, overwrite=True)
+    distributed.from_first(write)

@@ -3,6 +3,9 @@
 Data order and dropout are functions of the seed and the step, so a snapshot is the adapter, the optimizer state and a
 few numbers. The base is never written. A snapshot's last file lists the checksums of all others: one that was cut
 short, lost or changed is recognised before Orbax opens it, named in a warning, and the snapshot before it is used.
+
+Of several processes each writes the parts that its devices hold, and reads those that they are to hold: their number may change from
+one to the next. All call everything here, on a folder that they all see.
 """
 
 from __future__ import annotations
@@ -19,6 +22,7 @@ import jax
 import orbax.checkpoint as ocp
 from jaxtyping import PyTree
 
+from jpeft import distributed
 from jpeft.checkpoint.fingerprint import damaged_files, file_checksums
 from jpeft.files import write_json
 
@@ -70,13 +74,14 @@ class Snapshots:
         """Writes one snapshot, atomically; does nothing if that step is there already."""
         if progress.step in self._manager.all_steps():
             return
-        arrays = jax.device_get(arrays)
+        if jax.process_count() == 1:
+            arrays = jax.device_get(arrays)
         about = dataclasses.asdict(progress) | {"losses": list(progress.losses)}
         items = ocp.args.Composite(arrays=ocp.args.StandardSave(arrays), progress=ocp.args.JsonSave(about))
         self._manager.save(progress.step, args=items)
         self._manager.wait_until_finished()
         folder = self._folder(progress.step)
-        write_json(folder / CHECKSUMS, file_checksums(folder, skip=CHECKSUMS))
+        distributed.from_first(lambda: write_json(folder / CHECKSUMS, file_checksums(folder, skip=CHECKSUMS)))
 
     def restore(self, like: Callable[[Progress], PyTree]) -> tuple[PyTree, Progress] | None:
         """The newest readable snapshot, in the structure and on the devices of `like(progress)`; None if there is none.
@@ -113,14 +118,18 @@ class Snapshots:
         Raises:
             ValueError: if the snapshot is incomplete or damaged.
         """
-        folder = self._folder(step)
-        if not (folder / CHECKSUMS).exists():
-            raise ValueError("it was not written to the end")
-        # Found here rather than by Orbax, whose other reads go on in the background when one fails.
-        if changed := damaged_files(folder, json.loads((folder / CHECKSUMS).read_text()), skip=CHECKSUMS):
-            raise ValueError(f"{changed[0]} is not as it was written ({len(changed)} such files)")
+        distributed.from_first(lambda: _check(self._folder(step)))
         read = self._manager.restore(step, args=ocp.args.Composite(progress=ocp.args.JsonRestore()))["progress"]
         return Progress(**read | {"losses": tuple(read["losses"])})
 
     def _folder(self, step: int) -> Path:
         return Path(self.folder, str(step))
+
+
+def _check(folder: Path) -> None:
+    """Raises a ValueError if a snapshot is incomplete or damaged."""
+    if not (folder / CHECKSUMS).exists():
+        raise ValueError("it was not written to the end")
+    # Found here rather than by Orbax, whose other reads go on in the background when one fails.
+    if changed := damaged_files(folder, json.loads((folder / CHECKSUMS).read_text()), skip=CHECKSUMS):
+        raise ValueError(f"{changed[0]} is not as it was written ({len(changed)} such files)")

@@ -5,6 +5,9 @@ A step is a function of (adapter, optimizer state, base, batch, step): the batch
 
 A method may train in stages (`jpeft.method.Stage`): between two of them it changes what is trained, and the optimizer and the step are made
 anew. A checkpoint records the method in whose stage it was taken, so that a run is continued in any of them.
+
+Several processes (`jpeft.distributed`) train on one mesh of all their devices. Each runs all of this and reads its own rows of a batch;
+the first of them looks after the files of the run.
 """
 
 from __future__ import annotations
@@ -28,6 +31,7 @@ from jpeft.checkpoint.fingerprint import fingerprint, leaf_table
 from jpeft.config import TrainConfig, check_values, resolved, to_json
 from jpeft.cost import Cost, cost
 from jpeft.devices import Devices, find_mesh
+from jpeft.distributed import check_equal, from_first, is_first, stop_signal
 from jpeft.evaluate import Evaluator
 from jpeft.files import size_on_disk, write_json
 from jpeft.interrupt import InterruptedRun, deferred_signals
@@ -243,10 +247,10 @@ def train(config: TrainConfig, *, report: Reporter | None = None) -> Result:
 
     Args:
         config: The configuration.
-        report: Shown progress; by default what `config.progress` names.
+        report: Shown progress; by default what `config.progress` names, in the first of several processes.
 
     Raises:
-        ValueError: for bad input, before anything is written.
+        ValueError: for bad input, before anything is written; with several processes also if they were not started alike.
         InterruptedRun: after Ctrl-C or SIGTERM, once a checkpoint is written.
 
     Example:
@@ -255,14 +259,17 @@ def train(config: TrainConfig, *, report: Reporter | None = None) -> Result:
     """
     check_values(config)
     config = resolved(config)
+    check_equal({"version of jpeft": jpeft.__version__, "configuration": to_json(config)})
     folder = RunFolder(config.output)
-    folder.check(config)
-    if config.resume and folder.result.exists():
+    from_first(lambda: folder.check(config))
+    if config.resume and from_first(folder.result.exists):
         return read_result(folder)
     setup = prepare(config)
-    if config.resume and folder.in_use:
-        _check_same(folder, setup)
-    return _Trainer(setup, folder, report or reporter(config.progress)).run()
+    about = setup.about()
+    check_equal({name: about[name] for name in ("method", "labels", "base", "data")})
+    if config.resume:
+        from_first(lambda: _check_same(folder, about))
+    return _Trainer(setup, about, folder, report or reporter(config.progress if is_first() else "none")).run()
 
 
 def read_result(folder: RunFolder) -> Result:
@@ -271,9 +278,11 @@ def read_result(folder: RunFolder) -> Result:
     return Result(**values, path=folder.path, peft=open_run(folder.path).peft)
 
 
-def _check_same(folder: RunFolder, setup: Setup) -> None:
+def _check_same(folder: RunFolder, about: dict[str, Any]) -> None:
     """A continuation must see the data and defaults it began with, which the configuration only names."""
-    before, now = folder.about(), json.loads(json.dumps(setup.about()))
+    if not folder.in_use:
+        return
+    before, now = folder.about(), json.loads(json.dumps(about))
     changed = [name for name in ("method", "labels", "learning_rate", "steps", "base", "data") if before[name] != now[name]]
     if changed:
         raise ValueError(f"cannot resume {folder.path}: since it began, its {', '.join(changed)} changed")
@@ -282,12 +291,12 @@ def _check_same(folder: RunFolder, setup: Setup) -> None:
 class _Trainer:
     """The loop: from step to step, `adapter`, `opt_state`, `best_adapter` and `progress` change; from stage to stage, `peft` does."""
 
-    def __init__(self, setup: Setup, folder: RunFolder, report: Reporter):
+    def __init__(self, setup: Setup, about: dict[str, Any], folder: RunFolder, report: Reporter):
         config = setup.config
-        self.setup, self.config, self.folder, self.report = setup, config, folder, report
+        self.setup, self.about, self.config, self.folder, self.report = setup, about, config, folder, report
         self.keeps_best = config.keep_best or config.patience is not None
         self.eval_every = config.eval_every or setup.steps_per_epoch
-        self.batches = data.batches(setup.splits["train"], config.batch_size, seed=keys(config.seed).data)
+        self.rows = data.batch_rows(setup.splits["train"], config.batch_size, seed=keys(config.seed).data)
         self.key = keys(config.seed).dropout
         self.plan = plan(setup.peft.method.stages, setup.steps)
         # Losses since the last log line stay on the device until that line, so that steps need not wait for each other.
@@ -320,7 +329,7 @@ class _Trainer:
         self.best_adapter = jax.tree.map(jnp.copy, self.adapter) if self.keeps_best else None
 
     def run(self) -> Result:
-        resumes = self.config.resume and self.folder.in_use
+        resumes = self.config.resume and from_first(lambda: self.folder.in_use)
         if resumes:
             self._restore()
         # Compiled before a new run writes anything: what the model or the method refuses only now leaves no trace either.
@@ -328,7 +337,7 @@ class _Trainer:
         begun, compiled = time.perf_counter(), self.compile_seconds
         with deferred_signals() as signals:
             if not resumes:
-                self.folder.begin(self.setup.about(), overwrite=self.config.overwrite)
+                from_first(lambda: self.folder.begin(self.about, overwrite=self.config.overwrite))
                 self._restore()
             self.report.start(self.setup.steps, self.progress.step)
             try:
@@ -349,7 +358,7 @@ class _Trainer:
         """The step, compiled ahead for the shapes it will see: another shape is an error, not a recompilation."""
         begun = time.perf_counter()
         step = make_step(self.forward, self.tx, self.setup.task, self.peft, self.config.accumulate)
-        batch, places = self.setup.devices.batch(self.batches[0]), self.setup.devices.places(self.adapter, self.opt_state)
+        batch, places = self._batch(0), self.setup.devices.places(self.adapter, self.opt_state)
         arguments = (self.adapter, self.opt_state, self.peft.params, batch, self.key, np.int32(0))
         self.step = jax.jit(step, donate_argnums=(0, 1), out_shardings=places).lower(*arguments).compile()
         self.cost: Cost = cost(self.step)
@@ -376,12 +385,12 @@ class _Trainer:
     def _loop(self, signals: list[int]) -> None:
         self._start_clock()
         while not self.done:
-            if signals:
+            if signum := stop_signal(signals):
                 self._checkpoint()
-                plot_run(self.folder, self.setup.task)
-                raise InterruptedRun(signals[0], self.progress.step, self.folder.path)
+                from_first(lambda: plot_run(self.folder, self.setup.task))
+                raise InterruptedRun(signum, self.progress.step, self.folder.path)
             index = self.progress.step
-            batch = self.setup.devices.batch(self.batches[index])
+            batch = self._batch(index)
             self.adapter, self.opt_state, loss = self.step(self.adapter, self.opt_state, self.peft.params, batch, self.key, np.int32(index))
             self.losses.append(loss)
             self.progress = dataclasses.replace(self.progress, step=index + 1)
@@ -398,6 +407,10 @@ class _Trainer:
                 self._checkpoint()
 
     # --- one thing at a time ------------------------------------------------------------------------------------------
+
+    def _batch(self, index: int) -> PyTree:
+        """Batch number `index`, in its place."""
+        return self.setup.devices.rows(self.setup.splits["train"], self.rows[index])
 
     def _start_clock(self) -> None:
         self._clock, self._clock_step = time.perf_counter(), self.progress.step
@@ -480,7 +493,7 @@ class _Trainer:
             self.best_adapter = state.get("best_adapter")
             self.losses = list(self.progress.losses)
             self.report.message(f"continuing {self.folder.path} after step {self.progress.step}")
-        self.folder.rewind(self.progress.step)
+        from_first(lambda: self.folder.rewind(self.progress.step))
 
     def _finish(self, seconds: float) -> Result:
         kept = self.peft.replace(adapter=self.best_adapter if self.keeps_best else self.adapter)
@@ -502,16 +515,20 @@ class _Trainer:
             peft=kept,
             stored=summary.stored,
             changed=summary.changed,
-            adapter_bytes=size_on_disk(self.folder.adapter),
-            step_seconds=self._step_seconds(),
+            adapter_bytes=from_first(lambda: size_on_disk(self.folder.adapter)),
+            step_seconds=from_first(self._step_seconds),
             flops=None if self.config.scan or self.config.accumulate > 1 else self.cost.flops,
             temporary_bytes=self.cost.temporary_bytes,
             device=jax.devices()[0].device_kind,
         )
         if self.config.export:
             save_merged(self.folder.merged, self.setup.loaded, kept)
-        plot_run(self.folder, self.setup.task)
-        write_json(self.folder.result, result.to_json())
+
+        def write() -> None:
+            plot_run(self.folder, self.setup.task)
+            write_json(self.folder.result, result.to_json())
+
+        from_first(write)
         return result
 
     def _step_seconds(self) -> float | None:

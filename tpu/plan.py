@@ -15,7 +15,8 @@ import os
 import sys
 from typing import Annotated, Any, NamedTuple
 
-os.environ.setdefault("JAX_PLATFORMS", "cpu")  # a plan needs no accelerator, and must not seize one
+if __name__ == "__main__":
+    os.environ.setdefault("JAX_PLATFORMS", "cpu")  # a plan needs no accelerator, and must not seize one
 
 import jax
 import jax.numpy as jnp
@@ -63,6 +64,8 @@ class Args:
     length: int = 4096
     # Type of the base's weights and of the activations. Adapter, gradients and Adam's moments are float32.
     dtype: str = "bfloat16"
+    # Type of the base's weights, if another. (`jpeft train` keeps them in float32, whatever it computes in.)
+    weights: str | None = None
     # Memory of a device in GiB, for the verdict: TPU v4 32, v5e 16, v5p 95, v6e 32.
     memory: float = 32.0
 
@@ -103,7 +106,8 @@ def make_model(args: Args) -> Any:
     Raises:
       ValueError: for an unknown name, or a configuration of no family here.
     """
-    numerics: dict[str, Any] = dict(dtype=jnp.dtype(args.dtype), param_dtype=jnp.dtype(args.dtype), scan=True, remat=True)
+    weights = jnp.dtype(args.weights or args.dtype)
+    numerics: dict[str, Any] = dict(dtype=jnp.dtype(args.dtype), param_dtype=weights, scan=True, remat=True)
     sizes: dict[str, Any] = {name: value for name in SIZES if (value := getattr(args, name)) is not None}
     if args.config is None:
         if args.model not in PRESETS:

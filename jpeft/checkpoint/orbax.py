@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 
 from .. import registry, tree
+from ..distributed import from_first, whole
 from ..method import Method
 from ..peft import Peft
 from .fingerprint import damaged_files, file_checksums, fingerprint, leaf_table
@@ -23,7 +24,7 @@ _RECORD, _LEAVES, _FORMAT = "jpeft.json", "adapter", 1
 
 
 def save(path: str | os.PathLike[str], peft: Peft, *, overwrite: bool = False) -> None:
-    """Save an adapter, without its base.
+    """Save an adapter, without its base. Of several processes all call it, with one path, which they all see.
 
     Args:
       path: A new directory.
@@ -43,7 +44,7 @@ def save(path: str | os.PathLike[str], peft: Peft, *, overwrite: bool = False) -
     import orbax.checkpoint as ocp
 
     target = Path(path).absolute()
-    if target.exists() and not overwrite:
+    if from_first(target.exists) and not overwrite:
         raise ValueError(f"'{path}' exists already. Choose another place, or replace it: jpeft.save(..., overwrite=True).")
     record = {
         "format": _FORMAT,
@@ -51,20 +52,24 @@ def save(path: str | os.PathLike[str], peft: Peft, *, overwrite: bool = False) -
         "base": fingerprint(peft.params, skip=_replaced(peft.params, peft.adapter)),
         "leaves": leaf_table(peft.adapter),
     }
-    target.parent.mkdir(parents=True, exist_ok=True)
-    partial = target.parent / f".{target.name}.{uuid.uuid4().hex}.partial"
-    try:
-        partial.mkdir()
-        if record["leaves"]:
-            with ocp.StandardCheckpointer() as checkpointer:
-                checkpointer.save(partial / _LEAVES, peft.adapter)
-        else:  # which Orbax would refuse: a frozen base without a head
-            (partial / _LEAVES).mkdir()
+    partial = target.parent / f".{target.name}.{from_first(lambda: uuid.uuid4().hex)}.partial"
+
+    def finish() -> None:
         record["files"] = file_checksums(partial / _LEAVES)
         (partial / _RECORD).write_text(json.dumps(record, indent=1))
         if target.exists():
             shutil.rmtree(target)
         os.replace(partial, target)
+
+    try:
+        from_first(lambda: partial.mkdir(parents=True))
+        if record["leaves"]:
+            with ocp.StandardCheckpointer() as checkpointer:
+                # Whole from several processes: it will be opened by one that has not all their devices.
+                checkpointer.save(partial / _LEAVES, peft.adapter if jax.process_count() == 1 else whole(peft.adapter))
+        else:  # which Orbax would refuse: a frozen base without a head
+            from_first((partial / _LEAVES).mkdir)
+        from_first(finish)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
 

@@ -19,6 +19,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding
 
+from .. import distributed
 from ..sharding import Rules, place
 from ..tree import flatten, unflatten
 from . import families
@@ -190,7 +191,7 @@ def _read_params(
         absent = [name for name in entry.names if name not in stored]
         if (head and fresh_head) or ((head or pooler) and absent):
             made = _fresh(entry, model.config, key)
-            params[entry.path] = made if where is None else jax.device_put(made, where(entry))
+            params[entry.path] = made if where is None else distributed.place(made, where(entry))
             new.append(entry.path)
         elif absent:
             missing += absent

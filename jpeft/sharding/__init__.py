@@ -44,6 +44,7 @@ from .mesh import batch_sharding as batch_sharding
 from .mesh import make_mesh as make_mesh
 from .mesh import parse_mesh as parse_mesh
 from .mesh import shard_batch as shard_batch
+from .mesh import shard_rows as shard_rows
 from .plan import Plan as Plan
 from .plan import plan as plan
 from .specs import Placement as Placement

@@ -1,12 +1,15 @@
 """Meshes of devices with the axes data, fsdp and tensor, and batches on them."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
+import numpy as np
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
+
+from ..distributed import place
 
 DATA, FSDP, TENSOR = AXES = ("data", "fsdp", "tensor")
 AnyMesh = Mesh | AbstractMesh
@@ -14,11 +17,11 @@ AnyMesh = Mesh | AbstractMesh
 _TYPES = (AxisType.Auto,) * len(AXES)
 
 
-def make_mesh(*, data: int = -1, fsdp: int = 1, tensor: int = 1, devices: Sequence[Any] | None = None) -> Mesh:
+def make_mesh(*, data: int | None = None, fsdp: int = 1, tensor: int = 1, devices: Sequence[Any] | None = None) -> Mesh:
     """A mesh of these devices; neighbours in the hardware share the last axis, ``tensor``, which communicates most.
 
     Args:
-      data: Groups that hold the weights each for itself and share out the batch.
+      data: Groups that hold the weights each for itself and share out the batch; by default -1, or 1 if another size is -1.
       fsdp: Parts that the weights, and the batch, are split into.
       tensor: Parts that each layer's computation is split into.
       devices: All of every process by default.
@@ -30,6 +33,7 @@ def make_mesh(*, data: int = -1, fsdp: int = 1, tensor: int = 1, devices: Sequen
     True
     """
     devices = list(jax.devices() if devices is None else devices)
+    data = (1 if -1 in (fsdp, tensor) else -1) if data is None else data
     return jax.make_mesh(_sizes(len(devices), data, fsdp, tensor), AXES, _TYPES, devices=devices)
 
 
@@ -88,7 +92,27 @@ def shard_batch(batch: Any, mesh: Mesh) -> Any:
     sizes = sorted({len(leaf) for leaf in jax.tree.leaves(batch)})
     if any(size % parts for size in sizes):
         raise ValueError(f"A batch of {sizes} examples cannot be split into data * fsdp = {parts} equal parts; choose a multiple.")
-    return jax.device_put(batch, batch_sharding(mesh))
+    return jax.tree.map(lambda leaf: place(leaf, batch_sharding(mesh)), batch)
+
+
+def shard_rows(arrays: Mapping[str, np.ndarray], rows: np.ndarray, mesh: Mesh) -> dict[str, jax.Array]:
+    """The batch of these rows on the mesh, split along its first axis. A process reads only the rows that its own devices hold.
+
+    Args:
+      arrays: Columns [N, ...], in every process.
+      rows: Numbers of the batch's rows, in every process the same.
+      mesh: As for `shard_batch`, which gives the same from the whole batch.
+
+    >>> mesh = make_mesh(data=1, devices=jax.devices()[:1])
+    >>> shard_rows({"x": np.arange(5) * 10}, np.array([3, 1]), mesh)["x"].tolist()
+    [30, 10]
+    """
+    where = batch_sharding(mesh)
+
+    def column(values: np.ndarray) -> jax.Array:
+        return jax.make_array_from_callback((len(rows), *values.shape[1:]), where, lambda index: values[rows[index[0]]])
+
+    return {name: column(values) for name, values in arrays.items()}
 
 
 def _sizes(count: int, data: int, fsdp: int, tensor: int) -> tuple[int, ...]:

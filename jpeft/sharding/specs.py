@@ -9,7 +9,7 @@ import jax
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from .. import tree
+from .. import distributed, tree
 from ..method import Method
 from ..peft import Peft
 from ..select import STACKED, KernelAxes, first_match, kernel_axes
@@ -224,6 +224,8 @@ def _put(arrays: Any, where: Any, may_alias: bool | None = None) -> Any:
     abstract = lambda leaf: isinstance(leaf, jax.ShapeDtypeStruct)
     if any(abstract(leaf) for leaf in jax.tree.leaves(arrays)):
         return jax.tree.map(lambda leaf, at: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=at), arrays, where)
+    if jax.process_count() > 1:
+        return jax.tree.map(distributed.place, arrays, where)
     return jax.device_put(arrays, where, may_alias=may_alias)
 
 

@@ -1,0 +1,199 @@
+"""Two processes on one machine are one run: the same losses and adapter, one set of files, and a kill or SIGTERM loses nothing."""
+
+import dataclasses
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import chex
+import jax
+import numpy as np
+import pytest
+from jax.sharding import PartitionSpec as P
+from test_train import records
+from tiny_text import make_model, make_rows, write_csv
+
+from jpeft import distributed, sharding
+from jpeft.config import TrainConfig
+from jpeft.devices import find_mesh
+from jpeft.run import open_run
+from jpeft.train import train
+
+ROOT = Path(__file__).parents[1]
+STEPS = 24
+
+# What every process runs: the command line, after it has joined the others. A pause makes steps slow enough to be met between two.
+WORKER = """
+import sys, time
+from jpeft import distributed
+coordinator, process, pause, *flags = sys.argv[1:]
+distributed.initialize(coordinator, 2, int(process))
+from jpeft import train
+from jpeft.cli import main
+log = train._Trainer._log
+train._Trainer._log = lambda self: (time.sleep(float(pause)), log(self))
+sys.exit(main(["train", *flags]))
+"""
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory):
+    """A run with dropout, evaluations that choose the adapter, and checkpoints."""
+    folder = tmp_path_factory.mktemp("base")
+    make_model(folder / "model")
+    rows = make_rows(60)
+    for name, part in (("train", rows[:40]), ("validation", rows[40:53])):
+        write_csv(folder / "data" / f"{name}.csv", part)
+    return TrainConfig(
+        model=str(folder / "model"), data=str(folder / "data"), output=str(folder / "alone"), max_length=8, progress="none", batch_size=8,
+        steps=STEPS, checkpoint_every=4, log_every=2, eval_every=6, keep_best=True, options=("rank=2", "dropout=0.1"),
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def alone(config):
+    return train(config)
+
+
+def start(config: TrainConfig, run: Path, *more: str, pause: float = 0.0, other: tuple[str, ...] = ()) -> list[subprocess.Popen]:
+    """The same run by two processes; `other` are more flags of the second."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        coordinator = f"localhost:{free.getsockname()[1]}"
+    flags = ["--model", config.model, "--data", config.data, "--max-length", "8", "--batch-size", "8", "--steps", str(STEPS)]
+    flags += ["--checkpoint-every", "4", "--log-every", "2", "--eval-every", "6", "--keep-best", "--mesh", "data=2", "--progress", "lines"]
+    flags += [*config.options, "--output", str(run), *more]
+    # One device each; compiled as conftest.py has it, for speed.
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu", "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
+    command = [sys.executable, "-c", WORKER, coordinator]
+    return [
+        subprocess.Popen(
+            [*command, str(i), str(pause), *flags, *(other if i else ())],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            env=environment,
+        )
+        for i in range(2)
+    ]
+
+
+def wait_for_step(processes: list[subprocess.Popen], run: Path, step: int) -> None:
+    """Until there is a checkpoint of that step or a later one."""
+    deadline = time.monotonic() + 600
+    while not any(int(done.parent.name) >= step for done in (run / "checkpoints").glob("*/checksums.json")):
+        assert all(process.poll() is None for process in processes), [process.communicate() for process in processes]
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+def outputs(processes: list[subprocess.Popen]) -> list[tuple[str, str]]:
+    return [process.communicate(timeout=600) for process in processes]
+
+
+def assert_same(run: Path, alone) -> None:
+    """The adapter and every line of metrics, but for rounding and timing, each line once."""
+    chex.assert_trees_all_close(jax.device_get(open_run(run).peft.adapter), jax.device_get(alone.peft.adapter), atol=1e-5, rtol=1e-5)
+    for mine, theirs in zip(records(run), records(alone.path), strict=True):
+        assert mine.keys() == theirs.keys()
+        assert all(mine[key] == (pytest.approx(theirs[key], abs=1e-5) if isinstance(theirs[key], float) else theirs[key]) for key in mine)
+    result = json.loads((run / "result.json").read_text())
+    assert (result["steps"], result["best_step"]) == (alone.steps, alone.best_step)
+    assert result["best"] == pytest.approx(alone.best, abs=1e-5)
+
+
+@pytest.mark.slow
+def test_two_processes_killed_stopped_and_continued(config, alone, tmp_path):
+    run = tmp_path / "run"
+    # One is killed between two checkpoints. The other cannot go on; whatever starts them ends it, too.
+    processes = start(config, run, pause=0.3)
+    wait_for_step(processes, run, 4)
+    for process in reversed(processes):
+        process.kill()
+    outputs(processes)
+    assert not (run / "result.json").exists()
+    shutil.copytree(run, tmp_path / "copy")
+
+    # SIGTERM for one stops both after the same step, which is saved.
+    processes = start(config, run, "--resume", pause=0.5)
+    wait_for_step(processes, run, 8)
+    processes[1].terminate()
+    (_, said), (_, other) = outputs(processes)
+    assert [process.returncode for process in processes] == [128 + signal.SIGTERM] * 2, said + other
+    step = max(int(done.parent.name) for done in (run / "checkpoints").glob("*/checksums.json"))
+    assert 8 <= step < STEPS
+    for errors in (said, other):
+        assert f"interrupted after step {step}, which is saved in {run}" in errors
+
+    processes = start(config, run, "--resume")
+    (first, said), (second, other) = outputs(processes)
+    assert [process.returncode for process in processes] == [0, 0], said + other
+    assert f"continuing {run} after step {step}" in first
+    assert "continuing" not in second
+    assert_same(run, alone)
+
+    # What two have begun one can finish, without a mesh.
+    assert_same(train(dataclasses.replace(config, output=str(tmp_path / "copy"), resume=True)).path, alone)
+
+
+@pytest.mark.slow
+def test_processes_that_were_not_started_alike(config, tmp_path):
+    processes = start(config, tmp_path / "run", other=("--seed", "1"))
+    for _, errors in outputs(processes):
+        assert "error: process 1 differs from process 0 in its configuration: start all processes with the same flags" in errors
+    assert [process.returncode for process in processes] == [2, 2]
+    assert not (tmp_path / "run").exists()
+
+
+def test_differences_are_named():
+    every = np.zeros((6, 2, 4), np.uint8)
+    assert distributed.differences(("data", "base"), every) == ""
+    every[4, :, 1] = 1
+    assert distributed.differences(("data", "base"), every) == "process 4 differs from process 0 in its data, base"
+    every[1:, 1, 1] = 1
+    assert distributed.differences(("data", "base"), every).endswith("process 4 differs from process 0 in its data, base; ...")
+
+
+def test_joins_others_only_where_there_are_some(monkeypatch):
+    joined = []
+    monkeypatch.setattr(jax.distributed, "initialize", lambda *args: joined.append(args))
+    monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "1")
+    distributed.initialize()
+    assert joined == []
+    monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "16")
+    distributed.initialize()
+    distributed.initialize("host:1", 2, 0)
+    assert joined == [(), ("host:1", 2, 0)]
+    with pytest.raises(ValueError, match="num_processes: missing"):
+        distributed.initialize("host:1", process_id=0)
+
+
+def test_a_process_reads_the_rows_of_its_own_devices():
+    class Column(np.ndarray):
+        """Remembers which rows are read."""
+
+        def __getitem__(self, index):
+            read.append(index.tolist())
+            return np.asarray(self)[index]
+
+    read: list[list[int]] = []
+    mesh = sharding.make_mesh(data=2, fsdp=2, tensor=2)
+    values, rows = np.arange(60, dtype=np.int32).reshape(20, 3), np.array([7, 0, 13, 13, 5, 19, 2, 4])
+    batch = sharding.shard_rows({"x": values.view(Column)}, rows, mesh)["x"]
+    assert batch.sharding.spec == P(("data", "fsdp"))
+    np.testing.assert_array_equal(batch, values[rows])
+    # Never more than a device's own quarter of the batch at once.
+    assert {tuple(part) for part in read} == {(7, 0), (13, 13), (5, 19), (2, 4)}
+
+
+def test_several_processes_need_a_mesh(config, monkeypatch):
+    assert dict(find_mesh(dataclasses.replace(config, mesh="fsdp=-1")).shape) == {"data": 1, "fsdp": 8, "tensor": 1}
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    with pytest.raises(ValueError, match="2 processes train one model on a mesh of all their devices: give one"):
+        find_mesh(config)
