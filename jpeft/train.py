@@ -410,7 +410,7 @@ class _Trainer:
 
     def _batch(self, index: int) -> PyTree:
         """Batch number `index`, in its place."""
-        return self.setup.devices.rows(self.setup.splits["train"], self.rows[index])
+        return self.setup.devices.rows(self.setup.splits["train"], np.asarray(self.rows[index]))
 
     def _start_clock(self) -> None:
         self._clock, self._clock_step = time.perf_counter(), self.progress.step

@@ -110,7 +110,10 @@ def shard_rows(arrays: Mapping[str, np.ndarray], rows: np.ndarray, mesh: Mesh) -
     where = batch_sharding(mesh)
 
     def column(values: np.ndarray) -> jax.Array:
-        return jax.make_array_from_callback((len(rows), *values.shape[1:]), where, lambda index: values[rows[index[0]]])
+        def part(index: Any) -> np.ndarray:
+            return values[rows[index[0]]]
+
+        return jax.make_array_from_callback((len(rows), *values.shape[1:]), where, part)
 
     return {name: column(values) for name, values in arrays.items()}
 
