@@ -161,31 +161,36 @@ MERGES = dict.fromkeys(["adapter", "pfeiffer", "pfeiffer-lin", "parallel_adapter
 NEAR_IDENTITY |= dict.fromkeys(PROMPTS, 10.0)
 MERGES |= dict.fromkeys(PROMPTS, "lengthens the text")
 
-# Which models a method meets. Most do not care what kind of model it is: they meet the small ones, their variants and chains those that
-# tell them apart. Those that need modules which only our families have meet these, and one of each family is tried on a decoder.
+# Which models a method meets. The four that carry the protocol meet every small model; the others one of each kind that tells them apart:
+# plain, rematerialised and scanned, an encoder and a decoder.
 SMALL = ["plain", "remat", "jit", "scan", "mha", "einsum", "scan-mha"]
-MEETS = {name: SMALL if name in jpeft.methods() else ["plain", "jit", "scan", "einsum"] for name in METHODS} | {
+MEETS = {
     "freeze": [*SMALL, "gpt2"],
     "bitfit": [*SMALL, "gpt2-remat"],
-    # What only replaces leaves has nothing to do with kinds of layers.
-    "fish_mask": ["plain", "remat", "scan", "gpt2-scan"],
-    "diff_pruning": ["plain", "remat", "scan", "gpt2"],
-    "diff_pruning-mask": ["plain", "scan"],
-    "far": ["plain", "remat", "scan"],
-    "far-learners": ["plain", "remat", "jit", "scan", "gpt2"],
-    "chain-sparse": ["plain", "scan"],
     "adapter": [*SMALL, "gpt2-scan"],
     "lora": [*SMALL, "gpt2", "gpt2-scan"],
-    "pfeiffer": ["jit", "scan-mha", *ENCODERS, "gpt2-remat"],
-    "pfeiffer-lin": ["bert-scan", "gpt2", "gpt2-scan"],
-    "compacter": ["plain", "jit", "scan-mha", "bert", "bert-scan", "gpt2-remat", "gpt2-scan"],
-    "parallel_adapter": [*ENCODERS, *DECODERS],
-    "prefix_tuning": [*ENCODERS, *DECODERS],
-    "p_tuning_v2": [*ENCODERS, "gpt2-scan"],
-    "hard_prompt": ["bert-scan", "gpt2"],
-    "prompt_tuning": [*ENCODERS, "gpt2", "gpt2-scan", "plain"],
+    "lora-two-view": ["scan", "einsum"],
+    "lora-factored": ["plain", "scan", "einsum"],
+    # What only replaces leaves has nothing to do with kinds of layers.
+    "fish_mask": ["plain", "remat", "gpt2-scan"],
+    "diff_pruning": ["plain", "scan", "gpt2"],
+    "diff_pruning-mask": ["plain", "scan"],
+    "far": ["plain", "scan"],
+    "far-learners": ["remat", "jit", "scan", "gpt2"],
+    "pfeiffer": ["jit", "bert-remat", "bert-scan", "gpt2"],
+    "pfeiffer-lin": ["bert", "gpt2-scan"],
+    "compacter": ["jit", "scan-mha", "bert", "gpt2-remat", "gpt2-scan"],
+    "parallel_adapter": ["bert", "bert-scan", "gpt2-remat", "gpt2-scan"],
+    "prefix_tuning": ["bert", "bert-scan", "gpt2-remat", "gpt2-scan"],
+    "p_tuning_v2": ["bert-remat", "bert-scan", "gpt2"],
+    "hard_prompt": ["bert-scan", "gpt2-remat"],
+    "prompt_tuning": ["plain", "bert", "bert-scan", "gpt2-remat", "gpt2-scan"],
     "p_tuning": ["bert", "bert-scan", "gpt2-remat"],
+    "chain": ["plain", "jit", "scan"],
+    "chain-sparse": ["plain", "scan"],
+    "chain-mergeable": ["plain", "scan", "einsum"],
 }
+assert MEETS.keys() == METHODS.keys()
 
 
 @dataclasses.dataclass(frozen=True)

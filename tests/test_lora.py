@@ -250,15 +250,15 @@ def test_views_agree_around_another_method():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("variant", "passes"), [("plain", 2), ("scan", 2), ("remat-dots", 2), ("scan+remat-dots", 2), ("remat", 3)])
-def test_a_step_costs_two_forward_passes(variant, passes):
-    """GPT-2 small cut to 4 layers, 1,024 tokens, LoRA on all kernels: within 2 % of two forward passes, three where remat saves nothing."""
+@pytest.mark.parametrize("variant", ["plain", "scan", "remat-dots", "scan+remat-dots"])
+def test_a_step_costs_two_forward_passes(variant):
+    """GPT-2 small cut to 4 layers, 1,024 tokens, LoRA on all kernels: within 2 % of two forward passes."""
     spec = importlib.util.spec_from_file_location("lora_views", Path(__file__).parents[1] / "benchmarks" / "lora_views.py")
     views = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(views)
     compared = views.steps(variant, rank=8)
     flops = {name: compiled_flops(compared[name][0], *compared[name][1]) for name in ("forward pass", "LoRA, auto")}
-    assert flops["LoRA, auto"] <= 1.02 * passes * flops["forward pass"]
+    assert flops["LoRA, auto"] <= 1.02 * 2 * flops["forward pass"]
 
 
 @pytest.mark.parametrize(
