@@ -155,6 +155,11 @@ def whole(tree: PyTree) -> PyTree:
     return jax.device_get(jax.tree.map(gather, tree))
 
 
+def within_reach(tree: PyTree) -> PyTree:
+    """Arrays that this process can read: as they are if it is alone, else `whole`. For files, and for choices made on the host."""
+    return tree if jax.process_count() == 1 else whole(tree)
+
+
 def _is_here(leaf: Any) -> bool:
     return not isinstance(leaf, jax.Array) or leaf.is_fully_addressable or leaf.is_fully_replicated
 

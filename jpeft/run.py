@@ -202,7 +202,8 @@ def attach(
     make = (statistics or {}).get(method.needs or "")
     if method.needs and make is None:
         raise ValueError(f"{config.method} needs {method.needs!r} statistics of training data, which are not at hand here")
-    return jpeft.apply(params, method=method, key=keys(config.seed).adapter, stats=make() if make is not None else None)
+    stats = None if make is None else distributed.within_reach(make())
+    return jpeft.apply(params, method=method, key=keys(config.seed).adapter, stats=stats)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -242,6 +243,6 @@ def save_merged(folder: str | os.PathLike[str], loaded: models.Loaded, peft: Pef
     Raises:
         ValueError: the method's reason, if it cannot merge.
     """
-    params = jpeft.merge(peft) if jax.process_count() == 1 else distributed.whole(jpeft.merge(peft))
+    params = distributed.within_reach(jpeft.merge(peft))
     write = lambda: models.save(folder, loaded.model, params, labels=loaded.labels, tokenizer=loaded.tokenizer, overwrite=True)
     distributed.from_first(write)

@@ -31,7 +31,7 @@ from jpeft.checkpoint.fingerprint import fingerprint, leaf_table
 from jpeft.config import TrainConfig, check_values, resolved, to_json
 from jpeft.cost import Cost, cost
 from jpeft.devices import Devices, find_mesh
-from jpeft.distributed import check_equal, from_first, is_first, stop_signal
+from jpeft.distributed import check_equal, from_first, is_first, stop_signal, within_reach
 from jpeft.evaluate import Evaluator
 from jpeft.files import size_on_disk, write_json
 from jpeft.interrupt import InterruptedRun, deferred_signals
@@ -367,12 +367,13 @@ class _Trainer:
     def _advance(self) -> None:
         """Moves on to the method's next stage, with another adapter, optimizer and step, and nothing best so far."""
         stage, index, step = self.peft.method.stages[0], self.progress.stage + 1, self.progress.step
-        now, forward = self.peft.replace(adapter=self.adapter), self.forward
+        # The stage may choose on the host what it trains.
+        now, forward = self.peft.replace(adapter=within_reach(self.adapter)), self.forward
         made = None
         if stage.needs is not None:
             run = lambda params, inputs: forward(now.replace(params=params).variables, **inputs, deterministic=True)
             made = statistics(self.config, self.setup.task, self.setup.splits["train"], run, now.params)[stage.needs]()
-        moved = jpeft.advance(now, key=jax.random.fold_in(keys(self.config.seed).adapter, index), stats=made)
+        moved = jpeft.advance(now, key=jax.random.fold_in(keys(self.config.seed).adapter, index), stats=within_reach(made))
         self._enter(moved, dataclasses.replace(self.progress, stage=index, best=None, best_step=0, stale=0))
         self._compile()
         trained = jpeft.summary(moved).trained

@@ -197,3 +197,10 @@ def test_several_processes_need_a_mesh(config, monkeypatch):
     monkeypatch.setattr(jax, "process_count", lambda: 2)
     with pytest.raises(ValueError, match="2 processes train one model on a mesh of all their devices: give one"):
         find_mesh(config)
+
+
+def test_one_of_several_processes_decides_on_the_host(monkeypatch):
+    leaf = jax.numpy.arange(4)
+    assert distributed.within_reach(leaf) is leaf
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    assert isinstance(distributed.within_reach({"a": leaf})["a"], np.ndarray)

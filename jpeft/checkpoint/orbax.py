@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 
 from .. import registry, tree
-from ..distributed import from_first, whole
+from ..distributed import from_first, within_reach
 from ..method import Method
 from ..peft import Peft
 from .fingerprint import damaged_files, file_checksums, fingerprint, leaf_table
@@ -66,7 +66,7 @@ def save(path: str | os.PathLike[str], peft: Peft, *, overwrite: bool = False) -
         if record["leaves"]:
             with ocp.StandardCheckpointer() as checkpointer:
                 # Whole from several processes: it will be opened by one that has not all their devices.
-                checkpointer.save(partial / _LEAVES, peft.adapter if jax.process_count() == 1 else whole(peft.adapter))
+                checkpointer.save(partial / _LEAVES, within_reach(peft.adapter))
         else:  # which Orbax would refuse: a frozen base without a head
             from_first((partial / _LEAVES).mkdir)
         from_first(finish)
