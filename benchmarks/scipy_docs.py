@@ -25,7 +25,7 @@ ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 ROWS = ("all", "lora target=['query','value']")
 # Of the README's table, which is not as wide.
-COLUMNS = ("method", "test accuracy", "trained", "stored", "ms/step", "GFLOP/step", "memory/step", "adapter")
+COLUMNS = ("method", "test accuracy", "trained", "stored", "GFLOP/step", "memory/step", "adapter")
 MARKED = re.compile(r"(<!-- compare -->\n).*?(<!-- /compare -->)", re.DOTALL)
 
 
