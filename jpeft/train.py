@@ -145,10 +145,6 @@ def prepare(config: TrainConfig) -> Setup:
     for stage in peft.method.stages:
         if stage.needs is not None and stage.needs not in available:
             raise ValueError(f"the stage {stage.name!r} of {config.method} needs {stage.needs!r}; there are {', '.join(available)}")
-    if not jax.tree.leaves(peft.adapter):
-        raise ValueError(
-            f"{config.method} with these options finds nothing to train in this model: it has no new head, name parameters of it"
-        )
     if config.export:
         # Refused now, by the method itself, rather than after hours of training.
         jpeft.merge(peft)
