@@ -266,6 +266,27 @@ def noised(tree: Any, scale: float = 0.1, seed: int = 3) -> Any:
     return jax.tree.unflatten(treedef, [draw(key, leaf) for key, leaf in zip(keys, leaves, strict=True)])
 
 
+def fit(model: nn.Module, peft: jpeft.Peft, ids: jax.Array, labels: jax.Array, *, steps: int, rate: float) -> list[float]:
+    """The losses of so many steps of AdamW on one batch."""
+    forward, tx = jpeft.wrap(model.apply, peft.method), jpeft.optimizer(optax.adamw(rate), peft)
+
+    @jax.jit
+    def step(adapter, state, peft):
+        def loss_fn(adapter):
+            logits = forward(peft.replace(adapter=adapter).variables, ids)
+            return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
+
+        loss, grads = jax.value_and_grad(loss_fn)(adapter)
+        updates, state = tx.update(grads, state, adapter)
+        return optax.apply_updates(adapter, updates), state, loss
+
+    adapter, state, losses = peft.adapter, tx.init(peft.adapter), []
+    for _ in range(steps):
+        adapter, state, loss = step(adapter, state, peft)
+        losses.append(float(loss))
+    return losses
+
+
 def compiled_flops(fn: Any, *args: Any) -> float:
     """XLA's own count for the compiled function, with the optimisations that the suite otherwise does without."""
     before = jax.config.read("jax_disable_most_optimizations")

@@ -17,7 +17,6 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec as P
 from test_train import records
-from tiny_text import make_model, make_rows, write_csv
 
 from jpeft import distributed, sharding
 from jpeft.config import TrainConfig
@@ -46,12 +45,8 @@ sys.exit(main(["train", *flags]))
 def config(tmp_path_factory):
     """A run with dropout, evaluations that choose the adapter, and checkpoints."""
     folder = tmp_path_factory.mktemp("base")
-    make_model(folder / "model")
-    rows = make_rows(60)
-    for name, part in (("train", rows[:40]), ("validation", rows[40:53])):
-        write_csv(folder / "data" / f"{name}.csv", part)
     return TrainConfig(
-        model=str(folder / "model"), data=str(folder / "data"), output=str(folder / "alone"), max_length=8, progress="none", batch_size=8,
+        **make_base(folder, train=40, validation=13), output=str(folder / "alone"), batch_size=8,
         steps=STEPS, checkpoint_every=4, log_every=2, eval_every=6, keep_best=True, options=("rank=2", "dropout=0.1"),
     )  # fmt: skip
 

@@ -6,9 +6,8 @@ import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 import pytest
-from tables import Classifier, batch, noised
+from tables import Classifier, batch, fit, noised
 
 import jpeft
 from jpeft.additive.prefix import sites
@@ -283,28 +282,8 @@ def test_learns_with_the_defaults(name):
     labels = jnp.arange(32) % 2
     ids = ids.at[:, 3].set(2 + labels)
     peft = jpeft.apply(model.init(KEY, ids)["params"], method=name, head=None)
-    losses = train(model, peft, ids, labels, steps=60, rate=jpeft.methods()[name].learning_rate * 3)
+    losses = fit(model, peft, ids, labels, steps=60, rate=jpeft.methods()[name].learning_rate * 3)
     assert losses[-1] < 0.8 * losses[0], losses[::10]
-
-
-def train(model, peft, ids, labels, steps, rate):
-    forward, tx = jpeft.wrap(model.apply, peft.method), jpeft.optimizer(optax.adamw(rate), peft)
-
-    @jax.jit
-    def step(adapter, state, peft):
-        def loss_fn(adapter):
-            logits = forward(peft.replace(adapter=adapter).variables, ids)
-            return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
-
-        loss, grads = jax.value_and_grad(loss_fn)(adapter)
-        updates, state = tx.update(grads, state, adapter)
-        return optax.apply_updates(adapter, updates), state, loss
-
-    adapter, state, losses = peft.adapter, tx.init(peft.adapter), []
-    for _ in range(steps):
-        adapter, state, loss = step(adapter, state, peft)
-        losses.append(float(loss))
-    return losses
 
 
 # --- together with others, and what is refused ------------------------------------------------------------------------------------------

@@ -7,9 +7,8 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 import pytest
-from tables import noised
+from tables import fit, noised
 
 import jpeft
 from jpeft.models import (
@@ -462,23 +461,5 @@ def test_learns_with_the_defaults():
     labels = jnp.arange(32) % 2
     ids = ids.at[:, 3].set(2 + labels)
     peft = jpeft.apply(jax.jit(model.init)(KEY, ids)["params"], method="prompt_tuning", head=None, length=10)
-    forward, tx = (
-        jpeft.wrap(model.apply, peft.method),
-        jpeft.optimizer(optax.adamw(3 * jpeft.methods()["prompt_tuning"].learning_rate), peft),
-    )
-
-    @jax.jit
-    def step(adapter, state):
-        def loss_fn(adapter):
-            logits = forward(peft.replace(adapter=adapter).variables, ids)
-            return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
-
-        loss, grads = jax.value_and_grad(loss_fn)(adapter)
-        updates, state = tx.update(grads, state, adapter)
-        return optax.apply_updates(adapter, updates), state, loss
-
-    adapter, state, losses = peft.adapter, tx.init(peft.adapter), []
-    for _ in range(60):
-        adapter, state, loss = step(adapter, state)
-        losses.append(float(loss))
+    losses = fit(model, peft, ids, labels, steps=60, rate=3 * jpeft.methods()["prompt_tuning"].learning_rate)
     assert losses[-1] < 0.8 * losses[0], losses[::10]

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from tiny_text import make_model, make_rows, write_csv
+from tiny_text import make_model
 
 import jpeft
 import jpeft.task
@@ -27,12 +27,7 @@ from jpeft.train import make_step, prepare, read_result, train
 @pytest.fixture(scope="module")
 def base(tmp_path_factory):
     """A model folder and a data folder, as fields of a configuration."""
-    folder = tmp_path_factory.mktemp("base")
-    make_model(folder / "model")
-    rows = make_rows(120)
-    for name, part in (("train", rows[:72]), ("validation", rows[72:95]), ("test", rows[95:])):
-        write_csv(folder / "data" / f"{name}.csv", part)
-    return {"model": str(folder / "model"), "data": str(folder / "data"), "max_length": 8, "progress": "none"}
+    return make_base(tmp_path_factory.mktemp("base"), train=72, validation=23, test=25)
 
 
 @pytest.fixture

@@ -8,7 +8,6 @@ import jax
 import pytest
 from jax.sharding import PartitionSpec as P
 from test_train import records
-from tiny_text import make_model, make_rows, write_csv
 
 import jpeft
 from jpeft.cli import main
@@ -24,12 +23,8 @@ MESH = "data=2,fsdp=2,tensor=2"
 def config(tmp_path_factory):
     """A short run with dropout, and a checkpoint halfway."""
     folder = tmp_path_factory.mktemp("base")
-    make_model(folder / "model")
-    rows = make_rows(60)
-    for name, part in (("train", rows[:40]), ("validation", rows[40:53])):
-        write_csv(folder / "data" / f"{name}.csv", part)
     return TrainConfig(
-        model=str(folder / "model"), data=str(folder / "data"), output=str(folder / "alone"), max_length=8, progress="none", batch_size=8,
+        **make_base(folder, train=40, validation=13), output=str(folder / "alone"), batch_size=8,
         steps=4, checkpoint_every=2, log_every=2, options=("rank=2", "dropout=0.1"),
     )  # fmt: skip
 

@@ -7,7 +7,6 @@ import shutil
 import numpy as np
 import pytest
 from test_train import bits, records
-from tiny_text import make_model, make_rows, write_csv
 
 import jpeft
 from jpeft.config import TrainConfig
@@ -22,12 +21,7 @@ STAGED = {"diff_pruning": ("sparsity=0.1", "l0=1e-5"), "far": (), "fish_mask": (
 @pytest.fixture(scope="module")
 def base(tmp_path_factory):
     """Fields of a configuration."""
-    folder = tmp_path_factory.mktemp("base")
-    make_model(folder / "model")
-    rows = make_rows(80)
-    for name, part in (("train", rows[:64]), ("validation", rows[64:72]), ("test", rows[72:])):
-        write_csv(folder / "data" / f"{name}.csv", part)
-    fields = {"model": str(folder / "model"), "data": str(folder / "data"), "max_length": 8, "progress": "none"}
+    fields = make_base(tmp_path_factory.mktemp("base"), train=64, validation=8, test=8)
     return {**fields, "batch_size": 8, "steps": 20, "log_every": 4, "checkpoint_every": 1, "eval_every": 6, "keep": 50}
 
 

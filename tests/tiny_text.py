@@ -2,6 +2,7 @@
 
 import csv
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
@@ -59,6 +60,16 @@ def write_csv(path: Path, rows: list[tuple[str, str]], header: tuple[str, str] =
     with open(path, "w", newline="") as file:
         csv.writer(file).writerows([header, *rows])
     return path
+
+
+def make_base(folder: Path, **sizes: int) -> dict[str, Any]:
+    """A model folder and a data folder with so many rows in each split, as the first fields of a configuration."""
+    make_model(folder / "model")
+    rows = make_rows(sum(sizes.values()))
+    for name, size in sizes.items():
+        write_csv(folder / "data" / f"{name}.csv", rows[:size])
+        rows = rows[size:]
+    return {"model": str(folder / "model"), "data": str(folder / "data"), "max_length": 8, "progress": "none"}
 
 
 def make_decoder(folder: Path, *, seed: int = 0, dropout: float = 0.0, positions: int = 32) -> Path:

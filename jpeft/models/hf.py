@@ -27,6 +27,9 @@ from .bert_config import BertConfig
 from .decoder_config import DecoderConfig
 from .weights import HEAD, POOLER, Entry, Tensors, checkpoint_layout, read_json
 
+# Read when transformers is imported, which otherwise advises to install torch.
+os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
+
 # --- reading ---
 
 

@@ -1,6 +1,5 @@
 """DiffPruning: learn by gates, which an L0 penalty closes, which weights to change; then fine-tune the k largest changes alone."""
 
-import functools
 import re
 from typing import Any
 
@@ -98,15 +97,7 @@ def diff_pruning(
         return tree.unflatten(sparse.leaves(leaves, chosen))
 
     if stage == "mask":
-        return Method(
-            init=with_head(init_mask, head),
-            bind=sparse.bind,
-            merge=sparse.bind,
-            labels=sparse.labels,
-            changed=sparse.changed,
-            shapes=functools.partial(sparse.shapes, sparsity=sparsity, head=head),
-            needs="movement",
-        )
+        return sparse.method(init_mask, sparsity, head, needs="movement")
 
     def init_fn(key: jax.Array, params: tree.Params, *, stats: Any = None) -> tree.Adapter:
         del key, stats

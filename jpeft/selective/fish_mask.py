@@ -1,13 +1,12 @@
 """FishMask: train the weights that carry the most Fisher information."""
 
-import functools
 from typing import Any
 
 import jax
 import numpy as np
 
 from .. import tree
-from ..method import Method, Stage, factory, not_head, with_head
+from ..method import Method, Stage, factory, not_head
 from . import sparse
 
 
@@ -79,16 +78,8 @@ def fish_mask(
         anew = sparse.chosen_anew(not_head(params, head), beside, choose(params, stats), "fish_mask")
         return fish_mask(sparsity=sparsity, refresh=refresh - 1, head=head), tree.unflatten(replaced | anew)
 
-    return Method(
-        init=with_head(init_fn, head),
-        bind=sparse.bind,
-        merge=sparse.bind,
-        labels=sparse.labels,
-        changed=sparse.changed,
-        shapes=functools.partial(sparse.shapes, sparsity=sparsity, head=head),
-        needs="fisher",
-        stages=tuple(Stage("refresh", 1 / (refresh + 1), refresh_fn, needs="fisher") for _ in range(refresh)),
-    )
+    stages = tuple(Stage("refresh", 1 / (refresh + 1), refresh_fn, needs="fisher") for _ in range(refresh))
+    return sparse.method(init_fn, sparsity, head, needs="fisher", stages=stages)
 
 
 _HOW = (

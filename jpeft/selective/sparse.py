@@ -12,6 +12,7 @@ need one, but those of small integers are subnormal numbers, which XLA flushes t
 their label is "freeze", so an optimizer made by `jpeft.optimizer` keeps neither state nor updates for them.
 """
 
+import functools
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -21,7 +22,7 @@ import numpy as np
 from jax.core import Tracer
 
 from .. import tree
-from ..method import FREEZE, TRAIN
+from ..method import FREEZE, TRAIN, InitFn, Method, Stage, with_head
 from ..select import head_leaves
 
 DIGIT = 2**24
@@ -211,6 +212,20 @@ def changed(params: tree.Params, adapter: tree.Adapter) -> int:
     """The values, those that are kept included, and the dense head."""
     replaced, beside, _ = tree.split(params, adapter)
     return tree.size(replaced) + sum(values.size for part in beside.values() for _, values in _pairs(part))
+
+
+def method(init: InitFn, sparsity: float, head: str | None, *, needs: str, stages: tuple[Stage, ...] = ()) -> Method:
+    """The method whose adapter is sparse differences, which `init` chooses by the statistics that it `needs`, and the head."""
+    return Method(
+        init=with_head(init, head),
+        bind=bind,
+        merge=bind,
+        labels=labels,
+        changed=changed,
+        shapes=functools.partial(shapes, sparsity=sparsity, head=head),
+        needs=needs,
+        stages=stages,
+    )
 
 
 def shapes(params: tree.Params, adapter: tree.Adapter, *, sparsity: float, head: str | None) -> tree.Adapter:
