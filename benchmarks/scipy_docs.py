@@ -44,7 +44,8 @@ def main() -> None:
         comparison = collect(run_folders(args.runs))
     else:
         seeds, rows = tuple(args.seeds), tuple(args.methods)
-        comparison = compare(CompareConfig(model=args.model or minilm(), output=str(args.runs), methods=rows, seeds=seeds, max_length=64))
+        model = args.model or minilm()
+        comparison = compare(CompareConfig(model=model, data="builtin", output=str(args.runs), methods=rows, seeds=seeds, max_length=64))
     write(comparison, args.results, args.readme)
 
 

@@ -45,6 +45,7 @@ def main() -> None:
         results[row] = train(
             TrainConfig(
                 model=model,
+                data="builtin",
                 output=str(args.output / row.replace(" ", "-").lower()),
                 method=method,
                 options=options,

@@ -5,6 +5,7 @@ The task is to tell from the opening paragraphs of a docstring which SciPy subpa
 texts follow the installed version, so compare results only on one version of SciPy.
 """
 
+import functools
 import importlib
 import inspect
 import pkgutil
@@ -26,6 +27,7 @@ TEST = 0.20  # share of all texts
 VALIDATION = 0.06  # share of all texts, taken from the other 80 %
 
 
+@functools.cache
 def builtin() -> dict[str, Table]:
     """The built-in data set, split 74 / 6 / 20 % by a hash of the text, each class in each split.
 

@@ -31,7 +31,7 @@ from jpeft.evaluate import Evaluator
 from jpeft.files import write_atomically
 from jpeft.interrupt import InterruptedRun
 from jpeft.report import Comparison, collect, run_folders
-from jpeft.run import Run, attach, columns, load_base, open_run, save_merged
+from jpeft.run import Run, RunFolder, attach, columns, load_base, open_run, save_merged
 from jpeft.task import Decoding
 from jpeft.train import train
 
@@ -176,7 +176,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         if isinstance(args, CompareConfig):
             print("interrupted between two runs; the same command goes on from here", file=sys.stderr)
         else:
-            print("interrupted before the first step: nothing to save", file=sys.stderr)
+            # A second Ctrl-C acts at once; what the first had saved, or an earlier checkpoint, is there.
+            saved = isinstance(args, TrainConfig) and any(RunFolder(args.output).checkpoints.glob("*/checksums.json"))
+            print("interrupted" + ("; continue from the newest checkpoint with --resume" if saved else ""), file=sys.stderr)
         return 130
     except (ValueError, FileNotFoundError) as error:
         if debug:
@@ -315,7 +317,7 @@ def _summary(args: SummaryArgs) -> None:
     if args.model is None and len(runs) == 1 and not options:
         peft = open_run(runs[0]).peft
     elif args.model is not None and not runs:
-        config = TrainConfig(model=args.model, output="", task=args.task, method=args.method, options=options, max_length=1)
+        config = TrainConfig(model=args.model, data="", output="", task=args.task, method=args.method, options=options, max_length=1)
         loaded = load_base(config, tuple(f"LABEL_{i}" for i in range(args.labels)))
         peft = attach(config, loaded.params, loaded.new, tokenizer=loaded.tokenizer)
     else:

@@ -142,16 +142,16 @@ class Cloze:
           batch_size: Texts in a compiled call.
         """
         words = self.word_ids(tokenizer)
-
-        @jax.jit
-        def run(variables: Any, inputs: dict[str, Array], gap: Array) -> Array:
-            return label_scores(forward(variables, **inputs), gap, words)
-
         out = []
         for batch in eval_batches(dict(arrays), batch_size):
             inputs = {name: batch[name] for name in ("input_ids", "attention_mask", "token_type_ids") if name in batch}
-            out.append(np.asarray(run(variables, inputs, batch["gap"]))[batch["weight"] > 0])
+            out.append(np.asarray(_scores(forward, words, variables, inputs, batch["gap"]))[batch["weight"] > 0])
         return np.concatenate(out)
+
+
+@functools.partial(jax.jit, static_argnames=("forward", "words"))
+def _scores(forward: Callable[..., Any], words: Words, variables: Any, inputs: dict[str, Array], gap: Array) -> Array:
+    return label_scores(forward(variables, **inputs), gap, words)
 
 
 def label_scores(

@@ -23,11 +23,11 @@ class Settings:
 
     # Folder with a Hugging Face checkpoint (config.json, model.safetensors, tokenizer files), or a hub id.
     model: str
-    # Folder of the run: config, metrics, curve, checkpoints, adapter, result. Must be new or empty.
-    output: str
     # Data: a folder with train/validation/test files, a file, "hub:name[/config]", or what comes along: "builtin", for generation also
     # one of "builtin:reference" and "builtin:summaries".
-    data: str = "builtin"
+    data: str
+    # Folder of the run: config, metrics, curve, checkpoints, adapter, result. Must be new or empty.
+    output: str
     # Column that holds the text; for generation, what the target continues, or all there is.
     text: str = "text"
     # Column that holds the second text of a pair; none for single texts.
@@ -98,7 +98,7 @@ class TrainConfig(Settings):
     """Fine-tune a pretrained model: `jpeft train --model FOLDER --output RUN --method lora rank=8`.
 
     Example:
-        >>> TrainConfig(model="bert-base-uncased", output="run", method="lora", options=("rank=8",)).method
+        >>> TrainConfig(model="bert-base-uncased", data="builtin", output="run", method="lora", options=("rank=8",)).method
         'lora'
     """
 

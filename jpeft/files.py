@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
+import uuid
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +24,19 @@ def write_atomically(path: str | os.PathLike[str], content: str | bytes) -> None
 def write_json(path: str | os.PathLike[str], value: Any) -> None:
     """Writes JSON atomically, indented, with a final newline."""
     write_atomically(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+
+
+def replace_folder(partial: Path, target: Path) -> None:
+    """Puts a finished folder in the place of `target`, or where there is none: at any moment one of the two is there, whole."""
+    old = target.with_name(f".{target.name}.{uuid.uuid4().hex}.old")
+    if target.exists():
+        os.replace(target, old)  # a folder cannot be renamed onto one with content
+    try:
+        os.replace(partial, target)
+    finally:
+        if old.exists() and not target.exists():
+            os.replace(old, target)
+        shutil.rmtree(old, ignore_errors=True)
 
 
 def size_on_disk(folder: str | os.PathLike[str]) -> int:

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import jpeft
 from jpeft.config import TrainConfig, changed_fields, from_json, to_json
 from jpeft.files import write_atomically, write_json
-from jpeft.rows import Row, usual_rate
+from jpeft.rows import Row
 from jpeft.run import RunFolder
 from jpeft.scatter import Line, Point, plot_scatter
 from jpeft.summary import readable_bytes
@@ -257,7 +257,7 @@ def collect(
         if different:
             fields = ", ".join(f"{name} ({old!r} and {new!r})" for name, (old, new) in different.items())
             raise ValueError(f"{first.output} and {folder.path} cannot be compared: they differ in {fields}")
-        row = Row(config.method, config.options, config.learning_rate or usual_rate(config.method, config.options))
+        row = Row(config.method, config.options, about["learning_rate"])
         if config.seed in results.setdefault(row, {}):
             raise ValueError(f"{folder.path} and {names[row][config.seed]} are the same run: {row.label}, seed {config.seed}")
         results[row][config.seed] = json.loads(folder.result.read_text()) | {"data": about["data"]}

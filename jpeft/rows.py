@@ -34,8 +34,8 @@ class Row(NamedTuple):
         'head only'
         """
         rate = "" if self.learning_rate == usual_rate(self.method, self.options) else f"learning_rate={self.learning_rate:g}"
-        name = next((row.name for row in BASELINES.values() if (row.method, row.options) == (self.method, self.options)), None)
-        parts = [name] if name is not None else [self.method, *map(_plain, self.options)]
+        baseline = _baseline(self.method, self.options)
+        parts = [baseline.name] if baseline else [self.method, *map(_plain, self.options)]
         return " ".join([*parts, rate]).strip()
 
     @property
@@ -46,13 +46,13 @@ class Row(NamedTuple):
     @property
     def is_baseline(self) -> bool:
         """Whether the row is there for the others to be measured by."""
-        return any((row.method, row.options) == (self.method, self.options) for row in BASELINES.values())
+        return _baseline(self.method, self.options) is not None
 
     @property
     def rank(self) -> tuple[int, int, str]:
         """Sorts rows: the head alone, the methods as they are registered, full fine-tuning."""
         if self.is_baseline:
-            return (-1 if self[:2] == BASELINES["head-only"][1:3] else 1, 0, self.label)
+            return (-1 if _baseline(self.method, self.options) == BASELINES["head-only"] else 1, 0, self.label)
         return 0, list(jpeft.methods()).index(self.method), self.label
 
     def folder(self, seed: int) -> str:
@@ -85,11 +85,14 @@ BASELINES = {
 }
 
 
+def _baseline(method: str, options: Sequence[str]) -> Baseline | None:
+    return next((row for row in BASELINES.values() if (row.method, row.options) == (method, tuple(options))), None)
+
+
 def usual_rate(method: str, options: Sequence[str]) -> float:
     """The learning rate of a row that names none."""
-    for row in BASELINES.values():
-        if (row.method, row.options) == (method, tuple(options)):
-            return row.learning_rate
+    if baseline := _baseline(method, options):
+        return baseline.learning_rate
     return jpeft.methods()[method].learning_rate
 
 
@@ -110,8 +113,8 @@ def parse_row(text: str, learning_rate: float | None = None) -> Row:
         ('top=0',)
     """
     method, *options = re.split(r"\s+(?=[A-Za-z_]\w*=)", text.strip())
-    if method in BASELINES:
-        _, method, options = BASELINES[method].name, BASELINES[method].method, [*BASELINES[method].options, *options]
+    if baseline := BASELINES.get(method):
+        method, options = baseline.method, [*baseline.options, *options]
     values = parse_options(options)
     rate = values.pop("learning_rate", None)
     if rate is not None and not (isinstance(rate, (int, float)) and rate > 0):

@@ -59,10 +59,13 @@ class Snapshots:
 
     def __init__(self, folder: str | os.PathLike[str], keep: int):
         self.folder = os.path.abspath(folder)
+        self._keep = keep
         self._manager = ocp.CheckpointManager(
             self.folder,
             options=ocp.CheckpointManagerOptions(
-                max_to_keep=keep,
+                # Not Orbax's own `max_to_keep`, which deletes the old before the new has its checksums: between the two a kill would leave
+                # nothing.
+                max_to_keep=None,
                 # An adapter is small: writing in line costs milliseconds, and what was reported as saved is saved.
                 enable_async_checkpointing=False,
                 # What a killed process left half-written.
@@ -82,6 +85,8 @@ class Snapshots:
         self._manager.wait_until_finished()
         folder = self._folder(progress.step)
         distributed.from_first(lambda: write_json(folder / CHECKSUMS, file_checksums(folder, skip=CHECKSUMS)))
+        for old in sorted(self._manager.all_steps())[: -self._keep]:
+            self._manager.delete(old)
 
     def restore(self, like: Callable[[Progress], PyTree]) -> tuple[PyTree, Progress] | None:
         """The newest readable snapshot, in the structure and on the devices of `like(progress)`; None if there is none.
@@ -89,36 +94,30 @@ class Snapshots:
         Unreadable ones are named in a warning and removed, so that the continued run can write them again.
         """
         for step in sorted(self._manager.all_steps(), reverse=True):
-            try:
-                progress = self.progress(step)
-            except Exception as error:  # Orbax and TensorStore raise many types for a damaged file.
-                self._leave_out(step, error)
+            # The checksums alone tell what is damaged, before Orbax opens anything: its other reads go on in the background when one fails.
+            damage = distributed.from_first(lambda step=step: _damage(self._folder(step)))
+            if damage:
+                warnings.warn(f"checkpoint {self._folder(step)} is damaged and is left out: {damage}", stacklevel=2)
+                self._manager.delete(step)
                 continue
-            # Not within a try: what goes wrong here is no fault of the snapshot's.
+            progress = self.progress(step)
             abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), like(progress))
+            items = ocp.args.Composite(arrays=ocp.args.StandardRestore(abstract))
             try:
-                items = ocp.args.Composite(arrays=ocp.args.StandardRestore(abstract))
                 return self._manager.restore(step, args=items)["arrays"], progress
-            except Exception as error:
-                self._leave_out(step, error)
+            except Exception as error:  # another version's optimizer state, too little memory: nothing that deleting would mend
+                raise ValueError(
+                    f"checkpoint {self._folder(step)} is whole, but cannot be continued here; it was left as it is. "
+                    f"Orbax says: {type(error).__name__}: {str(error)[:300]}"
+                ) from error
         return None
-
-    def _leave_out(self, step: int, error: Exception) -> None:
-        reason = str(error).splitlines()[0][:200] if str(error) else type(error).__name__
-        warnings.warn(f"checkpoint {self._folder(step)} is damaged and is left out: {reason}", stacklevel=3)
-        self._manager.delete(step)
 
     def close(self) -> None:
         """Lets go of the folder."""
         self._manager.close()
 
     def progress(self, step: int) -> Progress:
-        """Where the run stood at one snapshot.
-
-        Raises:
-            ValueError: if the snapshot is incomplete or damaged.
-        """
-        distributed.from_first(lambda: _check(self._folder(step)))
+        """Where the run stood at one snapshot, which must be whole."""
         read = self._manager.restore(step, args=ocp.args.Composite(progress=ocp.args.JsonRestore()))["progress"]
         return Progress(**read | {"losses": tuple(read["losses"])})
 
@@ -126,10 +125,13 @@ class Snapshots:
         return Path(self.folder, str(step))
 
 
-def _check(folder: Path) -> None:
-    """Raises a ValueError if a snapshot is incomplete or damaged."""
-    if not (folder / CHECKSUMS).exists():
-        raise ValueError("it was not written to the end")
-    # Found here rather than by Orbax, whose other reads go on in the background when one fails.
-    if changed := damaged_files(folder, json.loads((folder / CHECKSUMS).read_text()), skip=CHECKSUMS):
-        raise ValueError(f"{changed[0]} is not as it was written ({len(changed)} such files)")
+def _damage(folder: Path) -> str:
+    """What is wrong with a snapshot's files; empty if nothing is."""
+    try:
+        written = json.loads((folder / CHECKSUMS).read_text())
+    except FileNotFoundError:
+        return "it was not written to the end"
+    except ValueError:
+        return f"{CHECKSUMS} is not as it was written"
+    changed = damaged_files(folder, written, skip=CHECKSUMS)
+    return f"{changed[0]} is not as it was written ({len(changed)} such files)" if changed else ""

@@ -64,7 +64,7 @@ class Result:
     compile_seconds: float
     # Folder of the run.
     path: Path
-    # The base with the trained adapter.
+    # The base with the trained adapter, folded (`jpeft.fold`).
     peft: Peft = dataclasses.field(repr=False)
     # (Runs of earlier versions lack what follows.)
     stored: int | None = None
@@ -250,7 +250,7 @@ def train(config: TrainConfig, *, report: Reporter | None = None) -> Result:
         InterruptedRun: after Ctrl-C or SIGTERM, once a checkpoint is written.
 
     Example:
-        >>> result = train(TrainConfig(model="all-MiniLM-L6-v2", output="run", method="lora"))  # doctest: +SKIP
+        >>> result = train(TrainConfig(model="all-MiniLM-L6-v2", data="builtin", output="run"))  # doctest: +SKIP
         >>> result.test["accuracy"]                                                               # doctest: +SKIP
     """
     check_values(config)
@@ -259,7 +259,10 @@ def train(config: TrainConfig, *, report: Reporter | None = None) -> Result:
     folder = RunFolder(config.output)
     from_first(lambda: folder.check(config))
     if config.resume and from_first(folder.result.exists):
-        return read_result(folder)
+        result = read_result(folder)
+        if config.export and not from_first(folder.merged.exists):
+            save_merged(folder.merged, open_run(folder.path).loaded, result.peft)
+        return result
     setup = prepare(config)
     about = setup.about()
     check_equal({name: about[name] for name in ("method", "labels", "base", "data")})
@@ -341,8 +344,11 @@ class _Trainer:
             finally:
                 self.report.stop()
                 self.snapshots.close()
-            # An interrupt from here on is ignored: all is saved, and what is left takes no longer than a few steps.
-            return self._finish(time.perf_counter() - begun - (self.compile_seconds - compiled))
+            # All steps are saved: an interrupt from here on waits for the last evaluation and the result.
+            result = self._finish(time.perf_counter() - begun - (self.compile_seconds - compiled))
+        if signals:
+            raise InterruptedRun(signals[0], self.progress.step, self.folder.path)
+        return result
 
     @property
     def done(self) -> bool:
@@ -467,6 +473,7 @@ class _Trainer:
         stage = {"method": self.peft.method.config(), "leaves": leaf_table(self.adapter)} if self.progress.stage else {}
         self.progress = dataclasses.replace(self.progress, losses=tuple(self._pull_losses()), **stage)
         self.snapshots.save(self._state(), self.progress)
+        self._start_clock()
 
     def _restore(self) -> None:
         """Goes back to the newest readable checkpoint, in whatever stage it was taken; to the beginning if there is none."""
@@ -498,6 +505,9 @@ class _Trainer:
             name: self.evaluator.metrics(kept, self.setup.splits[name]) if name in self.setup.splits else {}
             for name in ("validation", "test")
         }
+        trained = jpeft.summary(kept).trained
+        # What only training needs, a network that makes the prompt say, is in the checkpoints.
+        kept = jpeft.fold(kept)
         jpeft.save(self.folder.adapter, kept, overwrite=True)
         summary = jpeft.summary(kept)
         result = Result(
@@ -505,7 +515,7 @@ class _Trainer:
             best=self.progress.best,
             best_step=self.progress.best_step,
             steps=self.progress.step,
-            trained=summary.trained,
+            trained=trained,
             seconds=round(seconds, 3),
             compile_seconds=round(self.compile_seconds, 3),
             path=self.folder.path,
@@ -536,6 +546,7 @@ class _Trainer:
 def plot_run(folder: RunFolder, task: Task) -> None:
     """Draws a run's curve.png from its metrics.jsonl."""
     about = folder.about()
-    name = Path(about["run"]["model"]).name
+    # A folder is often just called "model", and a hub id has an owner.
+    name = "/".join(Path(about["run"]["model"]).parts[-2:])
     title = f"{about['run']['method']} on {name}"
     plot_curve(folder.curve, folder.records(), task.metric, title, higher_is_better=task.higher_is_better)

@@ -130,4 +130,4 @@ def test_texts_of_two_subpackages_and_small_classes_are_dropped(monkeypatch):
 def test_without_scipy(monkeypatch):
     monkeypatch.setitem(sys.modules, "scipy", None)
     with pytest.raises(ValueError, match=r'pip install "jpeft\[demo\]"'):
-        builtin()
+        paragraphs()

@@ -277,7 +277,7 @@ def test_damaged_adapter(world, tmp_path, fails):
 
 
 def test_merge_errors(world, tmp_path, fails):
-    assert "erge" in fails("merge", world / "adapter", tmp_path / "out")
+    assert "nonlinear layer of its own" in fails("merge", world / "adapter", tmp_path / "out")
     assert not (tmp_path / "out").exists()
     assert "is in use" in fails("merge", world / "lora", world / "model")
 

@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec as P
 from test_train import records
+from tiny_text import make_base
 
 from jpeft import distributed, sharding
 from jpeft.config import TrainConfig

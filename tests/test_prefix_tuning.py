@@ -269,7 +269,7 @@ def test_p_tuning_v2_classifies_texts_and_tokens(family, task):
     prefixes = {f"{site.core}/+/{name}" for site in sites(params) for name in ("key", "value")}
     assert jpeft.flatten(peft.adapter).keys() == heads | prefixes
     labels = IDS % 3 if tokens else IDS[:, 0] % 3
-    losses = train(model, peft, IDS, labels, steps=15, rate=jpeft.methods()["p_tuning_v2"].learning_rate)
+    losses = fit(model, peft, IDS, labels, steps=15, rate=jpeft.methods()["p_tuning_v2"].learning_rate)
     assert losses[-1] < 0.8 * losses[0], losses
 
 

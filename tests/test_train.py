@@ -11,11 +11,12 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from tiny_text import make_model
+from tiny_text import make_base, make_model
 
 import jpeft
 import jpeft.task
 from jpeft.config import TrainConfig, changed_fields, from_json, parse_options, to_json
+from jpeft.files import replace_folder
 from jpeft.metrics import accuracy, macro_f1
 from jpeft.plot import plot_curve
 from jpeft.run import RunFolder, keys, open_run
@@ -79,7 +80,7 @@ def test_bad_options(pairs, message):
 )
 def test_config_refuses(changes, message):
     with pytest.raises(ValueError, match=message):
-        train(TrainConfig(model="m", output="o", **changes))
+        train(TrainConfig(model="m", data="builtin", output="o", **changes))
 
 
 def test_config_round_trip():
@@ -160,7 +161,11 @@ def test_one_trace_one_donation_and_a_base_left_alone(config, monkeypatch):
 
     monkeypatch.setitem(jpeft.task.TASKS, task.name, dataclasses.replace(task, losses=losses))
     before = bits(prepare(config).loaded.params)
+    compiled, cost = [], jpeft.train.cost
+    monkeypatch.setattr(jpeft.train, "cost", lambda step: compiled.append(step) or cost(step))
     result = train(config)
+    # The adapter and both moments are written in place of the old ones.
+    assert compiled[0].memory_analysis().alias_size_in_bytes >= 3 * jpeft.tree.nbytes(result.peft.adapter)
     assert result.steps == 10
     # The body of lax.scan is traced a fixed number of times for the whole run.
     assert len(traces) <= 2
@@ -292,6 +297,13 @@ def test_export_writes_the_merged_model(config):
     chex.assert_trees_all_close(merged.params, jpeft.merge(result.peft), atol=1e-6)
 
 
+def test_a_finished_run_is_exported_when_asked_for_later(config):
+    result = train(config)
+    again = train(dataclasses.replace(config, resume=True, export=True))
+    assert again.test == result.test
+    chex.assert_trees_all_close(jpeft.models.load(RunFolder(config.output).merged).params, jpeft.merge(result.peft), atol=1e-6)
+
+
 def test_export_is_refused_before_training(config):
     with pytest.raises(ValueError, match="merge"):
         train(dataclasses.replace(config, method="adapter", export=True))
@@ -334,6 +346,48 @@ def test_a_damaged_snapshot_is_named_and_the_one_before_is_used(tmp_path, damage
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert Snapshots(tmp_path, keep=3).restore(lambda progress: {"a": jnp.zeros(1000)})[1].step == 1
+
+
+def test_a_whole_snapshot_that_does_not_fit_is_kept(tmp_path):
+    """Another version's optimizer state, say: the user must learn of it, and nothing may be deleted for it."""
+    Snapshots(tmp_path, keep=3).save({"a": jnp.ones(3)}, Progress(step=1))
+    with pytest.raises(ValueError, match=f"checkpoint {tmp_path}/1 is whole, but cannot be continued here"):
+        Snapshots(tmp_path, keep=3).restore(lambda progress: {"a": jnp.zeros(3), "b": jnp.zeros(2)})
+    assert Snapshots(tmp_path, keep=3).restore(lambda progress: {"a": jnp.zeros(3)})[1].step == 1
+
+
+def test_the_old_snapshot_stays_until_the_new_one_has_its_checksums(tmp_path, monkeypatch):
+    snapshots = Snapshots(tmp_path, keep=1)
+    snapshots.save({"a": jnp.ones(3)}, Progress(step=1))
+    with monkeypatch.context() as patch:
+        patch.setattr("jpeft.snapshot.write_json", lambda *args: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            snapshots.save({"a": jnp.ones(3)}, Progress(step=2))
+    with pytest.warns(UserWarning, match=f"checkpoint {tmp_path}/2 is damaged"):
+        assert Snapshots(tmp_path, keep=1).restore(lambda progress: {"a": jnp.zeros(3)})[1].step == 1
+    Snapshots(tmp_path, keep=1).save({"a": jnp.ones(3)}, Progress(step=3))
+    assert [path.name for path in tmp_path.iterdir() if path.name.isdigit()] == ["3"]
+
+
+def test_a_folder_takes_anothers_place_or_leaves_it(tmp_path, monkeypatch):
+    for name in ("old", "new"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "name").write_text(name)
+    replace, calls = os.replace, []
+
+    def second_fails(a, b):
+        calls.append(a)
+        if len(calls) == 2:
+            raise OSError
+        replace(a, b)
+
+    with monkeypatch.context() as patch, pytest.raises(OSError):
+        patch.setattr(os, "replace", second_fails)
+        replace_folder(tmp_path / "new", tmp_path / "old")
+    assert (tmp_path / "old" / "name").read_text() == "old"
+    replace_folder(tmp_path / "new", tmp_path / "old")
+    assert (tmp_path / "old" / "name").read_text() == "new"
+    assert [path.name for path in tmp_path.iterdir()] == ["old"]
 
 
 def test_a_new_head_learns_faster():

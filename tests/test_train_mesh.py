@@ -8,6 +8,7 @@ import jax
 import pytest
 from jax.sharding import PartitionSpec as P
 from test_train import records
+from tiny_text import make_base
 
 import jpeft
 from jpeft.cli import main

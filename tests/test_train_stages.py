@@ -7,6 +7,7 @@ import shutil
 import numpy as np
 import pytest
 from test_train import bits, records
+from tiny_text import make_base
 
 import jpeft
 from jpeft.config import TrainConfig

@@ -30,7 +30,8 @@ def fingerprint(params: Params, *, skip: frozenset[str] = frozenset()) -> str:
     """
     leaves = {path: leaf for path, leaf in flatten(params).items() if path not in skip}
     sums = jax.device_get({path: _digest(jnp.asarray(leaf)) for path, leaf in leaves.items()})
-    lines = (f"{path} {tuple(leaf.shape)} {jnp.asarray(leaf).dtype} {int(sums[path]):08x}" for path, leaf in sorted(leaves.items()))
+    dtype = lambda leaf: jax.dtypes.canonicalize_dtype(leaf.dtype)
+    lines = (f"{path} {tuple(leaf.shape)} {dtype(leaf)} {int(sums[path]):08x}" for path, leaf in sorted(leaves.items()))
     return hashlib.sha256("\n".join(lines).encode()).hexdigest()
 
 

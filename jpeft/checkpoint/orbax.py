@@ -16,6 +16,7 @@ import jax.numpy as jnp
 
 from .. import registry, tree
 from ..distributed import from_first, within_reach
+from ..files import replace_folder
 from ..method import Method
 from ..peft import Peft
 from .fingerprint import damaged_files, file_checksums, fingerprint, leaf_table
@@ -57,9 +58,7 @@ def save(path: str | os.PathLike[str], peft: Peft, *, overwrite: bool = False) -
     def finish() -> None:
         record["files"] = file_checksums(partial / _LEAVES)
         (partial / _RECORD).write_text(json.dumps(record, indent=1))
-        if target.exists():
-            shutil.rmtree(target)
-        os.replace(partial, target)
+        replace_folder(partial, target)
 
     try:
         from_first(lambda: partial.mkdir(parents=True))

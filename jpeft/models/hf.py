@@ -20,6 +20,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding
 
 from .. import distributed
+from ..files import replace_folder
 from ..sharding import Rules, place
 from ..tree import flatten, unflatten
 from . import families
@@ -274,8 +275,7 @@ def save(
     config = _hf_config(model, labels)
 
     folder.parent.mkdir(parents=True, exist_ok=True)
-    token = uuid.uuid4().hex
-    partial, old = (folder.with_name(f".{folder.name}.{token}.{kind}") for kind in ("partial", "old"))
+    partial = folder.with_name(f".{folder.name}.{uuid.uuid4().hex}.partial")
     try:
         partial.mkdir()
         tensors = {name: tensor for entry in layout for name, tensor in entry.split(leaves[entry.path]).items()}
@@ -283,14 +283,9 @@ def save(
         config.save_pretrained(partial)
         if tokenizer is not None:
             tokenizer.save_pretrained(partial)
-        if folder.exists():
-            os.replace(folder, old)  # a folder cannot be renamed onto one with content
-        os.replace(partial, folder)
+        replace_folder(partial, folder)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
-        if old.exists() and not folder.exists():
-            os.replace(old, folder)
-        shutil.rmtree(old, ignore_errors=True)
 
 
 def _check_params(layout: list[Entry], leaves: Mapping[str, Any]) -> None:
