@@ -10,17 +10,15 @@ Writes results/python_docs.md and a picture for each data set beside this file. 
 """
 
 import argparse
+import statistics
 from pathlib import Path
 
 import jax
 
-import jpeft
 from jpeft.compare import compare
-from jpeft.config import CompareConfig, TrainConfig
-from jpeft.evaluate import Evaluator
+from jpeft.config import CompareConfig
 from jpeft.report import Comparison
 from jpeft.small_decoder import decoder
-from jpeft.train import prepare
 
 RESULTS = Path(__file__).parent / "results"
 # Data set -> tokens in a row, and rows in a batch.
@@ -47,38 +45,26 @@ def main() -> None:
     for name in args.data:
         length, batch_size = DATA[name]
         same = {"model": model, "data": name, "task": "generation", "max_length": length, "batch_size": batch_size}
-        base = frozen(TrainConfig(**same, output="", method="freeze", options=("target=.*",)))
         folder, methods, seeds = str(args.runs / name.rpartition(":")[2]), tuple(args.methods), tuple(args.seeds)
         rest = {"output": folder, "methods": methods, "seeds": seeds, "epochs": args.epochs, "keep_best": True, "progress": "none"}
         comparison = compare(CompareConfig(**same, **rest))
         picture = args.results / f"python_docs-{name.rpartition(':')[2]}.png"
         comparison.plot(picture)
-        parts.append(f"## {name}\n\n![perplexity against trained parameters]({picture.name})\n\n{section(comparison, base)}")
+        parts.append(f"## {name}\n\n![perplexity against trained parameters]({picture.name})\n\n{section(comparison)}")
     (args.results / "python_docs.md").write_text("\n".join(parts))
     print("\n".join(parts))
 
 
-def frozen(config: TrainConfig) -> dict[str, float]:
-    """Test metrics of the model as it is: all its weights trainable, none of them trained."""
-    setup = prepare(config)
-    evaluator = Evaluator(jpeft.wrap(setup.loaded.model.apply, setup.peft.method), setup.task, config.batch_size)
-    return evaluator.metrics(setup.peft, setup.splits["test"])
-
-
-def section(comparison: Comparison, base: dict[str, float]) -> str:
-    """The table with the frozen base on top, and each row's perplexity as a share of the base's."""
-    pairs = "exact_match" in base
-    head, body = comparison.table(COLUMNS)
-    head = [*head[:2], "of the base's", *(["exact match"] if pairs else []), *head[2:]]
-    exact = lambda values: [f"{sum(values) / len(values):.3f}" if values else "–"] if pairs else []
-    rows = [["frozen base", f"{base['perplexity']:.3f}", "1", *exact([base.get("exact_match", 0.0)]), "0", *[""] * (len(COLUMNS) - 3)]]
-    for entry, cells in zip(comparison.entries, body):
-        scores = entry.scores("test", "perplexity")
-        share = f"{sum(scores) / len(scores) / base['perplexity']:.2f}" if scores else "–"
-        rows.append([*cells[:2], share, *exact(entry.scores("test", "exact_match")), *cells[2:]])
-    rule = ["---", *["---:"] * (len(head) - 1)]
-    lines = ["| " + " | ".join(row) + " |" for row in (head, rule, *rows)]
-    return "\n".join([*lines, "", comparison.caption(), *(f"\n- {note}" for note in comparison.notes)]) + "\n"
+def section(comparison: Comparison) -> str:
+    """The table, and below it what share of the frozen base's perplexity each row leaves, and of targets it writes token for token."""
+    mean = lambda entry, metric: statistics.mean(scores) if (scores := entry.scores("test", metric)) else None
+    perplexities = {entry.label: mean(entry, "perplexity") for entry in comparison.entries}
+    base = perplexities.get("frozen base")
+    shares = [f"{label} {value / base:.2f}" for label, value in perplexities.items() if base and value and label != "frozen base"]
+    exact = [f"{entry.label} {value:.3f}" for entry in comparison.entries if (value := mean(entry, "exact_match")) is not None]
+    lines = [f"\nPerplexity as a share of the frozen base's: {', '.join(shares)}.\n"] if shares else []
+    lines += [f"\nExact match: {', '.join(exact)}.\n"] if exact else []
+    return comparison.markdown(COLUMNS) + "".join(lines)
 
 
 if __name__ == "__main__":
