@@ -1,0 +1,146 @@
+"""The built-in data by torch and HF PEFT: what a method is worth on these texts, whoever computes it.
+
+    python benchmarks/scipy_docs_torch.py --seeds 0 1 2
+    python benchmarks/scipy_docs_torch.py --rows freeze full --seeds 0
+
+Encoder, texts, splits, batches of 16 × 64 tokens, 5 epochs, AdamW, warmup, schedule, clipping and learning rates (the head's fivefold) are
+those of `make compare`; the model is transformers' `BertForSequenceClassification`, LoRA is peft's. Results go into
+results/scipy_docs_torch.json, from which a finished row is not run again, and results/scipy_docs_torch.md.
+"""
+
+import argparse
+import json
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import peft
+import torch
+from peft import LoraConfig, get_peft_model
+from scipy_docs import minilm
+from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+import jpeft
+from jpeft.builtin import builtin
+from jpeft.files import write_atomically
+from jpeft.rows import BASELINES
+
+RESULTS = Path(__file__).parent / "results"
+BATCH, LENGTH, EPOCHS, HEAD_RATE, WARMUP, DECAY, CLIP = 16, 64, 5, 5.0, 0.06, 0.01, 1.0
+KERNELS = ["query", "key", "value", "dense"]
+
+
+def only(*kept: str) -> Callable[[Any], Any]:
+    """Train what has one of these in its name, and the head."""
+
+    def prepare(model: Any) -> Any:
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad = any(part in name for part in (*kept, "classifier"))
+        return model
+
+    return prepare
+
+
+def bitfit(model: Any) -> Any:
+    """Train all biases, and the head."""
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad = name.endswith(".bias") or "classifier" in name
+    return model
+
+
+def lora(*targets: str) -> Callable[[Any], Any]:
+    """HF PEFT's LoRA of rank 8, with jpeft's scale alpha / rank = 2."""
+    config = LoraConfig(r=8, lora_alpha=16, target_modules=list(targets), modules_to_save=["classifier"])
+    return lambda model: get_peft_model(model, config)
+
+
+# How to prepare the model, and the learning rate: that of `jpeft compare`.
+ROWS: dict[str, tuple[Callable[[Any], Any], float]] = {
+    "head-only": (only(), BASELINES["head-only"].learning_rate),
+    "freeze": (only("layer.4.", "layer.5.", "pooler"), jpeft.methods()["freeze"].learning_rate),
+    "bitfit": (bitfit, jpeft.methods()["bitfit"].learning_rate),
+    "lora": (lora(*KERNELS), jpeft.methods()["lora"].learning_rate),
+    "full": (only(""), BASELINES["full"].learning_rate),
+}
+
+
+def run(row: str, seed: int) -> dict[str, Any]:
+    """Test accuracy after training, with the seconds that it took."""
+    prepare, rate = ROWS[row]
+    tables, tokenizer = builtin(), AutoTokenizer.from_pretrained(minilm())
+    names = sorted(set(tables["train"].label))
+
+    def encode(split: str) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
+        table = tables[split]
+        inputs = tokenizer(list(table.text), padding="max_length", truncation=True, max_length=LENGTH, return_tensors="pt")
+        return dict(inputs), torch.tensor([names.index(label) for label in table.label])
+
+    torch.manual_seed(seed)
+    model = prepare(AutoModelForSequenceClassification.from_pretrained(minilm(), num_labels=len(names)))
+    trained = [(name, leaf) for name, leaf in model.named_parameters() if leaf.requires_grad]
+    groups = [
+        {"params": [leaf for name, leaf in trained if "classifier" not in name], "lr": rate},
+        {"params": [leaf for name, leaf in trained if "classifier" in name], "lr": HEAD_RATE * rate},
+    ]
+    optimizer = torch.optim.AdamW([group for group in groups if group["params"]], weight_decay=DECAY)
+    inputs, labels = encode("train")
+    steps = EPOCHS * (len(labels) // BATCH)
+    warm = max(1, round(WARMUP * steps))
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda i: min((i + 1) / warm, (steps - i) / (steps - warm)))
+    order, begun = np.random.default_rng(seed), time.perf_counter()
+    model.train()
+    for _ in range(EPOCHS):
+        shuffled = order.permutation(len(labels))
+        for rows in shuffled[: len(shuffled) // BATCH * BATCH].reshape(-1, BATCH):
+            loss = model(**{name: column[rows] for name, column in inputs.items()}, labels=labels[rows]).loss
+            optimizer.zero_grad()
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_([leaf for _, leaf in trained], CLIP)
+            optimizer.step()
+            schedule.step()
+    seconds = time.perf_counter() - begun
+    model.eval()
+    inputs, labels = encode("test")
+    with torch.no_grad():
+        parts = [{name: column[i : i + 64] for name, column in inputs.items()} for i in range(0, len(labels), 64)]
+        guesses = torch.cat([model(**part).logits.argmax(-1) for part in parts])
+    count = sum(leaf.numel() for _, leaf in trained)
+    return {"accuracy": float((guesses == labels).float().mean()), "trained": count, "seconds": seconds, "rate": rate}
+
+
+def main() -> None:
+    """Run what is missing, and write the table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rows", nargs="+", choices=ROWS, default=list(ROWS))
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    args = parser.parse_args()
+    path = RESULTS / "scipy_docs_torch.json"
+    done: dict[str, dict[str, Any]] = json.loads(path.read_text()) if path.exists() else {}
+    for row in args.rows:
+        for seed in args.seeds:
+            if str(seed) not in done.setdefault(row, {}):
+                done[row][str(seed)] = run(row, seed)
+                print(row, seed, done[row][str(seed)])
+                write_atomically(path, json.dumps(done, indent=1) + "\n")
+    write_atomically(RESULTS / "scipy_docs_torch.md", table(done))
+
+
+def table(done: dict[str, dict[str, Any]]) -> str:
+    """The results as Markdown: mean ± standard deviation over the seeds."""
+    made = f"Made by `python benchmarks/scipy_docs_torch.py` with torch {torch.__version__} and peft {peft.__version__}."
+    lines = ["# torch and HF PEFT on the built-in data", "", made, ""]
+    lines += ["| method | test accuracy | seeds | trained | seconds | learning rate |", "| --- | ---: | ---: | ---: | ---: | ---: |"]
+    for row in ROWS:
+        if found := list(done.get(row, {}).values()):
+            scores = [result["accuracy"] for result in found]
+            accuracy = f"{statistics.mean(scores):.3f}" + (f" ± {statistics.stdev(scores):.3f}" if len(scores) > 1 else "")
+            seconds = statistics.mean(result["seconds"] for result in found)
+            lines.append(f"| {row} | {accuracy} | {len(scores)} | {found[0]['trained']:,} | {seconds:.0f} | {found[0]['rate']:g} |")
+    return "\n".join(lines) + "\n"
+
+
+if __name__ == "__main__":
+    main()
