@@ -45,6 +45,19 @@ def test_plans_trains_and_finds_itself_finished(tmp_path):
 
 
 @pytest.mark.slow
+def test_trains_what_cannot_be_planned(tmp_path):
+    """FishMask is told statistics of the data, and a plan has none: the first process may not stop while others go on."""
+    model, run = make_decoder(tmp_path / "model"), tmp_path / "run"
+    for name in ("train", "validation"):
+        write_csv(tmp_path / "data" / f"{name}.csv", make_rows(16))
+    flags = ["--model", str(model), "--data", str(tmp_path / "data"), "--target", "label", "--output", str(run), "--method", "fish_mask"]
+    done = finetune(*flags, "--max-length", "16", "--batch-size", "8", "--steps", "1")
+    assert done.returncode == 0, done.stderr
+    assert "no plan: " in done.stdout
+    assert "step 1/1" in done.stdout
+
+
+@pytest.mark.slow
 def test_refuses_other_tasks_in_one_line(tmp_path):
     refused = finetune("--task", "sequence-classification", "--output", str(tmp_path / "run"))
     assert refused.returncode == 1

@@ -5,7 +5,9 @@
 set -euo pipefail
 # shellcheck source=lib.sh
 source "$(dirname "${BASH_SOURCE[0]}")/lib.sh"
+NAME= # without a default here: a name left out must not delete what bears it
 parse_flags "$@"
+[[ -n $NAME ]] || fail "--name is required"
 
 mapfile -t place < <(where)
 if [[ -n $QUEUED ]]; then

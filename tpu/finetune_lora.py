@@ -67,21 +67,7 @@ def main(args: Args) -> int:
         return 0
     mesh = find_mesh(config)
     say(f"{jax.process_count()} processes, {jax.device_count()} devices ({jax.devices()[0].device_kind})\n")
-    if distributed.is_first():
-        print_plan(
-            PlanArgs(
-                config=config.model,
-                devices=1 if mesh is None else mesh.size,
-                mesh="data=1" if mesh is None else ",".join(f"{name}={size}" for name, size in mesh.shape.items()),
-                method=config.method,
-                options=config.options,
-                batch=config.batch_size // config.accumulate,
-                length=config.max_length,
-                dtype=config.dtype,
-                weights="float32",
-                memory=_memory() / 2**30,
-            )
-        )
+    distributed.from_first(lambda: _print_plan(config, mesh))
     try:
         result = train(config)
     except InterruptedRun as stop:
@@ -92,6 +78,26 @@ def main(args: Args) -> int:
             say(f"{split}: {', '.join(f'{name} {value:.4f}' for name, value in metrics.items())}")
     say(f"{result.trained:,} trained parameters, {result.steps} steps in {result.seconds:.1f} s; saved in {result.path}")
     return 0
+
+
+def _print_plan(config: TrainConfig, mesh: jax.sharding.Mesh | None) -> None:
+    """What each device will hold; or why that is not known, which keeps nothing from being trained."""
+    args = PlanArgs(
+        config=config.model,
+        devices=1 if mesh is None else mesh.size,
+        mesh="data=1" if mesh is None else ",".join(f"{name}={size}" for name, size in mesh.shape.items()),
+        method=config.method,
+        options=config.options,
+        batch=config.batch_size // config.accumulate,
+        length=config.max_length,
+        dtype=config.dtype,
+        weights="float32",
+        memory=_memory() / 2**30,
+    )
+    try:
+        print_plan(args)
+    except ValueError as error:  # a method that is told statistics of the data, or words, cannot be planned without them
+        print(f"no plan: {error}\n")
 
 
 def _memory() -> int:

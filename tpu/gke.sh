@@ -14,9 +14,15 @@ place=("--zone=$ZONE" "--project=$PROJECT")
 capacity=--on-demand
 [[ -z $SPOT ]] || capacity=--spot
 
-# The list fails where the cluster exists already: only then is it not made.
-if [[ -n $DRY_RUN ]] || ! gcloud container clusters list "--project=$PROJECT" --format='value(name)' | grep -qx "$NAME-cluster"; then
+# Each step looks for itself what is there already: where one failed, the same command again goes on from it.
+clusters=
+[[ -n $DRY_RUN ]] || clusters=$(gcloud container clusters list "--project=$PROJECT" --format='value(name)')
+if ! grep -qx "$NAME-cluster" <<<"$clusters"; then
   run xpk cluster create "--cluster=$NAME-cluster" "--tpu-type=$TYPE" --num-slices=1 "$capacity" --enable-gcsfuse-csi-driver "${place[@]}"
+fi
+storages=
+[[ -n $DRY_RUN ]] || storages=$(xpk storage list "--cluster=$NAME-cluster" "${place[@]}")
+if ! grep -qE "(^|[^a-z0-9-])$NAME-runs([^a-z0-9-]|\$)" <<<"$storages"; then
   run xpk storage attach "$NAME-runs" --type=gcsfuse "--cluster=$NAME-cluster" "${place[@]}" \
     "--bucket=$BUCKET" --mount-point=/runs --readonly=false --size=1000 --auto-mount=true
 fi

@@ -15,7 +15,10 @@ printf -v arguments '%q ' --resume "${REST[@]}"
 # shellcheck disable=SC2016
 command='cd "$HOME/jpeft" && "$HOME/jpeft-env/bin/python" tpu/finetune_lora.py --output "$HOME/runs/"'"$name $arguments"'2>&1 | tee -a "$HOME/jpeft.log"'
 printf -v quoted '%q' "$command"
-on_all_workers "tmux kill-session -t jpeft 2>/dev/null; tmux new-session -d -s jpeft $quoted"
+# Without the bucket the run would lie on the disk of each worker, and be lost with it.
+# shellcheck disable=SC2016
+mounted='mountpoint -q "$HOME/runs" || { echo "the bucket is not mounted: tpu/setup.sh" >&2; exit 1; };'
+on_all_workers "$mounted tmux kill-session -t jpeft 2>/dev/null; tmux new-session -d -s jpeft $quoted"
 
 mapfile -t place < <(where)
 echo "follow it:  gcloud compute tpus tpu-vm ssh $NAME ${place[*]} --worker=0 --command='tail -f jpeft.log'" >&2

@@ -18,7 +18,7 @@ usage() {
   cat <<TEXT
 usage: $0 [flags] [-- arguments of the program]
 
-  --name NAME        of the TPU VM, queued resource or workload   [$NAME]
+  --name NAME        of the TPU VM, queued resource or workload   [${NAME:-required}]
   --zone ZONE        where it runs                                [$ZONE]
   --type TYPE        accelerator type, such as v5litepod-16, v6e-8, v5p-64, v4-32   [$TYPE]
   --project PROJECT  Google Cloud project                         [that of gcloud config]

@@ -10,9 +10,11 @@ the activations with its arithmetic. Shapes are all there is: nothing is downloa
 """
 
 import dataclasses
+import functools
 import math
 import os
 import sys
+from collections.abc import Callable
 from typing import Annotated, Any, NamedTuple
 
 if __name__ == "__main__":
@@ -29,20 +31,29 @@ from jpeft.config import parse_options
 from jpeft.models import LlamaConfig, LlamaForCausalLM, abstract_params, families, partition_rules
 from jpeft.summary import readable_bytes
 
-# Dimensions as in the models' config.json.
-PRESETS: dict[str, dict[str, Any]] = {
-    "llama-3.1-8b": dict(hidden_size=4096, num_hidden_layers=32, num_attention_heads=32, intermediate_size=14336, vocab_size=128256),
-    "llama-3.1-70b": dict(hidden_size=8192, num_hidden_layers=80, num_attention_heads=64, intermediate_size=28672, vocab_size=128256),
-    "llama-3.1-405b": dict(hidden_size=16384, num_hidden_layers=126, num_attention_heads=128, intermediate_size=53248, vocab_size=128256),
+
+def _larger(hidden: int, layers: int, heads: int, inner: int) -> Callable[..., LlamaConfig]:
+    """Another size of Llama-3.1, which is in all else like the smallest."""
+    sizes: dict[str, Any] = dict(hidden_size=hidden, num_hidden_layers=layers, num_attention_heads=heads, intermediate_size=inner)
+    return functools.partial(LlamaConfig.llama_3_1_8b, **sizes)
+
+
+# What a name stands for: a configuration, given what is to be different.
+PRESETS: dict[str, Callable[..., LlamaConfig]] = {
+    "llama-3.1-8b": LlamaConfig.llama_3_1_8b,
+    "llama-3.1-70b": _larger(8192, 80, 64, 28672),
+    "llama-3.1-405b": _larger(16384, 126, 128, 53248),
+    "mistral-7b": LlamaConfig.mistral_7b,
+    "qwen3-4b": LlamaConfig.qwen3_4b,
+    "qwen3-8b": LlamaConfig.qwen3_8b,
 }
-KV_HEADS = 8  # all of them
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Args:
     """Plan a fine-tuning run on a slice."""
 
-    # One of the models known by name: llama-3.1-8b, llama-3.1-70b, llama-3.1-405b.
+    # One of the models known by name: llama-3.1-8b, llama-3.1-70b, llama-3.1-405b, mistral-7b, qwen3-4b, qwen3-8b.
     model: str = "llama-3.1-70b"
     # A Hugging Face config.json (or its folder) instead.
     config: str | None = None
@@ -112,8 +123,7 @@ def make_model(args: Args) -> Any:
     if args.config is None:
         if args.model not in PRESETS:
             raise ValueError(f"model {args.model!r} is not one of {', '.join(PRESETS)}; give its --config, a config.json")
-        own: dict[str, Any] = dict(num_key_value_heads=KV_HEADS, max_position_embeddings=131072)
-        return LlamaForCausalLM(LlamaConfig(**(PRESETS[args.model] | own | sizes | numerics)))
+        return LlamaForCausalLM(PRESETS[args.model](**sizes, **numerics))
     from transformers import AutoConfig
 
     config = AutoConfig.from_pretrained(args.config)

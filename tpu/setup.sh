@@ -18,7 +18,9 @@ on_all_workers 'set -e
 command -v "$HOME/.local/bin/uv" >/dev/null || curl -LsSf https://astral.sh/uv/install.sh | sh
 [ -d "$HOME/jpeft-env" ] || "$HOME/.local/bin/uv" venv --python 3.12 "$HOME/jpeft-env"
 VIRTUAL_ENV="$HOME/jpeft-env" "$HOME/.local/bin/uv" pip install --upgrade '"$source"'
-rm -rf "$HOME/jpeft" && git clone --quiet '"$repository"' "$HOME/jpeft" && git -C "$HOME/jpeft" checkout --quiet '"$revision"'
+rm -rf "$HOME/jpeft"
+git clone --quiet '"$repository"' "$HOME/jpeft"
+git -C "$HOME/jpeft" checkout --quiet '"$revision"'
 "$HOME/jpeft-env/bin/python" -c "import jax, jpeft; print(jpeft.__version__, jax.__version__)"'
 
 # shellcheck disable=SC2016
@@ -27,7 +29,8 @@ if ! command -v gcsfuse >/dev/null; then
   echo "deb [signed-by=/usr/share/keyrings/cloud.google.asc] https://packages.cloud.google.com/apt gcsfuse-$(lsb_release -cs) main" |
     sudo tee /etc/apt/sources.list.d/gcsfuse.list >/dev/null
   curl -fsSL https://packages.cloud.google.com/apt/doc/apt-key.gpg | sudo tee /usr/share/keyrings/cloud.google.asc >/dev/null
-  sudo apt-get -qq update && sudo apt-get -qq install -y gcsfuse
+  sudo apt-get -qq update
+  sudo apt-get -qq install -y gcsfuse
 fi
 mkdir -p "$HOME/runs"
 mountpoint -q "$HOME/runs" || gcsfuse --implicit-dirs '"$bucket"' "$HOME/runs"'
