@@ -71,8 +71,9 @@ def run(model, params, *inputs, **options):
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory):
     """(family, task) -> folder of a tiny random torch model, and what it answers to `batch`."""
-    torch = pytest.importorskip("torch")
-    transformers = pytest.importorskip("transformers")
+    import torch
+    import transformers
+
     done = {}
 
     def make(family, task):
@@ -345,7 +346,8 @@ def test_config_errors(options, message):
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_config_from_and_to_hf(family):
-    transformers = pytest.importorskip("transformers")
+    import transformers
+
     config = tiny(family, hidden_act="gelu_new", classifier_dropout=0.25, initializer_range=0.5)
     hf = transformers.AutoConfig.for_model(family, **config.to_hf())
     assert BertConfig.from_hf(hf) == config
@@ -359,8 +361,9 @@ def test_config_from_and_to_hf(family):
 
 @pytest.mark.parametrize("activation", ["gelu", "gelu_new", "relu", "silu"])
 def test_activations_equal_torch(activation):
-    torch = pytest.importorskip("torch")
-    activations = pytest.importorskip("transformers.activations")
+    import torch
+    from transformers import activations
+
     from jpeft.models.activations import ACTIVATIONS
 
     x = np.linspace(-4, 4, 41, dtype=np.float32)

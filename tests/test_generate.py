@@ -44,8 +44,7 @@ def decoder(case, **changes):
 @pytest.fixture(scope="module")
 def torch_model(tmp_path_factory):
     """case -> the torch model with the weights of `decoder(case)`."""
-    pytest.importorskip("torch")
-    transformers = pytest.importorskip("transformers")
+    import transformers
 
     @functools.cache
     def make(case):
@@ -176,8 +175,9 @@ def test_one_program_for_prompts_of_one_shape(scan):
     ids=str,
 )
 def test_warped_logits_equal_those_of_transformers(options):
-    torch = pytest.importorskip("torch")
-    process = pytest.importorskip("transformers").generation.logits_process
+    import torch
+    from transformers.generation import logits_process as process
+
     logits = np.random.default_rng(0).normal(size=(6, 50)).astype(np.float32) * 2
     want = torch.tensor(logits)
     for name, cls in {"temperature": "TemperatureLogitsWarper", "top_k": "TopKLogitsWarper", "top_p": "TopPLogitsWarper"}.items():

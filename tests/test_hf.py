@@ -95,8 +95,9 @@ def test_round_trip(tmp_path, family, task, scan):
 @pytest.mark.parametrize("task", CLASSES)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_torch_opens_what_is_saved(tmp_path, family, task, scan):
-    torch = pytest.importorskip("torch")
-    transformers = pytest.importorskip("transformers")
+    import torch
+    import transformers
+
     model = CLASSES[task](tiny(family, scan=scan))
     params = random_params(model)
     save(tmp_path / "out", model, params, labels=("x", "y", "z") if task.endswith("classification") else None)
@@ -428,8 +429,9 @@ def test_a_failed_exchange_of_folders_is_undone(folder, monkeypatch):
 
 
 def test_minilm_equals_torch(minilm, tmp_path):
-    torch = pytest.importorskip("torch")
-    transformers = pytest.importorskip("transformers")
+    import torch
+    import transformers
+
     loaded = load(minilm, task="encoder", scan=True)
     assert loaded.new == loaded.unused == frozenset()
     texts = ["A short one.", "The quick brown fox jumps over the lazy dog, and then it sleeps."]

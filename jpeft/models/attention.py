@@ -1,9 +1,13 @@
-"""The part of attention that has no parameters, in one module for all families."""
+"""The part of attention that has no parameters, in one module for all families, and what they call their inputs."""
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float
+import numpy as np
+from jaxtyping import Array, Bool, Float, Int, Shaped
+
+Ids = Int[Array | np.ndarray, "batch length"]
+Mask = Shaped[Array | np.ndarray, "batch length"]  # 1 or True: a token, 0 or False: padding
 
 
 class AttentionCore(nn.Module):

@@ -16,8 +16,9 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from .activations import ACTIVATIONS
+from .attention import Ids, Mask
 from .bert_config import BertConfig
-from .bert_encoder import Embeddings, Encoder, Ids, Mask, Positions
+from .bert_encoder import Embeddings, Encoder, Positions
 from .layers import dense, layer_norm
 from .stack import Hidden
 

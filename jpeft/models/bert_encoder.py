@@ -2,27 +2,23 @@
 
 Post-norm transformer blocks over the sum of word, position and token-type embeddings. Two modules without parameters
 are there to be wrapped: `Positions` (position ids, token types and the attention mask) and `attention.AttentionCore`
-(queries, keys, values and mask to context). Whoever lengthens the sequence or the keys changes what goes into or comes out of
-these; all other modules take their lengths from their inputs.
+(queries, keys, values and mask to context). Whoever puts keys in front of a layer's own wraps the one to move the tokens behind
+them, and the other to lengthen keys, values and mask.
 """
 
 from typing import NamedTuple
 
 import flax.linen as nn
 import jax.numpy as jnp
-import numpy as np
-from jaxtyping import Array, Bool, Float, Int, Shaped
+from jaxtyping import Array, Bool, Float
 
 from .activations import ACTIVATIONS
-from .attention import AttentionCore
+from .attention import AttentionCore, Ids, Mask
 from .bert_config import BertConfig
 from .layers import dense, embed, layer_norm
 from .stack import Hidden, run_stack, stack
 
 # --- embeddings ---
-
-Ids = Int[Array | np.ndarray, "batch length"]
-Mask = Shaped[Array | np.ndarray, "batch length"]  # 1 or True: a token, 0 or False: padding
 
 
 class Layout(NamedTuple):
@@ -53,7 +49,7 @@ class Positions(nn.Module):
 
 
 class Embeddings(nn.Module):
-    """LayerNorm(word + position + token type). Every length is that of `layout`, which may exceed that of the ids."""
+    """LayerNorm(word + position + token type)."""
 
     config: BertConfig
 

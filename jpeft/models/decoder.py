@@ -1,12 +1,11 @@
 """What decoders share: positions, the causal mask, the cache of keys and values, and the models that a family fills in.
 
 Two modules without parameters are there to be wrapped, as in `bert_encoder`: `Positions` (position ids and the padding
-mask of the tokens of this call) and `attention.AttentionCore` (queries, keys, values and mask to context). Whoever lengthens the
-sequence or the keys changes what goes into or comes out of these. What is behind them takes its lengths from its inputs:
-`Causal` makes the causal mask of however many positions there are, and the cache holds what `Positions` let through.
+mask of the tokens of this call) and `attention.AttentionCore` (queries, keys, values and mask to context). Whoever puts keys in front
+of a layer's own wraps the one to move the tokens behind them, and the other to lengthen keys, values and mask.
 
 A cache is made by calling a model with `cache_length=` and `mutable=["cache"]`; passed on among the variables, it is
-continued by the next call. Its length counts token ids: whatever `Positions` puts in front of them gets slots of its own.
+continued by the next call. A call that it has no room for is an error, or gives NaN where it is compiled.
 
 >>> from jpeft.models import GPT2Config, GPT2LMHeadModel
 >>> model = GPT2LMHeadModel(GPT2Config(vocab_size=9, hidden_size=4, num_hidden_layers=1, num_attention_heads=1))
@@ -27,15 +26,15 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int, Shaped
+from jax.core import Tracer
+from jaxtyping import Array, Float, Int
 
+from .attention import Ids, Mask
 from .decoder_config import DecoderConfig
 from .layers import dense, embed
 from .rope import Rotation
 from .stack import Hidden, run_stack, stack
 
-Ids = Int[Array | np.ndarray, "batch length"]
-Mask = Shaped[Array | np.ndarray, "batch length"]  # 1 or True: a token, 0 or False: padding
 Heads = Float[Array, "batch length heads head"]
 
 
@@ -100,17 +99,20 @@ class Causal(nn.Module):
         return self.get_variable("cache", "tokens").sum(-1, dtype=jnp.int32) if self.has_variable("cache", "tokens") else None
 
     @nn.compact
-    def __call__(self, layout: Layout, room: int | None) -> View:
+    def __call__(self, layout: Layout, cache_length: int | None) -> View:
         """Make the mask, and write the tokens of this call into the cache.
 
         Args:
           layout: of this call.
-          room: make a cache, with that many slots free after this call.
+          cache_length: make a cache of that many slots, those of this call included.
+
+        Raises:
+          ValueError: if the cache has no room for this call and that can be known: compiled, a cache does not say how full it is.
         """
         tokens, slot = layout.mask[:, 0, 0, :], None
         batch, length = tokens.shape
         queries = jnp.arange(length)
-        slots = None if room is None else length + room
+        slots = cache_length
         if self.has_variable("cache", "tokens"):
             slots = self.get_variable("cache", "tokens").shape[1]
         if slots is not None:
@@ -119,6 +121,8 @@ class Causal(nn.Module):
             held = self.variable("cache", "tokens", jnp.zeros, (batch, slots), bool)
             filled = self.variable("cache", "filled", jnp.zeros, (), jnp.int32)
             slot = filled.value
+            if not isinstance(slot, Tracer) and slot + length > slots:
+                raise ValueError(f"{length} positions behind {slot} do not fit into a cache of {slots}")
             tokens = jax.lax.dynamic_update_slice_in_dim(held.value, tokens, slot, 1)
             held.value, filled.value = tokens, slot + length
             queries = queries + slot
@@ -204,10 +208,19 @@ class Decoder(nn.Module):
           cache_length: make a cache for that many tokens, those of this call included (see `jpeft.models.decoder`); needs
             mutable=["cache"].
           output_hidden_states: also return the embeddings and the output of every block.
+
+        Raises:
+          ValueError: if the mask does not have the shape of the ids, the cache has no room, or the position table is too short.
         """
         input_ids = jnp.asarray(input_ids)
-        layout = self.positions(input_ids, attention_mask, self.causal.seen())
-        view = self.viewed(self.causal(layout, None if cache_length is None else cache_length - input_ids.shape[1]))
+        if attention_mask is not None and jnp.shape(attention_mask) != input_ids.shape:
+            raise ValueError(
+                f"the mask has the shape {jnp.shape(attention_mask)}, but the ids {input_ids.shape}: it is for "
+                "the tokens of this call alone, the cache knows those of earlier ones"
+            )
+        start = self.causal.seen()
+        layout = self.positions(input_ids, attention_mask, start)
+        view = self.viewed(self.causal(layout, cache_length))
         length, rows = layout.offset + view.mask.shape[-1], self.config.position_rows
         if rows is not None and length > rows:  # a lookup past the table's end would give NaN, silently
             raise ValueError(f"{length} positions, but the position table holds {rows}; truncate the input")
@@ -224,6 +237,9 @@ class Decoder(nn.Module):
             pick=View.of,
         )
         hidden = norm(hidden)
+        if start is not None and view.slot is not None:
+            # Past its end the cache would write over older tokens, silently: NaN instead, as of a lookup past the end of a table.
+            hidden = jnp.where(view.slot + input_ids.shape[1] > view.mask.shape[-1], jnp.nan, hidden)
         return DecoderOutput(hidden, (*states, hidden) if output_hidden_states else None)
 
     def attend(self, hidden: Hidden) -> Float[Array, "batch length vocab"]:
@@ -253,15 +269,11 @@ class LanguageModel(nn.Module):
         config = self.config
         body = self.BODY(config, name=self.NAME)
         output = body(input_ids, attention_mask, deterministic=deterministic, cache_length=cache_length)
-        hidden = at_tokens(output.last_hidden_state, input_ids, logits_at)
+        hidden = at_tokens(output.last_hidden_state, logits_at)
         logits = body.attend(hidden) if config.tie_word_embeddings else dense(config, config.vocab_size, "lm_head", bias=False)(hidden)
         return logits.astype(jnp.float32)
 
 
-def at_tokens(hidden: Float[Array, "batch positions hidden"], input_ids: Ids, index: Int[Array | np.ndarray, " batch"] | None) -> Array:
-    """The hidden state of one token of each row, given by its place in `input_ids`; all if `index` is None."""
-    if index is None:
-        return hidden
-    # Whatever was put in front of the sequence moves its tokens back.
-    place = jnp.asarray(index) + (hidden.shape[1] - input_ids.shape[1])
-    return jnp.take_along_axis(hidden, place[:, None, None], axis=1)
+def at_tokens(hidden: Float[Array, "batch length hidden"], index: Int[Array | np.ndarray, " batch"] | None) -> Array:
+    """The hidden state of one token of each row, given by its place in the row; all if `index` is None."""
+    return hidden if index is None else jnp.take_along_axis(hidden, jnp.asarray(index)[:, None, None], axis=1)

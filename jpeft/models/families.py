@@ -6,9 +6,10 @@ from typing import Any
 
 import flax.linen as nn
 
+from ..sharding import Rules
 from . import bert, gpt2, llama
 from .bert_config import BertConfig
-from .partition import BERT_RULES, GPT2_RULES, LLAMA_RULES, Rules
+from .partition import BERT_RULES, GPT2_RULES, LLAMA_RULES
 
 
 @dataclasses.dataclass(frozen=True)

@@ -35,6 +35,13 @@ _SAME = (
     "sliding_window",
 )
 _FIELDS = COMMON | {name: name for name in _SAME}
+# Fields that not all families have: what a checkpoint cannot say would be lost when it is saved.
+_ONLY = {
+    "sliding_window": ("mistral", "qwen2", "qwen3"),
+    "layer_types": ("qwen2", "qwen3"),
+    "attention_bias": ("llama", "qwen3"),
+    "mlp_bias": ("llama",),
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,7 +49,8 @@ class LlamaConfig(DecoderConfig):
     """Shape and numerics of a Llama, Mistral, Qwen2 or Qwen3; the fields of `DecoderConfig` and these.
 
     Raises:
-      ValueError: as `DecoderConfig`, if the heads do not divide, or there is not one `layer_types` for each layer.
+      ValueError: as `DecoderConfig`, if the heads do not divide, there is not one `layer_types` for each layer, or a field
+        is set that the `config.json` of this model type does not have.
 
     >>> LlamaConfig(model_type="qwen3", head_dim=128).head_size
     128
@@ -76,6 +84,11 @@ class LlamaConfig(DecoderConfig):
 
     def __post_init__(self):
         super().__post_init__()
+        for name, types in _ONLY.items():
+            if self.model_type not in types and getattr(self, name) != getattr(type(self), name):
+                raise ValueError(
+                    f"{name}={getattr(self, name)!r}: the config.json of a {self.model_type} cannot say so; that of {', '.join(types)} can"
+                )
         if self.head_dim is None:
             check_divides(self, "hidden_size", "num_attention_heads")
         if self.num_key_value_heads is not None:
