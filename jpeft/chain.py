@@ -74,8 +74,13 @@ def chain(**parts: Method) -> Method:
         replaced: set[str] = set()
         for name, part in items:
             expected = part.expected(params, adapter.get(name, {}))
-            out[name] = tree.unflatten({path: leaf for path, leaf in tree.flatten(expected).items() if path not in replaced})
-            replaced |= tree.split(params, expected)[0].keys()
+            mine, beside, _ = tree.split(params, expected)
+            # What an earlier part replaces a part lacks, and what would stand beside it too, if it was replaced a stage ago.
+            held = list(tree.flatten(adapter.get(name, {})))
+            gone = [path for path in beside.keys() & replaced if not any(leaf.startswith(f"{path}/") for leaf in held)]
+            absent = replaced | {f"{path}/{leaf}" for path in gone for leaf in tree.flatten(beside[path])}
+            out[name] = tree.unflatten({path: leaf for path, leaf in tree.flatten(expected).items() if path not in absent})
+            replaced |= mine.keys()
         return out
 
     def bind_fn(params: tree.Params, adapter: tree.Adapter, *, rng: jax.Array | None = None) -> tree.Params:
@@ -109,6 +114,15 @@ def chain(**parts: Method) -> Method:
 
         return advance_fn
 
+    def changed_fn(params: tree.Params, adapter: tree.Adapter) -> int:
+        paths: set[str] = set()
+        for name, _ in items:
+            replaced, beside, _ = tree.split(params, adapter[name])
+            paths |= replaced.keys() | beside.keys()
+        # Two parts may change the same scalars, so the sum is a bound, and so are the leaves that they touch.
+        total = sum(part.changed(params, adapter[name]) for name, part in items)
+        return min(total, tree.size([leaf for path, leaf in tree.flatten(params).items() if path in paths]))
+
     def labels_fn(adapter: tree.Adapter) -> Any:
         # Two parts may have groups of one name.
         return {
@@ -123,9 +137,7 @@ def chain(**parts: Method) -> Method:
         merge=merge_fn,
         labels=labels_fn,
         penalty=lambda adapter: sum((part.penalty(adapter[name]) for name, part in items), jnp.zeros(())),
-        changed=lambda params, adapter: tree.size(
-            [leaf for path, leaf in tree.flatten(params).items() if any(path in p for p in _changed_paths(params, adapter, items))]
-        ),
+        changed=changed_fn,
         needs=needs.pop() if needs else None,
         shapes=shapes_fn,
         fold=fold_fn if any(part.fold for _, part in items) else None,
@@ -134,11 +146,3 @@ def chain(**parts: Method) -> Method:
         name="chain",
         parts=items,
     )
-
-
-def _changed_paths(params: tree.Params, adapter: tree.Adapter, items: tuple[tuple[str, Method], ...]) -> list[set[str]]:
-    out = []
-    for name, _ in items:
-        replaced, beside, _ = tree.split(params, adapter[name])
-        out.append(replaced.keys() | beside.keys())
-    return out

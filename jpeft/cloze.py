@@ -6,6 +6,7 @@ scores = cloze.classify(model.apply, {"params": params}, tokenizer, arrays)     
 """
 
 import dataclasses
+import functools
 import string
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any

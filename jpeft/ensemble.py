@@ -1,6 +1,7 @@
 """Several adapters of one method in one pass over one base, and what they agree on."""
 
 import functools
+import inspect
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -8,6 +9,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from .method import Method
 from .peft import Peft
 
 
@@ -44,7 +46,11 @@ def ensemble(forward: Callable[..., Any]) -> Callable[..., Any]:
       forward: What `jpeft.wrap` gave.
 
     Returns:
-      ``(variables, *args, **kwargs) -> outputs`` with a new first axis N; `variables` are those of `stack`.
+      ``(variables, *args, **kwargs) -> outputs`` with a new first axis N; `variables` are those of `stack`. Collections other
+      than the adapter's and "cache", a cache that such a call returned, are shared by the members.
+
+    Raises:
+      ValueError: if `forward` is not what `jpeft.wrap` gave.
 
     >>> import jax.numpy as jnp, jpeft
     >>> from flax import linen as nn
@@ -55,9 +61,16 @@ def ensemble(forward: Callable[..., Any]) -> Callable[..., Any]:
     (3, 2, 4)
     """
 
+    wrapped = inspect.unwrap(forward, stop=lambda fn: hasattr(fn, "method"))
+    if not isinstance(getattr(wrapped, "method", None), Method):
+        raise ValueError(f"ensemble needs a function that jpeft.wrap made, and was given {forward!r}.")
+    method: Method = wrapped.method  # pyright: ignore[reportFunctionMemberAccess]
+    # Its adapter, and what it wrote into a cache, are a member's own. All else, such as running means, belongs to the base.
+    own = {*([name for name, _ in method.parts] or [method.name]), "cache"}
+
     @functools.wraps(forward)
     def run(variables: Mapping[str, Any], *args: Any, **kwargs: Any) -> Any:
-        axes = {name: None if name == "params" else 0 for name in variables}
+        axes = {name: 0 if name in own else None for name in variables}
         return jax.vmap(lambda variables: forward(variables, *args, **kwargs), in_axes=(axes,))(dict(variables))
 
     return run

@@ -9,7 +9,7 @@ import jax
 from . import registry
 from .hosts import dense, linen
 from .method import FREEZE, Method
-from .tree import Adapter, Params
+from .tree import Adapter, Params, copy
 
 
 @jax.tree_util.register_dataclass
@@ -87,7 +87,8 @@ def wrap(fn: Callable[..., Any], method: Method, *, host: str = "auto") -> Calla
         merged weights; "auto" is linen for a linen module's own ``apply`` and dense for anything else.
 
     Returns:
-      ``forward(variables, *args, **kwargs)``. Other collections in the variables, ``rngs=`` and ``mutable=`` pass through.
+      ``forward(variables, *args, **kwargs)``. Other collections in the variables, ``rngs=`` and ``mutable=`` pass through. The method is
+      its attribute ``method``.
 
     Raises:
       ValueError: if `fn` is jitted already: its trace was, or will be, made without the method. Jit the result instead.
@@ -108,9 +109,10 @@ def wrap(fn: Callable[..., Any], method: Method, *, host: str = "auto") -> Calla
         )
     if host not in ("auto", "linen", "dense"):
         raise ValueError(f"host={host!r} is not one of 'auto', 'linen', 'dense'.")
-    if host == "linen" or (host == "auto" and linen.is_linen(fn)):
-        return linen.wrap(fn, method)
-    return dense.wrap(fn, method)
+    hosted = linen if host == "linen" or (host == "auto" and linen.is_linen(fn)) else dense
+    forward = hosted.wrap(fn, method)
+    forward.method = method  # pyright: ignore[reportFunctionMemberAccess]
+    return forward
 
 
 def advance(peft: Peft, *, key: jax.Array | None = None, stats: Any = None) -> Peft:
@@ -130,7 +132,7 @@ def advance(peft: Peft, *, key: jax.Array | None = None, stats: Any = None) -> P
       stats: Statistics of the current model, where the stage's `needs` names some.
 
     Returns:
-      A `Peft` on the same base. Its method is an ordinary one and is saved and loaded as such.
+      A `Peft` on the same base, with an adapter of its own. Its method is an ordinary one and is saved and loaded as such.
 
     Raises:
       ValueError: if there is no further stage, or the statistics that it needs are missing.
@@ -147,7 +149,7 @@ def advance(peft: Peft, *, key: jax.Array | None = None, stats: Any = None) -> P
     if stage.needs is not None and stats is None:
         raise ValueError(f"The stage {stage.name!r} of {peft.method.name} needs {stage.needs!r} statistics of the current model: stats=...")
     method, adapter = stage.advance(peft.params, peft.adapter, key=jax.random.key(0) if key is None else key, stats=stats)
-    return Peft(peft.params, adapter, method)
+    return Peft(peft.params, jax.tree.map(copy, adapter), method)
 
 
 def merge(peft: Peft) -> Params:
@@ -180,7 +182,7 @@ def fold(peft: Peft) -> Peft:
     if peft.method.fold is None:
         return peft
     method, adapter = peft.method.fold(peft.params, peft.adapter)
-    return Peft(peft.params, adapter, method)
+    return Peft(peft.params, jax.tree.map(copy, adapter), method)
 
 
 def penalty(peft: Peft) -> jax.Array:

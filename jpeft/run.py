@@ -208,7 +208,7 @@ def attach(
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-    """A finished run, loaded: the model, its trained adapter, and what its outputs mean."""
+    """A finished run, loaded: the model, its trained adapter as inference needs it (`jpeft.fold`), and what its outputs mean."""
 
     folder: RunFolder
     config: TrainConfig
@@ -231,7 +231,7 @@ def open_run(path: str | os.PathLike[str]) -> Run:
     config = from_json(about["run"])
     labels = tuple(about["labels"])
     loaded = load_base(config, labels)
-    peft = jpeft.load(folder.adapter, loaded.params)
+    peft = jpeft.fold(jpeft.load(folder.adapter, loaded.params))
     return Run(folder, config, find_task(config.task), labels, loaded, peft)
 
 

@@ -23,7 +23,8 @@ def network(**options):
 @pytest.mark.parametrize("hidden", [None, 6, 2])
 def test_lstm_encoder_equals_torch(hidden):
     """Embedding -> bidirectional LSTM of two layers -> Linear, ReLU, Linear; None is half of the width of an embedding."""
-    torch = pytest.importorskip("torch")
+    import torch
+
     leaves = network(hidden=hidden)
     wide = hidden or 3
     theirs = torch.nn.LSTM(6, wide, num_layers=2, bidirectional=True, batch_first=True)

@@ -176,7 +176,10 @@ def test_fewer_heads_for_keys_than_for_queries():
 @pytest.mark.parametrize("family", ["bert", "roberta", "gpt2"])
 def test_equals_hf_peft(family, tmp_path):
     """The same prefix in torch, where HF PEFT hands it to the model as a cache of l tokens and the others so begin at position l."""
-    torch, transformers, hf = (pytest.importorskip(name) for name in ("torch", "transformers", "peft"))
+    import peft as hf
+    import torch
+    import transformers
+
     ours = tiny_gpt2(bos_token_id=1, eos_token_id=1) if family == "gpt2" else tiny(family)
     torch.manual_seed(0)
     config = transformers.AutoConfig.for_model(family, **ours.to_hf())

@@ -166,7 +166,9 @@ def test_equals_the_model_with_the_prompt_in_the_text(family, kind):
 @pytest.mark.parametrize("family", ["bert", "gpt2"])
 def test_equals_torch_fed_with_embeddings(family, tmp_path):
     """[P; E(x)] as `inputs_embeds` of transformers' own model, virtual positions cut off its output."""
-    torch, transformers = pytest.importorskip("torch"), pytest.importorskip("transformers")
+    import torch
+    import transformers
+
     model, (ids, mask) = language_model(family), texts(encoder=family == "bert")
     peft, forward = prompted(model, ids, length=ROWS)
     jpeft.models.save(tmp_path / "out", model, peft.params)

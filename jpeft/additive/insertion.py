@@ -53,12 +53,19 @@ class Block(NamedTuple):
 
 
 def site(
-    params: tree.Params, *, embedding: str, body: str | None, edges: tuple[int, int] | None, causal: bool | None, head: str | None
+    params: tree.Params,
+    inserted: tuple[Block, ...],
+    *,
+    embedding: str,
+    body: str | None,
+    edges: tuple[int, int] | None,
+    causal: bool | None,
+    head: str | None,
 ) -> Site:
-    """The place where a model takes tokens in.
+    """The place where a model takes tokens in; it must know those that are put in, and their anchors.
 
     Raises:
-      ValueError: if the embedding is not one table, or the body does not contain it.
+      ValueError: if the embedding is not one table, the body does not contain it, or a token or an anchor is beyond the vocabulary.
     """
     leaves = {path: leaf for path, leaf in not_head(params, head).items() if len(leaf.shape) == 2}
     found = select(leaves, embedding, option="embedding", params=params)
@@ -73,6 +80,10 @@ def site(
     elif not table.startswith(f"{body}/" if body else ""):
         raise ValueError(f"body={body!r} does not contain the embedding '{table}'; '' names the whole model.")
     rows, width = leaves[table].shape
+    anchors = [block.place[1] for block in inserted if not isinstance(block.place, str)]
+    named = [*anchors, *(token for block in inserted for token in block.tokens if token != PSEUDO)]
+    if beyond := [token for token in named if not 0 <= token < rows]:
+        raise ValueError(f"There is no token {beyond[0]}: the vocabulary has {rows}.")
     encoder = _ENCLOSED.fullmatch(table) is not None
     edges = edges or ((1, 1) if encoder else (0, 0))
     return Site(table, body, rows, width, edges, not encoder if causal is None else causal)
@@ -145,7 +156,9 @@ def _looked_up(layer: Layer, inputs: tuple[Any, ...], leaves: dict[str, Any]) ->
     ours = row < len(prompt)
     words = layer(jnp.where(ours, 0, ids), *rest)
     # Rows that are not ours are filled, not fetched: so they send nothing back to the prompt either.
-    return jnp.where(ours[..., None], jnp.take(prompt.astype(words.dtype), row, axis=0, mode="fill", fill_value=0), words)
+    # Fetched in the prompt's own dtype, in which its gradient is then summed over the batch.
+    rows = jnp.take(prompt, row, axis=0, mode="fill", fill_value=0)
+    return jnp.where(ours[..., None], rows.astype(words.dtype), words)
 
 
 def _first(layer: Layer, leaves: dict[str, Any]) -> int:

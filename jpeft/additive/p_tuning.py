@@ -78,7 +78,7 @@ def p_tuning(
     )
 
     def find(params: tree.Params) -> Site:
-        return insertion.site(params, **{name: value for name, value in where.items() if name != "template"})
+        return insertion.site(params, placed, **{name: value for name, value in where.items() if name != "template"})
 
     def init_fn(key: jax.Array, params: tree.Params, *, stats: Any = None) -> tree.Adapter:
         del stats

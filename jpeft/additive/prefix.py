@@ -171,7 +171,7 @@ def _given(stats: Any, found: list[Site], length: int) -> dict[str, dict[str, An
             if path not in leaves or leaves[path].shape != shape:
                 got = f"has the shape {leaves[path].shape}" if path in leaves else "is missing"
                 raise ValueError(f"The given prefix does not fit: '{path}' {got} where {shape} is needed; length={length}.")
-            out.setdefault(site.core, {})[name] = jnp.asarray(leaves[path], jnp.float32)
+            out.setdefault(site.core, {})[name] = jnp.array(leaves[path], jnp.float32)
     return out
 
 

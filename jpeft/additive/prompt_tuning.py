@@ -12,6 +12,7 @@ from . import insertion
 from .insertion import EMBEDDING, PSEUDO, Block, Site
 
 INITS = ("vocab", "uniform", "tokens", "labels")
+SKIP = 2000  # ids in front of the words: BERT's vocabularies begin with a thousand unused ones and as many characters and word pieces
 WHY_NO_MERGE = "a prompt lengthens the text, which no weight of the base can take up; keep using it through jpeft.wrap"
 
 
@@ -38,10 +39,12 @@ def prompt_tuning(
 
     Args:
       length: Rows l. 20 by default, or as many as `tokens` or `template` have; above 20 the paper gains little, above 100 nothing.
-      init: Where P starts. "vocab": embeddings of l different tokens drawn from the first `sample`, which are the most common ones in
-        most vocabularies. "uniform": U[-0.5, 0.5]. "tokens": the embeddings of `tokens`, a text's ids, repeated or cut to l. "labels": the
-        mean embedding of each class label's tokens, further rows as in "vocab"; best in the paper.
-      sample: See `init`; the paper's 5,000.
+      init: Where P starts. "vocab": embeddings of l different tokens drawn from `sample` common ones. "uniform": U[-0.5, 0.5]. "tokens":
+        the embeddings of `tokens`, a text's ids, repeated or cut to l. "labels": the mean embedding of each class label's tokens, further
+        rows as in "vocab"; best in the paper.
+      sample: How many tokens "vocab" draws from: 5,000 as in the paper, those with the ids from 2,000 on. The paper takes the first,
+        which in T5 are common words; in BERT's vocabularies the first thousand stand for nothing and the next are characters. From 0 on
+        where the vocabulary has fewer than 2,000 + `sample` rows.
       tokens: Token ids of the text to start from. On jpeft's command line it may be the text itself.
       labels: Token ids of each class label. Where they are left out, they are the `stats` of `jpeft.apply`, and the trainer knows them.
       template: Where the rows stand, instead of all at the start: see `jpeft.p_tuning`.
@@ -59,8 +62,9 @@ def prompt_tuning(
       prompt was trained in.
 
     Raises:
-      ValueError: for options that do not fit together; from `init`, if there is no such embedding, or too few tokens to draw from, or the
-        given prompt does not fit; from the first call, if the body is given no ids, or inputs of unknown meaning for each token.
+      ValueError: for options that do not fit together; from `init`, if there is no such embedding, or no such token in the template, or too
+        few tokens to draw from, or the given prompt does not fit; from the first call, if the body is given no ids, or inputs of unknown
+        meaning for each token.
 
     >>> import jax, jax.numpy as jnp, jpeft
     >>> params = {"wte": {"embedding": jnp.ones((50, 8))}}
@@ -74,9 +78,9 @@ def prompt_tuning(
     Reference: Lester, Al-Rfou and Constant, The Power of Scale for Parameter-Efficient Prompt Tuning, 2021,
     https://arxiv.org/abs/2104.08691.
 
-    Differs from the authors' code, whose "uniform" is U[0, 0.5), and from HF PEFT: there P starts from N(0, 1), ten times an embedding
-    and more, which often fails to learn, draws with replacement from all of the vocabulary, stands in front of [CLS], whose place a
-    classifier then reads, and stays in the logits of a language model.
+    Differs from the paper in the tokens that "vocab" draws from (see `sample`); from the authors' code, whose "uniform" is U[0, 0.5); and
+    from HF PEFT: there P starts from N(0, 1), ten times an embedding and more, which often fails to learn, draws with replacement from all
+    of the vocabulary, stands in front of [CLS], whose place a classifier then reads, and stays in the logits of a language model.
     """
     if init not in INITS:
         raise ValueError(f"init={init!r} is not one of {', '.join(map(repr, INITS))}.")
@@ -92,14 +96,14 @@ def prompt_tuning(
     edges = insertion.checked_edges(edges)
 
     def find(params: tree.Params) -> Site:
-        return insertion.site(params, embedding=embedding, body=body, edges=edges, causal=causal, head=head)
+        return insertion.site(params, placed, embedding=embedding, body=body, edges=edges, causal=causal, head=head)
 
     def start(key: jax.Array, params: tree.Params, how: str, stats: Any) -> Float[Array, "l d"]:
         site = find(params)
         if (prompt := given_prompt(stats)) is not None:
             if prompt.shape != (count, site.width):
                 raise ValueError(f"The given prompt has the shape {prompt.shape} where {(count, site.width)} is needed.")
-            return jnp.asarray(prompt, jnp.float32)
+            return jnp.array(prompt, jnp.float32)
         if how == "uniform":
             return jax.random.uniform(key, (count, site.width), minval=-0.5, maxval=0.5)
         table = tree.flatten(params)[site.table]
@@ -107,7 +111,7 @@ def prompt_tuning(
             assert tokens is not None
             return _rows(table, [tokens[i % len(tokens)] for i in range(count)])
         means = _label_means(table, labels if labels is not None else stats, count) if how == "labels" else []
-        return jnp.concatenate([*means, _drawn(key, table, min(sample, site.rows), count - len(means))])
+        return jnp.concatenate([*means, _drawn(key, table, sample, count - len(means))])
 
     def init_fn(key: jax.Array, params: tree.Params, *, stats: Any = None) -> tree.Adapter:
         path = f"{find(params).module}/{ADDED}/prompt"
@@ -177,10 +181,11 @@ def given_prompt(stats: Any) -> Any:
     return found[0] if found else None
 
 
-def _drawn(key: jax.Array, table: Float[Array, "vocab d"], among: int, count: int) -> Float[Array, "l d"]:
+def _drawn(key: jax.Array, table: Float[Array, "vocab d"], sample: int, count: int) -> Float[Array, "l d"]:
+    among, skip = min(sample, len(table)), SKIP if len(table) >= SKIP + sample else 0
     if count > among:
-        raise ValueError(f"{count} different tokens cannot be drawn from the first {among} of the vocabulary: raise sample.")
-    return _rows(table, jax.random.choice(key, among, (count,), replace=False))
+        raise ValueError(f"{count} different tokens cannot be drawn from {among} of the vocabulary: raise sample.")
+    return _rows(table, skip + jax.random.choice(key, among, (count,), replace=False))
 
 
 def _label_means(table: Float[Array, "vocab d"], labels: Any, count: int) -> list[Float[Array, "1 d"]]:

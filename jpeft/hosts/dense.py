@@ -5,6 +5,7 @@ gradient of a merged kernel is formed whole before it is contracted to the adapt
 """
 
 import functools
+import inspect
 import warnings
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -14,6 +15,8 @@ from ..method import Method, passthrough
 
 def wrap(fn: Callable[..., Any], method: Method) -> Callable[..., Any]:
     """``forward(variables, *args)`` that calls ``fn(params, *args)`` with the adapter bound or merged into the parameters.
+
+    A method that draws does so by the ``rngs`` of the call, as in the linen host; `fn` is given them only if it has such an argument.
 
     Raises:
       ValueError: from the first call, with the method's own reason, if it cannot be merged.
@@ -25,13 +28,23 @@ def wrap(fn: Callable[..., Any], method: Method) -> Callable[..., Any]:
             "fine-tuning. Pass a linen model's own `apply`, or host='linen' for a function that calls one.",
             stacklevel=3,
         )
+    takes_rngs = _takes(fn, "rngs")
 
     @functools.wraps(fn)
     def forward(variables: Mapping[str, Any], *args: Any, **kwargs: Any) -> Any:
         adapter = method.adapter(variables)
-        rngs = kwargs.get("rngs")
+        rngs = kwargs.get("rngs") if takes_rngs else kwargs.pop("rngs", None)
         rng = rngs.get("dropout") if isinstance(rngs, Mapping) else rngs
         params = method.bind(variables["params"], adapter, rng=rng) if replaces else method.merge(variables["params"], adapter)
         return fn(params, *args, **kwargs)
 
     return forward
+
+
+def _takes(fn: Callable[..., Any], name: str) -> bool:
+    """Whether a function has a keyword argument of that name; one that does not say is taken to have it."""
+    try:
+        parameters = inspect.signature(fn).parameters
+    except (TypeError, ValueError):
+        return True
+    return name in parameters or any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in parameters.values())

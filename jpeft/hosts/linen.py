@@ -43,9 +43,10 @@ def wrap(fn: Callable[..., Any], method: Method) -> Callable[..., Any]:
         rngs = kwargs.get("rngs")
         rng = rngs.get(_DROPOUT) if isinstance(rngs, Mapping) else rngs
         params = tag(method.bind(unbox(others["params"]), adapter, rng=rng), method)
-        with nn.intercept_methods(functools.partial(_intercept, method)):
+        ran: set[str] = set()
+        with nn.intercept_methods(functools.partial(_intercept, method, ran)):
             out = fn({**others, "params": params}, *args, **kwargs)
-        _check_met(params, method)
+        _check_met(params, method, ran)
         if kwargs.get("mutable", False) is not False and isinstance(out, tuple) and isinstance(out[-1], Mapping) and "params" in out[-1]:
             out = (*out[:-1], {**out[-1], "params": pop_grafts(out[-1]["params"])[0]})
         return out
@@ -89,7 +90,9 @@ def _innermost(fn: Any) -> Any:
     return fn
 
 
-def _intercept(method: Method, next_fun: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], context: Any) -> Any:
+def _intercept(
+    method: Method, ran: set[str], next_fun: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], context: Any
+) -> Any:
     module = context.module
     if module.scope is None or context.method_name not in ("__call__", "attend") or not module.scope.has_variable("params", GRAFT):
         return next_fun(*args, **kwargs)
@@ -99,6 +102,7 @@ def _intercept(method: Method, next_fun: Callable[..., Any], args: tuple[Any, ..
     if f"{hash(method):x}" not in tagged:
         return next_fun(*args, **kwargs)  # another wrap's leaves: a wrapped model inside a wrapped model
     _met.add((method, module.path[-1] if module.path else ""))
+    ran.add("/".join(module.path))
     args, kwargs = _positional(module, context.method_name, args, kwargs)
     layer = _layer(module, context.method_name, next_fun, kwargs, args)
     rng = module.make_rng(_DROPOUT) if module.has_rng(_DROPOUT) else None
@@ -109,16 +113,29 @@ def _intercept(method: Method, next_fun: Callable[..., Any], args: tuple[Any, ..
 _met: set[tuple[Method, str]] = set()
 
 
-def _check_met(params: Params, method: Method) -> None:
-    """Refuse leaves on a module that did not run. A module with parameters is taken to exist; one without may be a mere guess."""
+def _check_met(params: Params, method: Method, ran: set[str]) -> None:
+    """Refuse leaves on a module that did not run, which we know in two cases.
+
+    A module with parameters is taken to exist; one without may be a mere guess. And a module was passed by if one inside it ran in this
+    very call and it did not itself: by paths, for a cached trace of `nn.jit` tells of neither.
+    """
     clean, grafts = pop_grafts(params)
     owners = flatten(clean)
     for path in grafts:
-        if path and (method, path.rpartition("/")[2]) not in _met and not any(name.startswith(f"{path}/") for name in owners):
+        inside = f"{path}/" if path else ""
+        if path and (method, path.rpartition("/")[2]) not in _met and not any(name.startswith(inside) for name in owners):
             raise ValueError(
-                f"{method.name} adds to the module '{path}', but no such module ran. Lengthening a sequence or its keys needs a model "
-                "with a parameterless module there, as those of jpeft.models have: `AttentionCore` in attention.py, `Positions` in "
+                f"{method.name} adds to the module '{path}', but no such module ran. Putting keys in front of a layer's own needs "
+                "a model with parameterless modules there, as those of jpeft.models have: `AttentionCore` in attention.py, `Positions` in "
                 "bert_encoder.py and decoder.py."
+            )
+        entered = sorted(other for other in ran if other.startswith(inside)) if path not in ran else []
+        if entered:
+            what = f"the module '{path}'" if path else "the model as a whole"
+            raise ValueError(
+                f"{method.name} adds to {what}, which this call passed by: '{entered[0]}' ran, but not the `__call__` around it, so the "
+                "change would be silently lost. Enter by `__call__`, or let the method add to a module that is entered so; where a prompt "
+                "is put in, body= says."
             )
 
 

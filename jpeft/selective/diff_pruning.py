@@ -64,7 +64,7 @@ def diff_pruning(
 
     Raises:
       ValueError: for a sparsity or share out of range, rates that are not positive, an unknown stage; from `jpeft.advance`, if the head
-        uses up the budget; from `init` of the second stage, without stats.
+        uses up the budget; from `init` of the second stage, without stats, or if they are zero outside the head.
 
     >>> import jax, jax.numpy as jnp, jpeft
     >>> peft = jpeft.apply({"dense": {"kernel": jnp.ones((8, 4))}}, method="diff_pruning")
@@ -77,7 +77,8 @@ def diff_pruning(
 
     Differs from the authors' code: the structured penalty is the paper's product (the code adds ``sigmoid(alpha_g)`` once for each tensor);
     k is exact (there a threshold is bisected); the trained head goes on as it is (there each stage draws it anew and adds the difference,
-    which is right only under one seed). If fewer than k gates are open, the rest are those of largest ``|w| sigmoid(alpha)``.
+    which is right only under one seed). If fewer than k gates are open, the rest are those of largest ``|w|`` times
+    the probability that their gates are open.
     """
     if not 0 < sparsity <= 1:
         raise ValueError(f"sparsity={sparsity} must be a share of the parameters, above 0 and at most 1.")
@@ -92,9 +93,8 @@ def diff_pruning(
 
     def init_mask(key: jax.Array, params: tree.Params, *, stats: Any = None) -> tree.Adapter:
         del key
-        leaves = not_head(params, head)
-        chosen = sparse.choose(sparse.concrete(leaves, stats, "diff_pruning", _HOW), sparse.budget(params, sparsity, head))
-        return tree.unflatten(sparse.leaves(leaves, chosen))
+        chosen = sparse.choose_from(params, stats, sparsity, head, "diff_pruning", _HOW)
+        return tree.unflatten(sparse.leaves(not_head(params, head), chosen))
 
     if stage == "mask":
         return sparse.method(init_mask, sparsity, head, needs="movement")
@@ -114,6 +114,11 @@ def diff_pruning(
         z = _gates(leaves[ALPHA], key, path)
         return z * leaves[W] * (_gates(leaves[ALPHA_GROUP], key, f"{path}/group") if structured else 1)
 
+    def open_probability(leaves: dict[str, Any]) -> jax.Array:
+        """``P(z_i z_g > 0)`` for each entry of a tensor."""
+        own = hard_concrete.open_probability(leaves[ALPHA])
+        return own * hard_concrete.open_probability(leaves[ALPHA_GROUP]) if structured else own
+
     def bind_fn(params: tree.Params, adapter: tree.Adapter, *, rng: jax.Array | None = None) -> tree.Params:
         def add(path: str, leaf: jax.Array, leaves: dict[str, Any]) -> jax.Array:
             return (leaf.astype(leaves[W].dtype) + difference(path, leaves, rng)).astype(leaf.dtype)
@@ -132,9 +137,9 @@ def diff_pruning(
         gated = [path.removesuffix(f"/{ALPHA}") for path in flat if path.endswith(f"/{ALPHA}")]
         expected, count = jnp.zeros(()), 0
         for path in gated:
-            open_ = hard_concrete.open_probability(flat[f"{path}/{ALPHA}"])
-            expected += (open_ * hard_concrete.open_probability(flat[f"{path}/{ALPHA_GROUP}"]) if structured else open_).sum()
-            count += open_.size
+            alphas = {name: flat[f"{path}/{name}"] for name in ((ALPHA, ALPHA_GROUP) if structured else (ALPHA,))}
+            expected += open_probability(alphas).sum()
+            count += alphas[ALPHA].size
         return (OPEN_PENALTY / count if l0 is None else l0) * expected
 
     def project(params: tree.Params, adapter: tree.Adapter, *, key: jax.Array, stats: Any = None) -> tuple[Method, tree.Adapter]:
@@ -146,7 +151,7 @@ def diff_pruning(
         keep = sparse.budget(params, sparsity, head)
         if sum(np.count_nonzero(score) for score in scores.values()) < keep:
             # All that is open is chosen, so only the order of what is closed matters.
-            closed = {path: np.asarray(jnp.abs(part[W]) * hard_concrete.open_probability(part[ALPHA])) for path, part in beside.items()}
+            closed = {path: np.asarray(jnp.abs(part[W]) * open_probability(part)) for path, part in beside.items()}
             above = 1 + max(score.max() for score in closed.values())
             scores = {path: np.where(score > 0, above, closed[path]) for path, score in scores.items()}
         values = {path: np.asarray(part[W]) for path, part in beside.items()}

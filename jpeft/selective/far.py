@@ -86,21 +86,25 @@ def far(
         more = select(leaves, also, option="also", params=params) if also is not None else []
         return kernels, [path for path in more if path not in taken]
 
-    def reconfigured(params: tree.Params, score: dict[str, jax.Array], trained: dict[str, Any]) -> tree.Adapter:
-        """The learners by the movement of each weight; they go on from `trained`, or from the base where that lacks a leaf."""
-        base = tree.flatten(params)
+    def reconfigured(params: tree.Params, score: dict[str, jax.Array], source: dict[str, Any]) -> tree.Adapter:
+        """The learners by the movement of each weight; they go on from `source`.
+
+        That lacks what another method of a chain replaces: a layer's bias, or its kernel, and then the bias alone tells and learns.
+        """
         out: dict[str, Any] = {}
         for path in targets(params)[0]:
-            moved = jnp.abs(score[path].astype(jnp.float32)).sum(-2)  # [*stack, outputs]
+            names = [name for name in (path, _bias(path)) if name in source]
+            if not names:
+                continue
+            moved = jnp.abs(score[names[0]].astype(jnp.float32))
+            moved = moved.sum(-2) if names[0] == path else moved  # [*stack, outputs]
             count = max(1, round(retention * moved.shape[-1]))
             # Stable, so that of equal neurons the first are taken.
             at = jnp.sort(jnp.argsort(-moved, axis=-1)[..., :count], axis=-1)
-            for name in (path, _bias(path)):
-                if name in base:
-                    leaf = trained.get(name, base[name])
-                    index = at if leaf.ndim == at.ndim else at[..., None, :]
-                    out[f"{name}/{learners.VALUES}"] = jnp.take_along_axis(leaf, index, -1)
-                    out[f"{name}/{learners.INDICES}"] = at.astype(jnp.float32)
+            for name in names:
+                index = at if source[name].ndim == at.ndim else at[..., None, :]
+                out[f"{name}/{learners.VALUES}"] = jnp.take_along_axis(source[name], index, -1)
+                out[f"{name}/{learners.INDICES}"] = at.astype(jnp.float32)
         return out
 
     def init_learners(key: jax.Array, params: tree.Params, *, stats: Any = None) -> tree.Adapter:
@@ -112,7 +116,7 @@ def far(
         wrong = [path for path in kernels if path not in scores or scores[path].shape != base[path].shape]
         if wrong:
             raise ValueError(f"far: stats lacks {len(wrong)} of the kernels, or has them in another shape, such as '{wrong[0]}'. {_HOW}")
-        return tree.unflatten(reconfigured(params, scores, {}) | {path: tree.copy(base[path]) for path in more})
+        return tree.unflatten(reconfigured(params, scores, base) | {path: tree.copy(base[path]) for path in more})
 
     def labels_fn(adapter: tree.Adapter) -> Any:
         flat = tree.flatten(adapter)
@@ -163,8 +167,9 @@ def far(
         del key, stats
         base, (kernels, _) = tree.flatten(params), targets(params)
         trained, _, _ = tree.split(params, adapter)
-        moved = {path: trained[path].astype(jnp.float32) - base[path].astype(jnp.float32) for path in kernels}
-        whole = {path: leaf for path, leaf in trained.items() if path not in {*kernels, *map(_bias, kernels)}}
+        taken = {name for path in kernels for name in (path, _bias(path))}
+        moved = {path: leaf.astype(jnp.float32) - base[path].astype(jnp.float32) for path, leaf in trained.items() if path in taken}
+        whole = {path: leaf for path, leaf in trained.items() if path not in taken}
         return reconfigured_method, tree.unflatten(reconfigured(params, moved, trained) | whole)
 
     reconfigured_method = far(retention=retention, target=target, also=also, priming_share=priming_share, head=head, stage="learners")

@@ -59,14 +59,7 @@ def fish_mask(
         raise ValueError(f"refresh={refresh} must not be negative: it counts how often the mask is chosen anew.")
 
     def choose(params: tree.Params, stats: Any) -> dict[str, np.ndarray]:
-        leaves = not_head(params, head)
-        scores = sparse.concrete(leaves, stats, "fish_mask", _HOW)
-        if not any(score.any() for score in scores.values()):
-            raise ValueError(
-                "fish_mask: the Fisher information is zero everywhere outside the head, so it says nothing about what to train. "
-                "A head that begins at zero passes no gradient on: give it small random values before taking the statistics."
-            )
-        return sparse.choose(scores, sparse.budget(params, sparsity, head))
+        return sparse.choose_from(params, stats, sparsity, head, "fish_mask", _HOW)
 
     def init_fn(key: jax.Array, params: tree.Params, *, stats: Any = None) -> tree.Adapter:
         del key

@@ -22,7 +22,7 @@ import numpy as np
 from jax.core import Tracer
 
 from .. import tree
-from ..method import FREEZE, TRAIN, InitFn, Method, Stage, with_head
+from ..method import FREEZE, TRAIN, InitFn, Method, Stage, not_head, with_head
 from ..select import head_leaves
 
 DIGIT = 2**24
@@ -94,6 +94,21 @@ def choose(scores: Mapping[str, np.ndarray], k: int) -> dict[str, np.ndarray]:
         if index.size:
             out[path] = index
     return out
+
+
+def choose_from(params: tree.Params, stats: Any, sparsity: float, head: str | None, name: str, how: str) -> dict[str, np.ndarray]:
+    """The entries outside the head that statistics choose, as many as the `budget` has: ``{path: flat indices, ascending}``.
+
+    Raises:
+      ValueError: as `concrete`, `budget` and `choose`, for the method `name`; and for statistics that are all zero, which choose nothing.
+    """
+    scores = concrete(not_head(params, head), stats, name, how)
+    if not any(score.any() for score in scores.values()):
+        raise ValueError(
+            f"{name}: the statistics are zero everywhere outside the head, so they say nothing about what to train. A head that begins at "
+            f"zero passes no gradient on: give it small random values before taking them. {how}"
+        )
+    return choose(scores, budget(params, sparsity, head))
 
 
 def leaves(base: Mapping[str, Any], chosen: Mapping[str, np.ndarray], values: Mapping[str, np.ndarray] | None = None) -> dict[str, Any]:
