@@ -1,4 +1,4 @@
-"""The `jpeft` command: train, compare, report, eval, predict, merge, summary, methods.
+"""The `jpeft` command: train, compare, report, eval, predict, cloze, merge, summary, methods.
 
 Each subcommand is a dataclass whose fields are its flags, and a function that takes it. What a user can mend is a
 ValueError or a FileNotFoundError: `main` prints it as one `error:` line on standard error and returns 2. With
@@ -24,7 +24,8 @@ from rich.console import Console
 from rich.table import Table
 
 import jpeft
-from jpeft import data
+from jpeft import data, models
+from jpeft.cloze import Cloze
 from jpeft.compare import compare
 from jpeft.config import CompareConfig, Settings, TaskName, TrainConfig
 from jpeft.evaluate import Evaluator
@@ -32,7 +33,7 @@ from jpeft.files import write_atomically
 from jpeft.interrupt import InterruptedRun
 from jpeft.report import Comparison, collect, run_folders
 from jpeft.run import Run, RunFolder, attach, columns, load_base, open_run, save_merged
-from jpeft.task import Decoding
+from jpeft.task import SEQUENCE_CLASSIFICATION, Decoding
 from jpeft.train import train
 
 DESCRIPTION = """Parameter-efficient fine-tuning for JAX: train a small part of a pretrained model, or a small addition to it.
@@ -102,6 +103,43 @@ class PredictArgs:
 
 
 @dataclasses.dataclass(frozen=True)
+class ClozeArgs:
+    """Classify without any training, by the words that a masked or causal language model puts into a gap.
+
+    Metrics where the data has labels; predictions, one JSON object a line, where it has none or with --output.
+    """
+
+    # Folder or hub id of a language model.
+    model: str
+    # The text around the gap, such as "{text} It was {mask}."; for pairs also {pair}. For a causal model it ends with {mask}.
+    template: str
+    # The words of each label, each a single token: positive=great,good negative=terrible,bad
+    words: Annotated[tuple[str, ...], tyro.conf.arg(metavar="LABEL=WORD,WORD ...")]
+    # Data: a file (all of it is classified), a folder, "builtin[:name]" or "hub:name[/config]".
+    data: str | None = None
+    # Texts given right here, instead of data.
+    text: tuple[str, ...] = ()
+    # Second texts, for a template of pairs: one for each text.
+    pair: tuple[str, ...] = ()
+    # Which split of the data, where it is no file.
+    split: str = "test"
+    # Column that holds the text.
+    text_column: str = "text"
+    # Column that holds the second text, for a template of pairs.
+    pair_column: str = "pair"
+    # Column that holds the label; none for data without labels.
+    label_column: str | None = "label"
+    # JSONL file to write; none prints.
+    output: str | None = None
+    # Replace the output file.
+    overwrite: bool = False
+    # Tokens per text in its template; longer texts are cut, the template is not.
+    max_length: int = 128
+    # Examples per batch.
+    batch_size: int = 32
+
+
+@dataclasses.dataclass(frozen=True)
 class MergeArgs:
     """Write a finished run as a plain Hugging Face folder, the adapter merged into the base."""
 
@@ -138,6 +176,7 @@ Command = (
     | Annotated[ReportArgs, tyro.conf.subcommand("report")]
     | Annotated[EvalArgs, tyro.conf.subcommand("eval")]
     | Annotated[PredictArgs, tyro.conf.subcommand("predict")]
+    | Annotated[ClozeArgs, tyro.conf.subcommand("cloze")]
     | Annotated[MergeArgs, tyro.conf.subcommand("merge")]
     | Annotated[SummaryArgs, tyro.conf.subcommand("summary")]
     | Annotated[MethodsArgs, tyro.conf.subcommand("methods")]
@@ -187,10 +226,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _with_none(arguments: list[str]) -> list[str]:
-    """`--clip none` as `--clip None`, which is how the parser knows it; in a configuration's flags alone, not in texts."""
-    if arguments[:1] not in (["train"], ["compare"]):
+    """`--clip none` as `--clip None`, which is how the parser knows it; in flags of settings and columns alone, not in texts."""
+    settings = {"train": Settings, "compare": Settings, "cloze": ClozeArgs}.get(arguments[0]) if arguments else None
+    if settings is None:
         return arguments
-    optional = {f"--{field.name.replace('_', '-')}" for field in dataclasses.fields(Settings) if "None" in str(field.type)}
+    optional = {f"--{field.name.replace('_', '-')}" for field in dataclasses.fields(settings) if "None" in str(field.type)}
     pairs = zip(["", *arguments], arguments)
     return ["None" if text == "none" and flag.replace("_", "-") in optional else text for flag, text in pairs]
 
@@ -251,18 +291,21 @@ def _eval_table(run: Run, args: EvalArgs) -> data.Table:
     names = columns(run.config, run.task)
     if args.data is not None and Path(args.data).is_file():
         return data.read(args.data, **names)
-    tables = data.splits(args.data or run.config.data, **names)
-    if not len(tables.get(args.split, ())):
+    return _split(args.data or run.config.data, args.split, **names)
+
+
+def _split(spec: str, split: str, **names: Any) -> data.Table:
+    tables = data.splits(spec, **names)
+    if not len(tables.get(split, ())):
         there = ", ".join(name for name, table in tables.items() if len(table))
-        raise ValueError(f"the data has no split {args.split!r} with rows in it; it has {there}")
-    return tables[args.split]
+        raise ValueError(f"the data has no split {split!r} with rows in it; it has {there}")
+    return tables[split]
 
 
 def _predict(args: PredictArgs) -> None:
     if bool(args.text) == (args.input is not None):
         raise ValueError("give either texts with --text or a file with --input")
-    if args.output is not None and Path(args.output).exists() and not args.overwrite:
-        raise ValueError(f"the output file {args.output} is there already: choose another, or replace it with --overwrite")
+    _check_output(args)
     run = open_run(args.run)
     decoding = _decoding(args, run)
     if args.input is not None:
@@ -274,8 +317,17 @@ def _predict(args: PredictArgs) -> None:
         table = data.Table(list(args.text), list(args.pair) or None, None)
     arrays = run.task.encode(table, run.loaded.tokenizer, labels=None, max_length=run.config.max_length)
     answers = _evaluator(run, min(args.batch_size, len(table))).answers(run.peft, arrays, decoding)
+    _write_predictions(args, table, run.task.predictions(answers, run.labels, run.loaded.tokenizer))
+
+
+def _check_output(args: PredictArgs | ClozeArgs) -> None:
+    if args.output is not None and Path(args.output).exists() and not args.overwrite:
+        raise ValueError(f"the output file {args.output} is there already: choose another, or replace it with --overwrite")
+
+
+def _write_predictions(args: PredictArgs | ClozeArgs, table: data.Table, predictions: Sequence[Mapping[str, Any]]) -> None:
     lines = []
-    for row, prediction in enumerate(run.task.predictions(answers, run.labels, run.loaded.tokenizer)):
+    for row, prediction in enumerate(predictions):
         pair = {} if table.pair is None else {"pair": table.pair[row]}
         lines.append(json.dumps({"text": table.text[row], **pair, **prediction}, ensure_ascii=False) + "\n")
     if args.output is None:
@@ -283,6 +335,62 @@ def _predict(args: PredictArgs) -> None:
     else:
         write_atomically(args.output, "".join(lines))
         print(f"{len(lines)} predictions in {args.output}")
+
+
+def _cloze(args: ClozeArgs) -> None:
+    if bool(args.text) == (args.data is not None):
+        raise ValueError("give either texts with --text or data with --data")
+    if args.batch_size < 1:
+        raise ValueError(f"batch_size must be at least 1, got {args.batch_size}")
+    _check_output(args)
+    cloze = Cloze(args.template, _verbaliser(args.words))
+    table = _cloze_table(args, pairs="{pair}" in args.template)
+    if unknown := sorted(set(table.label or ()) - set(cloze.labels)):
+        raise ValueError(f"--words has none for the label {unknown[0]!r} of the data; it has words for {', '.join(cloze.labels)}")
+    loaded = models.load(args.model, task="language-model")
+    if args.max_length > loaded.config.max_length:
+        raise ValueError(f"max_length={args.max_length} is more than the model's {loaded.config.max_length} positions")
+    if loaded.new:
+        raise ValueError(
+            f"{args.model} is no language model: it lacks {', '.join(sorted(loaded.new)[:3])}, which says what a gap holds. Give a "
+            "checkpoint with its language modelling head"
+        )
+    arrays = cloze.encode(loaded.tokenizer, table.text, table.pair, max_length=args.max_length)
+    batch_size = min(args.batch_size, len(table))
+    scores = cloze.classify(loaded.model.apply, {"params": loaded.params}, loaded.tokenizer, arrays, batch_size=batch_size)
+    if args.data is not None and table.label is not None:
+        expected = np.array([cloze.labels.index(label) for label in table.label], np.int32)
+        name = args.data if Path(args.data).is_file() else args.split
+        _print_metrics({name: SEQUENCE_CLASSIFICATION.metrics(scores, {"label": expected}, cloze.labels)})
+    if table.label is None or args.output is not None:
+        _write_predictions(args, table, SEQUENCE_CLASSIFICATION.predictions(scores, cloze.labels, loaded.tokenizer))
+
+
+def _verbaliser(words: Sequence[str]) -> dict[str, tuple[str, ...]]:
+    """`positive=great,good` as the label and its words."""
+    out: dict[str, tuple[str, ...]] = {}
+    for given in words:
+        label, equals, listed = given.partition("=")
+        if not equals or not label:
+            raise ValueError(f"{given!r} in --words is not of the form LABEL=WORD,WORD, such as positive=great,good")
+        if label in out:
+            raise ValueError(f"the label {label!r} is given twice in --words: list all of its words behind one {label}=")
+        out[label] = tuple(word.strip() for word in listed.split(",") if word.strip())
+    if len(out) < 2:
+        raise ValueError(f"to choose between labels, --words needs at least two of them, got {', '.join(out) or 'none'}")
+    return out
+
+
+def _cloze_table(args: ClozeArgs, *, pairs: bool) -> data.Table:
+    if args.data is None:
+        if len(args.pair) != (len(args.text) if pairs else 0):
+            expected = "one --pair for each --text" if pairs else "single texts, without --pair"
+            raise ValueError(f"this template takes {expected}: got {len(args.text)} texts and {len(args.pair)} pairs")
+        return data.Table(list(args.text), list(args.pair) or None, None)
+    if args.pair:
+        raise ValueError("--pair holds the second texts of --text; those of data are in its --pair-column")
+    names = {"text": args.text_column, "pair": args.pair_column if pairs else None, "label": args.label_column}
+    return data.read(args.data, **names) if Path(args.data).is_file() else _split(args.data, args.split, **names)
 
 
 def _decoding(args: PredictArgs, run: Run) -> Decoding:
@@ -361,6 +469,7 @@ COMMANDS = {
     ReportArgs: _report,
     EvalArgs: _eval,
     PredictArgs: _predict,
+    ClozeArgs: _cloze,
     MergeArgs: _merge,
     SummaryArgs: _summary,
     MethodsArgs: _methods,

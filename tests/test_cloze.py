@@ -1,10 +1,14 @@
 """Verbalisers: texts in a pattern, gaps, words as tokens, scores of masked and causal language models."""
 
+import json
+
 import jax
 import numpy as np
 import pytest
+from tiny_text import make_model, write_csv
 
 import jpeft
+from jpeft.cli import main
 from jpeft.cloze import Cloze, label_scores
 from jpeft.models import BertConfig, BertForMaskedLM, GPT2Config, GPT2LMHeadModel
 
@@ -136,3 +140,100 @@ def test_errors(masked, make, message):
 def test_a_causal_gap_must_be_last(causal):
     with pytest.raises(ValueError, match="must end with"):
         Cloze("{text} {mask} .", MOODS).encode(causal, ["a"], max_length=9)
+
+
+# --- the command line -----------------------------------------------------------------------------------------------------------------
+
+WORDS = ["--words", "good=great,fine", "bad=terrible"]
+
+
+@pytest.fixture(scope="module", params=["masked", "causal"])
+def model(request, tmp_path_factory):
+    """A folder with a random language model, the template it is asked with, and what the classes above say of TEXTS."""
+    tokenizer, folder = request.getfixturevalue(request.param), tmp_path_factory.mktemp(request.param)
+    sizes = dict(vocab_size=len(tokenizer), hidden_size=16, num_hidden_layers=1, num_attention_heads=2, initializer_range=0.5)
+    sizes["max_position_embeddings"] = 32
+    if request.param == "masked":
+        module, template = BertForMaskedLM(BertConfig(**sizes, intermediate_size=16)), "{text} . It is {mask} ."
+    else:
+        module, template = GPT2LMHeadModel(GPT2Config(**sizes, bos_token_id=0, eos_token_id=0)), "{text} It is {mask}"
+    params = jax.jit(module.init)(jax.random.key(0), np.ones((1, 4), np.int32))["params"]
+    jpeft.models.save(folder / "model", module, params, tokenizer=tokenizer)
+    cloze = Cloze(template, MOODS)
+    scores = cloze.classify(module.apply, {"params": params}, tokenizer, cloze.encode(tokenizer, TEXTS, max_length=14))
+    return folder, template, scores
+
+
+def flags(model, *more):
+    folder, template, _ = model
+    return ["cloze", "--model", str(folder / "model"), "--template", template, *WORDS, "--max-length", "14", *map(str, more)]
+
+
+def test_command_line(model, tmp_path, capfd):
+    """Metrics where there are labels, predictions where there are none or a file is asked for: those of the Python side."""
+    *_, scores = model
+    said = [("good", "bad")[i] for i in scores.argmax(1)]
+    wrong = {"good": "bad", "bad": "good"}
+    path = write_csv(tmp_path / "data.csv", [*zip(TEXTS[:2], said[:2]), (TEXTS[2], wrong[said[2]])])
+    output = tmp_path / "out.jsonl"
+    capfd.readouterr()
+    assert main(flags(model, "--data", path, "--output", output)) == 0
+    head, row, done = capfd.readouterr().out.splitlines()
+    assert head.split() == ["split", "loss", "accuracy", "macro_f1"]
+    assert row.split()[0] == str(path)
+    assert row.split()[2] == "0.6667"
+    assert done == f"3 predictions in {output}"
+    lines = [json.loads(line) for line in output.read_text().splitlines()]
+    assert [(line["text"], line["label"]) for line in lines] == list(zip(TEXTS, said))
+    want = np.exp(scores) / np.exp(scores).sum(1, keepdims=True)
+    np.testing.assert_allclose([[line["probabilities"][label] for label in MOODS] for line in lines], want, atol=1e-5)
+    # Texts alone, from a file and given right here.
+    for more in (["--data", path, "--label-column", "none"], ["--text", *TEXTS]):
+        assert main(flags(model, *more)) == 0
+        assert [json.loads(line) for line in capfd.readouterr().out.splitlines()] == lines
+
+
+def test_command_line_of_pairs(model, tmp_path, capfd):
+    folder, _, _ = model
+    columns = ["--text-column", "premise", "--pair-column", "claim", "--label-column", "none"]
+    path = write_csv(tmp_path / "data.csv", [("the food", "rain")], header=("premise", "claim"))
+    arguments = ["cloze", "--model", str(folder / "model"), "--template", "{text} so {pair} It is {mask}", *WORDS, "--max-length", "14"]
+    capfd.readouterr()
+    assert main([*arguments, "--data", str(path), *columns]) == 0
+    from_file = capfd.readouterr().out
+    assert main([*arguments, "--text", "the food", "--pair", "rain"]) == 0
+    assert capfd.readouterr().out == from_file
+    assert json.loads(from_file)["pair"] == "rain"
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        ([], "give either texts with --text or data with --data"),
+        (["--text", "a", "--pair", "b"], "this template takes single texts"),
+        (["--text", "a", "--max-length", "64"], "more than the model's 32 positions"),
+        (["--text", "a", "--batch-size", "0"], "batch_size must be at least 1"),
+        (["--text", "a", "--template", "It is {mask}"], "must have {text} and {mask} once each"),
+        (["--text", "a", "--words", "good"], "'good' in --words is not of the form LABEL=WORD,WORD"),
+        (["--text", "a", "--words", "good=great"], "at least two of them, got good"),
+        (["--text", "a", "--words", "good=great", "good=fine"], "the label 'good' is given twice"),
+        (["--text", "a", "--words", "good=great", "bad="], "each label needs at least one word"),
+        (["--text", "a", "--words", "good=great", "bad=abysmally"], "choose one that is a single token"),
+        (["--data", "DATA"], "--words has none for the label 'so' of the data; it has words for good, bad"),
+        (["--data", "DATA", "--label-column", "class"], "no column 'class'"),
+        (["--data", "DATA", "--pair", "b"], "--pair holds the second texts of --text"),
+        (["--text", "a", "--output", "DATA"], "is there already"),
+        (["--text", "a", "--model", "HEADLESS"], "is no language model: it lacks"),
+    ],
+)
+def test_command_line_errors(model, tmp_path, capfd, more, message):
+    data, headless = write_csv(tmp_path / "data.csv", [("a", "so")]), tmp_path / "headless"
+    if "HEADLESS" in more:
+        make_model(headless)
+    capfd.readouterr()
+    assert main(flags(model, *({"DATA": data, "HEADLESS": headless}.get(one, one) for one in more))) == 2
+    out, err = capfd.readouterr()
+    assert out == ""
+    assert message in err
+    assert err.startswith("error: ")
+    assert err.count("\n") == 1

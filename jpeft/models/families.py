@@ -19,6 +19,7 @@ class Family:
     config: Any  # class with from_hf and to_hf
     names: dict[str, str]  # model type -> what the names of Hugging Face's classes begin with
     tasks: dict[str, tuple[type[nn.Module], str]]  # task -> our class, and what the name of Hugging Face's ends with
+    language_model: str  # the task that "language-model" stands for
     blocks: str  # the module that holds the blocks
     prefix: str | None = None  # in front of the body's tensors in the checkpoint of a model with a head; None: the model type
     partition: Rules = ()  # how its parameters are split over a mesh
@@ -35,6 +36,7 @@ FAMILIES = (
             "token-classification": (bert.BertForTokenClassification, "ForTokenClassification"),
             "masked-lm": (bert.BertForMaskedLM, "ForMaskedLM"),
         },
+        language_model="masked-lm",
         blocks="layer",
         partition=BERT_RULES,
     ),
@@ -42,6 +44,7 @@ FAMILIES = (
         config=gpt2.GPT2Config,
         names={"gpt2": "GPT2"},
         tasks={"decoder": (gpt2.GPT2Model, "Model"), "causal-lm": (gpt2.GPT2LMHeadModel, "LMHeadModel")},
+        language_model="causal-lm",
         blocks="h",
         prefix="transformer",
         partition=GPT2_RULES,
@@ -51,13 +54,15 @@ FAMILIES = (
         config=llama.LlamaConfig,
         names={"llama": "Llama", "mistral": "Mistral", "qwen2": "Qwen2", "qwen3": "Qwen3"},
         tasks={"decoder": (llama.LlamaModel, "Model"), "causal-lm": (llama.LlamaForCausalLM, "ForCausalLM")},
+        language_model="causal-lm",
         blocks="layers",
         prefix="model",
         partition=LLAMA_RULES,
     ),
 )
 
-TASKS = tuple(dict.fromkeys(task for family in FAMILIES for task in family.tasks))
+LANGUAGE_MODEL = "language-model"  # the masked or the causal one, whichever a family has
+TASKS = (*dict.fromkeys(task for family in FAMILIES for task in family.tasks), LANGUAGE_MODEL)
 
 
 def of(model_type: str) -> Family:
@@ -80,4 +85,4 @@ def partition_rules(model: nn.Module) -> Rules:
 
 def model_types(task: str) -> list[str]:
     """The model types that have a model for the task."""
-    return [name for family in FAMILIES if task in family.tasks for name in family.names]
+    return [name for family in FAMILIES if task in (*family.tasks, LANGUAGE_MODEL) for name in family.names]

@@ -80,7 +80,7 @@ def load(
     Args:
       path: a folder with config.json and model.safetensors (or its shards and their index), or a hub id.
       task: "encoder", "sequence-classification", "token-classification" or "masked-lm" for an encoder, "decoder" (without a
-        head) or "causal-lm" for a decoder.
+        head) or "causal-lm" for a decoder; "language-model" for the one of "masked-lm" and "causal-lm" that the model is.
       labels: names of the classes; those of the checkpoint's configuration if None.
       num_labels: instead of `labels`, if they have no names.
       dtype: of the computation.
@@ -107,6 +107,7 @@ def load(
     folder = _folder(path)
     raw, hf_config = _read_config(folder, task)
     family = families.of(hf_config.model_type)
+    task = family.language_model if task == families.LANGUAGE_MODEL else task
     config = family.config.from_hf(hf_config, dtype=dtype, param_dtype=param_dtype, remat=remat, scan=scan)
     if rules is not None and mesh is None:
         raise ValueError("rules= say how parameters are split over a mesh: pass mesh= too")
