@@ -293,7 +293,7 @@ class Method:
       penalty: Added to the loss.
       changed: Counts the base scalars that take another value.
       needs: What `init` must be given as ``stats``: "fisher" for `jpeft.stats.fisher` of the training data, "labels" for the token ids of
-        each class label, or None. The trainer makes it.
+        each class label, "key_values" for `jpeft.stats.key_values` of the option `tokens`, or None. The trainer makes it.
       shapes: The shapes of an adapter on a base, for a method whose `init` alone does not tell; None where it does.
       fold: Reduces the adapter to what inference needs, for methods that train more than that (a reparametrised prefix); None for others.
       stages: The stages of training still to come; `jpeft.advance` moves on to the first of them. Empty for a method that has no more.

@@ -173,6 +173,14 @@ def load_base(config: TrainConfig, labels: tuple[str, ...], mesh: Mesh | None = 
     return loaded
 
 
+def method_options(config: TrainConfig, tokenizer: Any = None) -> dict[str, Any]:
+    """The configured method's options; where `tokens` is given as text, and there is a tokenizer, the token ids that it is."""
+    options = parse_options(config.options)
+    if isinstance(options.get("tokens"), str) and tokenizer is not None:
+        options["tokens"] = tokenizer(options["tokens"], add_special_tokens=False)["input_ids"]
+    return options
+
+
 def attach(
     config: TrainConfig,
     params: Any,
@@ -187,21 +195,19 @@ def attach(
         params: The base.
         fresh: Paths that the checkpoint did not hold. Beside the head this may be a pooler, which must not stay at its random start.
         statistics: What `Method.needs` may name, by that name; made only if it does.
-        tokenizer: Turns an option `tokens`, where it is given as text, into the token ids that it is.
+        tokenizer: As for `method_options`.
 
     Raises:
         ValueError: if the method needs something that is not there.
     """
-    options = parse_options(config.options)
+    options = method_options(config, tokenizer)
     others = [path for path in fresh if not re.fullmatch(HEAD, path)]
     if others and "head" not in options:
         options["head"] = "|".join([HEAD, *sorted(map(re.escape, others))])
-    if isinstance(options.get("tokens"), str) and tokenizer is not None:
-        options["tokens"] = tokenizer(options["tokens"], add_special_tokens=False)["input_ids"]
     method = jpeft.make(config.method, **options)
     make = (statistics or {}).get(method.needs or "")
     if method.needs and make is None:
-        raise ValueError(f"{config.method} needs {method.needs!r} statistics of training data, which are not at hand here")
+        raise ValueError(f"{config.method} needs {method.needs!r} statistics of model and data, which are not at hand here")
     stats = None if make is None else distributed.within_reach(make())
     return jpeft.apply(params, method=method, key=keys(config.seed).adapter, stats=stats)
 

@@ -13,6 +13,7 @@ the first of them looks after the files of the run.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import time
 from collections.abc import Callable
@@ -38,7 +39,7 @@ from jpeft.interrupt import InterruptedRun, deferred_signals
 from jpeft.peft import Peft
 from jpeft.plot import plot_curve
 from jpeft.progress import Reporter, reporter
-from jpeft.run import RunFolder, attach, columns, keys, load_base, open_run, save_merged
+from jpeft.run import RunFolder, attach, columns, keys, load_base, method_options, open_run, save_merged
 from jpeft.schedule import faster, learning_rate_schedule, optimizer
 from jpeft.snapshot import Progress, Snapshots
 from jpeft.stages import plan
@@ -139,9 +140,14 @@ def prepare(config: TrainConfig) -> Setup:
         return apply({"params": params}, **inputs, deterministic=True)
 
     available = statistics(config, task, splits["train"], forward, loaded.params)
-    # For methods that start from the names of the labels.
-    names = {"labels": lambda: [loaded.tokenizer(label, add_special_tokens=False)["input_ids"] for label in labels]}
-    peft = attach(config, loaded.params, loaded.new, {**available, **names}, loaded.tokenizer)
+    # For methods that start from the names of the labels, or from what the model makes of the words in their option `tokens`.
+    words = {
+        "labels": lambda: [loaded.tokenizer(label, add_special_tokens=False)["input_ids"] for label in labels],
+        "key_values": lambda: jax.jit(functools.partial(stats.key_values, loaded.model))(
+            loaded.params, jnp.array([method_options(config, loaded.tokenizer)["tokens"]])
+        ),
+    }
+    peft = attach(config, loaded.params, loaded.new, {**available, **words}, loaded.tokenizer)
     for stage in peft.method.stages:
         if stage.needs is not None and stage.needs not in available:
             raise ValueError(f"the stage {stage.name!r} of {config.method} needs {stage.needs!r}; there are {', '.join(available)}")

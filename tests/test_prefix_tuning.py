@@ -8,9 +8,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from tables import Classifier, batch, fit, noised
+from tiny_text import make_model, make_rows, write_csv
 
 import jpeft
 from jpeft.additive.prefix import sites
+from jpeft.config import TrainConfig
 from jpeft.models import (
     BertConfig,
     BertForSequenceClassification,
@@ -24,6 +26,7 @@ from jpeft.models import (
 )
 from jpeft.models.bert_encoder import SelfAttention
 from jpeft.stats import key_values
+from jpeft.train import prepare
 
 KEY = jax.random.key(0)
 IDS = jax.random.randint(KEY, (3, 6), 2, 17)
@@ -239,6 +242,37 @@ def test_starts_from_words(scan, mlp):
     chex.assert_trees_all_close(jnp.concatenate([first, last], 1), forward(peft.variables, IDS), atol=1e-4)
 
 
+@pytest.mark.parametrize("method", ["prefix_tuning", "p_tuning_v2"])
+def test_words_as_an_option(method, tmp_path):
+    """The trainer makes the keys and values that `init="tokens"` starts from; to be loaded, the method needs none."""
+    make_model(tmp_path / "model")
+    write_csv(tmp_path / "data.csv", make_rows(30))
+    options = ("init=tokens", "tokens=the old apple", "mlp=none")
+    sources = {"model": str(tmp_path / "model"), "data": str(tmp_path / "data.csv"), "output": "unused", "max_length": 8}
+    setup = prepare(TrainConfig(**sources, method=method, options=options))
+    words = setup.loaded.tokenizer("the old apple", add_special_tokens=False, return_tensors="np")["input_ids"]
+    assert words.shape == (1, 3)
+    want = key_values(setup.loaded.model, setup.loaded.params, words)
+    got = jpeft.flatten(setup.peft.adapter)
+    assert len(jpeft.flatten(want)) == 4
+    for path, leaf in jpeft.flatten(want).items():
+        chex.assert_trees_all_close(got[path], leaf, atol=1e-5)
+    assert dict(setup.peft.method.options)["tokens"] == tuple(words[0].tolist())
+    jpeft.save(tmp_path / "out", setup.peft)
+    chex.assert_trees_all_equal(jpeft.load(tmp_path / "out", setup.loaded.params).adapter, setup.peft.adapter)
+
+
+def test_folded_it_no_longer_starts_from_words():
+    model = BertModel(tiny())
+    params, words = model.init(KEY, IDS)["params"], IDS[:1, :5]
+    peft = jpeft.apply(
+        params, method="prefix_tuning", init="tokens", tokens=words[0].tolist(), mlp=7, stats=key_values(model, params, words)
+    )
+    folded = jpeft.fold(peft)
+    assert folded.method == jpeft.prefix_tuning(length=5, mlp=None)
+    chex.assert_trees_all_close(folded.adapter, key_values(model, params, words), atol=1e-2)
+
+
 @pytest.mark.parametrize("remat", [False, True])
 def test_keys_and_values_of_words(remat):
     """Those of the first layer by hand."""
@@ -313,6 +347,11 @@ def test_chains_and_folds_in_a_chain():
         ({"length": 0}, "length=0 must be at least 1"),
         ({"mlp": 0}, "mlp=0 must be None or at least 1"),
         ({"dropout": 1.0}, "dropout=1.0 is not in"),
+        ({"init": "words"}, "init='words' is not one of 'random', 'tokens'"),
+        ({"init": "tokens"}, "init='tokens' needs tokens="),
+        ({"tokens": [3]}, "tokens are what init='tokens' starts from, and init is 'random'"),
+        ({"init": "tokens", "tokens": [3, 1], "length": 3}, "length=3, but there are 2 tokens to start from"),
+        ({"init": "tokens", "tokens": [3, 1]}, r"they were not given: stats=jpeft.stats.key_values\(model, params, \[tokens\]\)"),
         ({"target": ".*/keys/kernel"}, "target='.*/keys/kernel' matches none"),
     ],
 )

@@ -8,7 +8,9 @@ from .prefix import KEY, prefix
 @factory
 def p_tuning_v2(
     *,
-    length: int = 20,
+    length: int | None = None,
+    init: str = "random",
+    tokens: tuple[int, ...] | None = None,
     mlp: int | None = None,
     std: float = 0.02,
     dropout: float = 0.1,
@@ -23,7 +25,10 @@ def p_tuning_v2(
     Prefix-tuning for classifying and labelling: P itself is trained, along with a fresh task head, and no verbaliser is needed.
 
     Args:
-      length: Rows l of the prompt: below 20 for simple classification, about 100 for sequence labelling.
+      length: Rows l of the prompt: 20 by default, or one for each of `tokens`; below 20 for simple classification, about 100 for sequence
+        labelling.
+      init: As in `jpeft.prefix_tuning`.
+      tokens: As in `jpeft.prefix_tuning`.
       mlp: Inner width of a network that makes the prompt (the paper's is 512), which helps on some tasks; None trains P.
       std: Standard deviation of P.
       dropout: Probability with which a scalar of P is dropped, for each example, where the model uses dropout.
@@ -51,5 +56,6 @@ def p_tuning_v2(
     transformers with the deviation 0.02, which is therefore the default here.
     """
     return prefix(
-        p_tuning_v2, length=length, mlp=mlp, std=std, dropout=dropout, shift=shift, target=target, width=width, axes=axes, head=head
+        p_tuning_v2, length=length, default=20, init=init, tokens=tokens, mlp=mlp, std=std, dropout=dropout, shift=shift,
+        target=target, width=width, axes=axes, head=head,
     )  # fmt: skip

@@ -19,6 +19,7 @@ FUSED = r"(.*/)?(c_attn|query_key_value|qkv)/kernel"
 CORE = "core"  # the parameterless module beside the key projection: queries, keys, values and mask to context
 # Beside the embedding of words is `positions`, the parameterless module that tells where each token is.
 WORDS = r"(?P<body>(.*/)?)(embeddings/word_embeddings|wte|embed_tokens)/embedding"
+INITS = ("random", "tokens")
 SHIFT = "shift"  # the leaf that `bind` adds to `positions`
 
 
@@ -43,7 +44,10 @@ class Site(NamedTuple):
 def prefix(
     again: Callable[..., Method],
     *,
-    length: int,
+    length: int | None,
+    default: int,
+    init: str,
+    tokens: tuple[int, ...] | None,
     mlp: int | None,
     std: float,
     dropout: float,
@@ -53,8 +57,21 @@ def prefix(
     axes: AxesRules | None,
     head: str | None,
 ) -> Method:
-    """The method that `again`, one of the factories, makes of these options, which `jpeft.prefix_tuning` explains."""
+    """The method that `again`, one of the factories, makes of these options, which `jpeft.prefix_tuning` explains.
+
+    The `default` length is that of a prefix which starts from no words.
+    """
     rules: AxesRules = tuple((pattern, KernelAxes(*map(tuple, geometry))) for pattern, geometry in axes or ())
+    if init not in INITS:
+        raise ValueError(f"init={init!r} is not one of {', '.join(map(repr, INITS))}.")
+    if tokens is not None and init != "tokens":
+        raise ValueError(f"tokens are what init='tokens' starts from, and init is {init!r}.")
+    if init == "tokens":
+        if not tokens:
+            raise ValueError("init='tokens' needs tokens=, the token ids of the text to start from.")
+        if length not in (None, len(tokens)):
+            raise ValueError(f"length={length}, but there are {len(tokens)} tokens to start from, a row for each: leave length out.")
+    length = (len(tokens) if tokens else default) if length is None else length
     if length < 1:
         raise ValueError(f"length={length} must be at least 1.")
     if mlp is not None and mlp < 1:
@@ -62,10 +79,17 @@ def prefix(
     if not 0 <= dropout < 1:
         raise ValueError(f"dropout={dropout} is not in [0, 1).")
 
+    options = dict(length=length, std=std, dropout=dropout, shift=shift, target=target, width=width, axes=axes, head=head)
+
     def init_fn(key: jax.Array, params: tree.Params, *, stats: Any = None) -> tree.Adapter:
         found = sites(params, target=target, width=width, rules=rules, head=head)
         draw = lambda name, *shape: jax.random.normal(tree.fold_in(key, name), shape)
         given = _given(stats, found, length)
+        if init == "tokens" and given is None:
+            raise ValueError(
+                "init='tokens' starts from the keys and values that the model has for these tokens, and they were not given: "
+                "stats=jpeft.stats.key_values(model, params, [tokens])."
+            )
         if mlp is None:
             return _place(found, given) if given else _place(found, {
                 site.core: {name: std * draw(f"{site.core}/{name}", *site.stack, length, site.width) for name in ("key", "value")}
@@ -118,10 +142,21 @@ def prefix(
         return tree.fold(params, adapter, lambda path, leaf, leaves: leaf, why_not=_WHY)
 
     def fold_fn(params: tree.Params, adapter: tree.Adapter) -> tuple[Method, tree.Adapter]:
-        options = dict(length=length, std=std, dropout=dropout, shift=shift, target=target, width=width, axes=axes, head=head)
         return again(mlp=None, **options), prefixes(params, adapter)
 
-    return Method(init=with_head(init_fn, head), bind=bind_fn, call=call_fn, merge=merge_fn, fold=None if mlp is None else fold_fn)
+    def shapes_fn(params: tree.Params, adapter: tree.Adapter) -> tree.Adapter:
+        del adapter
+        return jax.eval_shape(again(mlp=mlp, **options).init, jax.random.key(0), params)
+
+    return Method(
+        init=with_head(init_fn, head),
+        bind=bind_fn,
+        call=call_fn,
+        merge=merge_fn,
+        fold=None if mlp is None else fold_fn,
+        needs="key_values" if init == "tokens" else None,
+        shapes=shapes_fn if init == "tokens" else None,
+    )
 
 
 _WHY = (

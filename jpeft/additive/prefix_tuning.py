@@ -8,7 +8,9 @@ from .prefix import KEY, prefix
 @factory
 def prefix_tuning(
     *,
-    length: int = 10,
+    length: int | None = None,
+    init: str = "random",
+    tokens: tuple[int, ...] | None = None,
     mlp: int | None = 512,
     std: float = 0.02,
     dropout: float = 0.0,
@@ -24,7 +26,11 @@ def prefix_tuning(
     ``2 L d l`` scalars (fewer where heads share keys). Queries and outputs are as many as they were; every query sees the whole prefix.
 
     Args:
-      length: Rows l of the prefix. About 10 for short outputs and classification, 200 for summarisation.
+      length: Rows l of the prefix: 10 by default, or one for each of `tokens`. About 10 for short outputs and classification, 200 for
+        summarisation.
+      init: Where P starts. "random", or "tokens": from the model's own keys and values of `tokens`, which the paper takes with little data.
+      tokens: Token ids of the text to start from. On jpeft's command line it may be the text itself. What the model makes of them,
+        ``jpeft.stats.key_values(model, params, [tokens])``, are the `stats` of `jpeft.apply`, and the trainer makes them.
       mlp: Inner width m of the network that makes the prefix (512 for table-to-text, 800 for summarisation in the paper); None trains P.
       std: Standard deviation of P where it is trained itself. Without meaning with `mlp`: P' is N(0, 1) and the rest as in torch.
       dropout: Probability with which a scalar of P is dropped, for each example, where the model uses dropout.
@@ -40,7 +46,8 @@ def prefix_tuning(
       another's adapter or `jpeft.stats.key_values` of words: under a causal mask the model then answers as if the words stood in front.
 
     Raises:
-      ValueError: for a length or inner width below 1; from `init`, if no kernel matches or the given prefix does not fit; from the first
+      ValueError: for a length or inner width below 1, an unknown `init`, or `tokens` without it or of another number than `length`; from
+        `init`, if no kernel matches, the given prefix does not fit, or none is given where it starts from tokens; from the first
         call, if the model has no attention core at that place or its keys have another width.
 
     >>> import jax, jax.numpy as jnp, jpeft
@@ -55,5 +62,6 @@ def prefix_tuning(
     of Adam). With rotary positions P_K is not rotated, as there.
     """
     return prefix(
-        prefix_tuning, length=length, mlp=mlp, std=std, dropout=dropout, shift=shift, target=target, width=width, axes=axes, head=head
+        prefix_tuning, length=length, default=10, init=init, tokens=tokens, mlp=mlp, std=std, dropout=dropout, shift=shift,
+        target=target, width=width, axes=axes, head=head,
     )  # fmt: skip
