@@ -1,7 +1,9 @@
 """The two tables that the conformance suite crosses: every method, every kind of linen model."""
 
+import contextlib
 import dataclasses
 import functools
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -10,7 +12,8 @@ import optax
 from flax import linen as nn
 
 import jpeft
-from jpeft.models import BertConfig, BertForSequenceClassification, GPT2Config, GPT2Model
+from jpeft.models import BertConfig, BertForSequenceClassification, GPT2Config, GPT2Model, LlamaConfig, LlamaModel, Rope
+from jpeft.selective.far import FEED_FORWARD
 from jpeft.stats import fisher
 
 WIDTH, HEADS, LENGTH, BATCH, LAYERS, CLASSES, VOCAB = 16, 2, 6, 5, 2, 3, 23
@@ -81,23 +84,38 @@ def encoder(**changes: Any) -> nn.Module:
 
 
 class Decoder(nn.Module):
-    """A GPT-2 that classifies at its last position."""
+    """A GPT-2, or one of Llama's family, that classifies at its last position."""
 
-    config: GPT2Config
+    config: GPT2Config | LlamaConfig
 
     @nn.compact
     def __call__(self, ids):
-        return nn.Dense(CLASSES, name="classifier")(GPT2Model(self.config, name="transformer")(ids).last_hidden_state[:, -1])
+        body = GPT2Model(self.config, name="transformer") if isinstance(self.config, GPT2Config) else LlamaModel(self.config, name="model")
+        return nn.Dense(CLASSES, name="classifier")(body(ids).last_hidden_state[:, -1])
 
 
-def decoder(**changes: Any) -> nn.Module:
-    """A `Decoder`, tiny."""
-    sizes = dict(vocab_size=VOCAB, hidden_size=WIDTH, num_hidden_layers=LAYERS, num_attention_heads=HEADS, max_position_embeddings=32)
-    return Decoder(GPT2Config(**sizes, initializer_range=0.3, **changes))
+DECODER_SIZES: dict[str, Any] = dict(
+    vocab_size=VOCAB, hidden_size=WIDTH, num_hidden_layers=LAYERS, max_position_embeddings=32, initializer_range=0.3
+)
+
+
+def gpt2(**changes: Any) -> nn.Module:
+    """Fused projections, learned positions, LayerNorm, biases everywhere."""
+    return Decoder(GPT2Config(**DECODER_SIZES, num_attention_heads=HEADS, **changes))
+
+
+def llama(**changes: Any) -> nn.Module:
+    """A Qwen3: two heads of keys and values for four of queries, rotary positions, RMSNorm, also of queries and keys, a gated MLP.
+
+    Attention has biases, which that family may have, so that BitFit has something to train.
+    """
+    heads: dict[str, Any] = dict(num_attention_heads=4, num_key_value_heads=2, intermediate_size=2 * WIDTH, rope=Rope(100.0))
+    return Decoder(LlamaConfig(model_type="qwen3", **DECODER_SIZES, **heads, attention_bias=True, **changes))
 
 
 ENCODERS = {"bert": encoder(), "bert-remat": encoder(remat=True), "bert-scan": encoder(scan=True)}
-DECODERS = {"gpt2": decoder(), "gpt2-remat": decoder(remat=True), "gpt2-scan": decoder(scan=True)}
+DECODERS = {"gpt2": gpt2(), "gpt2-remat": gpt2(remat=True), "gpt2-scan": gpt2(scan=True)}
+DECODERS |= {"llama": llama(), "llama-remat": llama(remat=True), "llama-scan": llama(scan=True)}
 MODELS = {
     "plain": Classifier(),
     "remat": Classifier(lift="remat"),
@@ -135,7 +153,7 @@ METHODS = {
     "p_tuning_v2": jpeft.p_tuning_v2(length=3),
     "chain": jpeft.chain(bitfit=jpeft.bitfit(), lora=jpeft.lora(rank=2), adapter=jpeft.adapter(size=3)),
     "chain-sparse": jpeft.chain(lora=jpeft.lora(rank=1), fish=jpeft.fish_mask(sparsity=0.03)),
-    "chain-mergeable": jpeft.chain(lora=jpeft.lora(rank=2), second=jpeft.lora(rank=1, target=["up", "down"]), bitfit=jpeft.bitfit()),
+    "chain-mergeable": jpeft.chain(lora=jpeft.lora(rank=2), second=jpeft.lora(rank=1, target=FEED_FORWARD), bitfit=jpeft.bitfit()),
 }
 
 # Methods that are told by data what to train.
@@ -161,34 +179,34 @@ MERGES = dict.fromkeys(["adapter", "pfeiffer", "pfeiffer-lin", "parallel_adapter
 NEAR_IDENTITY |= dict.fromkeys(PROMPTS, 10.0)
 MERGES |= dict.fromkeys(PROMPTS, "lengthens the text")
 
-# Which models a method meets. The four that carry the protocol meet every small model; the others one of each kind that tells them apart:
-# plain, rematerialised and scanned, an encoder and a decoder.
+# Which models a method meets: plain, rematerialised and scanned ones, an encoder and a decoder, one of Llama's family among them. Two that
+# go around layers meet every small model; the others one of each kind that tells them apart.
 SMALL = ["plain", "remat", "jit", "scan", "mha", "einsum", "scan-mha"]
 MEETS = {
-    "freeze": [*SMALL, "gpt2"],
-    "bitfit": [*SMALL, "gpt2-remat"],
-    "adapter": [*SMALL, "gpt2-scan"],
-    "lora": [*SMALL, "gpt2", "gpt2-scan"],
-    "lora-two-view": ["scan", "einsum"],
-    "lora-factored": ["plain", "scan", "einsum"],
+    "adapter": [*SMALL, "bert-scan", "gpt2-scan", "llama-remat"],
+    "lora": [*SMALL, "bert", "gpt2", "llama-scan"],
+    "lora-two-view": ["einsum", "bert-scan", "llama-remat"],
+    "lora-factored": ["einsum", "bert-remat", "llama-scan"],
     # What only replaces leaves has nothing to do with kinds of layers.
-    "fish_mask": ["plain", "remat", "gpt2-scan"],
-    "diff_pruning": ["plain", "scan", "gpt2"],
-    "diff_pruning-mask": ["plain", "scan"],
-    "far": ["plain", "scan"],
-    "far-learners": ["remat", "jit", "scan", "gpt2"],
-    "pfeiffer": ["jit", "bert-remat", "bert-scan", "gpt2"],
-    "pfeiffer-lin": ["bert", "gpt2-scan"],
-    "compacter": ["jit", "scan-mha", "bert", "gpt2-remat", "gpt2-scan"],
-    "parallel_adapter": ["bert", "bert-scan", "gpt2-remat", "gpt2-scan"],
-    "prefix_tuning": ["bert", "bert-scan", "gpt2-remat", "gpt2-scan"],
-    "p_tuning_v2": ["bert-remat", "bert-scan", "gpt2"],
-    "hard_prompt": ["bert-scan", "gpt2-remat"],
-    "prompt_tuning": ["plain", "bert", "bert-scan", "gpt2-remat", "gpt2-scan"],
-    "p_tuning": ["bert", "bert-scan", "gpt2-remat"],
-    "chain": ["plain", "jit", "scan"],
-    "chain-sparse": ["plain", "scan"],
-    "chain-mergeable": ["plain", "scan", "einsum"],
+    "freeze": ["plain", "remat", "bert-scan", "gpt2", "llama-scan"],
+    "bitfit": ["plain", "jit", "scan-mha", "bert", "gpt2-remat", "llama-scan"],
+    "fish_mask": ["scan", "bert-remat", "llama"],
+    "diff_pruning": ["gpt2", "bert-scan", "llama-remat"],
+    "diff_pruning-mask": ["scan", "bert-remat", "llama"],
+    "far": ["plain", "bert-scan", "llama-remat"],
+    "far-learners": ["jit", "bert-remat", "gpt2", "llama-scan"],
+    "pfeiffer": ["jit", "bert-scan", "gpt2", "llama-remat"],
+    "pfeiffer-lin": ["bert", "gpt2-scan", "llama-remat"],
+    "compacter": ["jit", "scan-mha", "bert", "gpt2-remat", "llama-scan"],
+    "parallel_adapter": ["bert-scan", "gpt2-remat", "llama"],
+    "prefix_tuning": ["bert-scan", "gpt2-remat", "llama", "llama-scan"],
+    "p_tuning_v2": ["bert-remat", "gpt2", "llama-scan"],
+    "hard_prompt": ["bert-scan", "gpt2-remat", "llama"],
+    "prompt_tuning": ["plain", "bert-scan", "gpt2-remat", "llama-scan"],
+    "p_tuning": ["bert", "gpt2-remat", "llama-scan"],
+    "chain": ["jit", "bert-remat", "llama-scan"],
+    "chain-sparse": ["scan", "bert-remat", "llama"],
+    "chain-mergeable": ["einsum", "bert-remat", "llama-scan"],
 }
 assert MEETS.keys() == METHODS.keys()
 
@@ -287,11 +305,18 @@ def fit(model: nn.Module, peft: jpeft.Peft, ids: jax.Array, labels: jax.Array, *
     return losses
 
 
-def compiled_flops(fn: Any, *args: Any) -> float:
-    """XLA's own count for the compiled function, with the optimisations that the suite otherwise does without."""
+@contextlib.contextmanager
+def optimised() -> Iterator[None]:
+    """Compile as a user does, with the optimisations that the suite otherwise does without."""
     before = jax.config.read("jax_disable_most_optimizations")
     jax.config.update("jax_disable_most_optimizations", False)
     try:
-        return jax.jit(fn).lower(*args).compile().cost_analysis()["flops"]
+        yield
     finally:
         jax.config.update("jax_disable_most_optimizations", before)
+
+
+def compiled_flops(fn: Any, *args: Any) -> float:
+    """XLA's own count for the compiled function."""
+    with optimised():
+        return jax.jit(fn).lower(*args).compile().cost_analysis()["flops"]

@@ -19,6 +19,15 @@ def cell(request) -> Case:
     return case(*request.param)
 
 
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method_meets_models_of_every_kind(method):
+    """Layer by layer, rematerialised, scanned; an encoder, a decoder, and a decoder of Llama's family."""
+    lifts = {"remat" if "remat" in model else "scan" if "scan" in model else "plain" for model in MEETS[method]}
+    assert lifts == {"plain", "remat", "scan"}
+    families = {model.split("-")[0] for model in MEETS[method] if model in ENCODERS | DECODERS}
+    assert families >= {"bert", "llama"}
+
+
 def test_begins_as_the_base(cell):
     logits = cell.forward(cell.peft.variables, batch()["x"])
     chex.assert_trees_all_close(logits, base_logits(cell.model_name), atol=NEAR_IDENTITY.get(cell.method_name, 1e-5))
