@@ -2,16 +2,28 @@
 
     python benchmarks/far.py --output benchmarks/results/far.md
 
-The model is an encoder of d = 768, feed-forward 3072, 12 heads, 4 layers, float32. A step is what a trainer does: loss, gradient,
-clipping by global norm, AdamW, new adapter, with adapter and optimizer state donated. "primed" is FAR's first stage, which trains the
-MLPs whole, "reconfigured" its second. FLOPs and bytes are XLA's own figures for the compiled step: exact and free of noise. Times are
-medians of interleaved runs, and the ratio is the median over pairs.
+The model is an encoder of MiniLM's size, d = 384, feed-forward 1536, 12 heads, 6 layers, float32. A step is what a trainer does: loss,
+gradient, clipping by global norm, AdamW, new adapter, with adapter and optimizer state donated. "primed" is FAR's first stage, which
+trains the MLPs whole, "reconfigured" its second. FLOPs and bytes are XLA's own figures for the compiled step: exact and free of noise.
+Times are medians of interleaved runs, and the ratio is the median over pairs. FLOPs are left out where the step has a loop, whose body XLA
+counts once.
+
+"temp" is memory that exists during the step only: activations, gradients, scratch. "peak" is all that the step needs: arguments, results
+and temp, less what results take over from donated arguments. Base parameters that a step does not read are no argument of it: "primed" is
+not charged with the pretrained MLPs, of which it trains copies, though they must be kept somewhere for the reconfiguration.
 
 The yardstick for FLOPs is what the gradients of the frozen neurons' weights cost, (1 - retention) * 2 * tokens * 2 d f in each layer;
-for temporary bytes it is the buffers of these gradients, (1 - retention) * 2 d f floats. Temporary memory peaks either when the backward
-pass begins, where activations are all there and no gradient is, or when it ends, where it is the other way round. FAR makes gradients
-smaller, not activations, so what it saves at the peak depends on which is larger: the table has long and short batches, with and
-without remat.
+for bytes it is the buffers of these gradients, (1 - retention) * 2 d f floats. FAR makes gradients, moments and trained copies smaller, not
+activations: all neurons of a layer share its input, so the learners need what all needed. What it saves of temp depends on whether
+gradients are there when activations are:
+
+* layer by layer, they are not. Temporary memory peaks when the backward pass begins (long batches: activations, and the gradient of one
+  kernel) or when it ends (short ones: gradients). At the first of these two, the reconfigured step has the kernel with its learners, a
+  copy, in place of that one gradient, and temp is the same to within half a kernel.
+* scanned layers have one buffer for the gradients of all, which exists throughout the backward pass.
+* micro-batches add their gradients up, and the sum exists throughout the step; less the fraction of a kernel of above.
+
+What is saved of the peak comes on top, from the moments and the trained copies: it does not depend on any of this.
 """
 
 import argparse
@@ -27,57 +39,108 @@ from flax import linen as nn
 
 import jpeft
 
-D, F, HEADS, LAYERS, CLASSES = 768, 3072, 12, 4, 4
+CLASSES = 4
+
+
+class Sizes(NamedTuple):
+    """Of the encoder; those of MiniLM-L6."""
+
+    d: int = 384
+    f: int = 1536
+    heads: int = 12
+    layers: int = 6
+
+
+MINILM = Sizes()
 
 
 class Block(nn.Module):
-    """A pre-norm encoder block of plain Dense layers."""
+    """A pre-norm encoder block of plain Dense layers; returns a pair, as `nn.scan` wants it."""
+
+    sizes: Sizes
 
     @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
-        """Hidden states [batch, length, D] -> the same."""
+    def __call__(self, x: jax.Array, _: None = None) -> tuple[jax.Array, None]:
+        """Hidden states [batch, length, d] -> the same."""
+        d, f, heads = self.sizes[:3]
         h = nn.LayerNorm(name="ln_1")(x)
-        q, k, v = (nn.Dense(D, name=name)(h).reshape(*h.shape[:2], HEADS, -1) for name in ("query", "key", "value"))
+        q, k, v = (nn.Dense(d, name=name)(h).reshape(*h.shape[:2], heads, -1) for name in ("query", "key", "value"))
         h = jax.nn.dot_product_attention(q, k, v).reshape(h.shape)
-        x = x + nn.Dense(D, name="out_proj")(h)
-        h = nn.Dense(F, name="up_proj")(nn.LayerNorm(name="ln_2")(x))
-        return x + nn.Dense(D, name="down_proj")(nn.gelu(h))
+        x = x + nn.Dense(d, name="out_proj")(h)
+        h = nn.Dense(f, name="up_proj")(nn.LayerNorm(name="ln_2")(x))
+        return x + nn.Dense(d, name="down_proj")(nn.gelu(h)), None
 
 
 class Encoder(nn.Module):
     """A projection of given embeddings, blocks, and a head on their mean."""
 
+    sizes: Sizes
+    scan: bool
     remat: bool
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        """Embeddings [batch, length, D] -> logits [batch, classes]."""
-        block = nn.remat(Block) if self.remat else Block
-        x = nn.Dense(D, name="embed")(x)
-        for i in range(LAYERS):
-            x = block(name=f"layer_{i}")(x)
+        """Embeddings [batch, length, d] -> logits [batch, classes]."""
+        block = nn.remat(Block, prevent_cse=not self.scan) if self.remat else Block
+        x = nn.Dense(self.sizes.d, name="embed")(x)
+        if self.scan:
+            stack = nn.scan(block, variable_axes={"params": 0}, split_rngs={"params": True}, length=self.sizes.layers)
+            x, _ = stack(self.sizes, name="layers")(x, None)
+        else:
+            for i in range(self.sizes.layers):
+                x, _ = block(self.sizes, name=f"layer_{i}")(x)
         return nn.Dense(CLASSES, name="classifier")(x.mean(1))
 
 
 class Case(NamedTuple):
-    """A row's setting."""
+    """A row's setting: the shape of a batch, how the layers are run, and into how many micro-batches the batch is split."""
 
     batch: int
     length: int
-    remat: bool
+    scan: bool = False
+    remat: bool = False
+    parts: int = 1
 
     def __str__(self) -> str:
         """As in the table."""
-        return f"{self.batch} x {self.length}{', remat' if self.remat else ''}"
+        how = [*["scan"] * self.scan, *["remat"] * self.remat, *[f"{self.parts} parts"] * (self.parts > 1)]
+        return ", ".join([f"{self.batch} x {self.length}", *how])
+
+    @property
+    def loops(self) -> bool:
+        """Whether the step has a loop."""
+        return self.scan or self.parts > 1
 
 
-CASES = (Case(8, 128, False), Case(8, 128, True), Case(1, 64, False), Case(1, 64, True))
+CASES = (
+    Case(8, 64),
+    Case(8, 64, scan=True),
+    Case(8, 64, scan=True, remat=True),
+    Case(8, 64, parts=4),
+    Case(1, 32),
+)
 
 
-def compiled(case: Case, retention: float) -> dict[str, tuple[Any, tuple[Any, ...]]]:
+class Spent(NamedTuple):
+    """What a compiled step costs, in FLOPs (of a loop's body once) and bytes."""
+
+    flops: float
+    temp: int
+    peak: int
+
+
+def spent(fn: Any) -> Spent:
+    """XLA's figures for a compiled step."""
+    memory = fn.memory_analysis()
+    temp = memory.temp_size_in_bytes
+    held = memory.argument_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
+    return Spent(fn.cost_analysis()["flops"], temp, held + temp)
+
+
+def compiled(case: Case, retention: float, sizes: Sizes = MINILM) -> dict[str, tuple[Any, tuple[Any, ...]]]:
     """The compiled step of each stage, and its arguments as shapes."""
-    model = Encoder(case.remat)
-    x = jax.ShapeDtypeStruct((case.batch, case.length, D), jnp.float32)
+    model = Encoder(sizes, case.scan, case.remat)
+    x = jax.ShapeDtypeStruct((case.batch, case.length, sizes.d), jnp.float32)
     y = jax.ShapeDtypeStruct((case.batch,), jnp.int32)
     params = jax.eval_shape(model.init, jax.random.key(0), x)["params"]
     # With the projection trained in both stages, all blocks pass gradients on: none is a special case.
@@ -85,28 +148,35 @@ def compiled(case: Case, retention: float) -> dict[str, tuple[Any, tuple[Any, ..
     out = {}
     for name, peft in (("primed", primed), ("reconfigured", jax.eval_shape(jpeft.advance, primed))):
         tx = jpeft.optimizer(optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(1e-3)), peft)
-        step = jax.jit(_step(jpeft.wrap(model.apply, peft.method), tx, peft), donate_argnums=(0, 1))
+        step = jax.jit(_step(jpeft.wrap(model.apply, peft.method), tx, peft, case.parts), donate_argnums=(0, 1))
         arguments = (peft.adapter, jax.eval_shape(tx.init, peft.adapter), params, x, y)
         out[name] = step.lower(*arguments).compile(), arguments
     return out
 
 
-def _step(forward: Any, tx: optax.GradientTransformation, peft: jpeft.Peft) -> Any:
-    def step(adapter: Any, opt_state: Any, params: Any, x: jax.Array, y: jax.Array) -> Any:
-        def loss_fn(adapter: Any) -> jax.Array:
-            logits = forward(peft.replace(params=params, adapter=adapter).variables, x)
-            return optax.softmax_cross_entropy_with_integer_labels(logits, y).mean()
+def _step(forward: Any, tx: optax.GradientTransformation, peft: jpeft.Peft, parts: int) -> Any:
+    def loss_fn(adapter: Any, params: Any, x: jax.Array, y: jax.Array) -> jax.Array:
+        logits = forward(peft.replace(params=params, adapter=adapter).variables, x)
+        return optax.softmax_cross_entropy_with_integer_labels(logits, y).mean() / parts
 
-        loss, grads = jax.value_and_grad(loss_fn)(adapter)
+    def step(adapter: Any, opt_state: Any, params: Any, x: jax.Array, y: jax.Array) -> Any:
+        def add(total: Any, part: Any) -> tuple[Any, None]:
+            return jax.tree.map(jnp.add, total, jax.value_and_grad(loss_fn)(adapter, params, *part)), None
+
+        if parts == 1:
+            loss, grads = jax.value_and_grad(loss_fn)(adapter, params, x, y)
+        else:
+            micro = jax.tree.map(lambda leaf: leaf.reshape(parts, -1, *leaf.shape[1:]), (x, y))
+            (loss, grads), _ = jax.lax.scan(add, (jnp.zeros(()), jax.tree.map(jnp.zeros_like, adapter)), micro)
         updates, opt_state = tx.update(grads, opt_state, adapter)
         return optax.apply_updates(adapter, updates), opt_state, loss
 
     return step
 
 
-def bounds(case: Case, retention: float) -> tuple[float, float]:
+def bounds(case: Case, retention: float, sizes: Sizes = MINILM) -> tuple[float, float]:
     """FLOPs and bytes of the gradients of the frozen neurons' weights, in all layers."""
-    weights = (1 - retention) * LAYERS * 2 * D * F
+    weights = (1 - retention) * sizes.layers * 2 * sizes.d * sizes.f
     return 2 * case.batch * case.length * weights, 4 * weights
 
 
@@ -123,23 +193,24 @@ def main() -> None:
         print(line, flush=True)
         lines.append(line)
 
-    show(f"{jax.devices()[0].device_kind}, jax {jax.__version__}, {LAYERS} layers of {D} and {F}, retention {args.retention:g}")
-    show(f"\n{'':16} {'':13} {'GFLOP':>8} {'temp MiB':>9} {'state MiB':>10} {'s':>7}")
+    mib = 2.0**20
+    about = f"{MINILM.layers} layers of {MINILM.d} and {MINILM.f}, retention {args.retention:g}"
+    show(f"{jax.devices()[0].device_kind}, jax {jax.__version__}, {about}")
+    show(f"\n{'':20} {'':13} {'GFLOP':>8} {'temp MiB':>9} {'peak MiB':>9} {'state MiB':>10} {'s':>7}")
     for case in CASES:
         rows = compiled(case, args.retention)
         seconds = _times(rows, args.steps)
-        found = {}
-        for name, (fn, arguments) in rows.items():
-            flops, temp = fn.cost_analysis()["flops"], fn.memory_analysis().temp_size_in_bytes
-            found[name] = flops, temp
+        found = {name: spent(fn) for name, (fn, _) in rows.items()}
+        gflop = lambda flops, case=case: f"{'-':>8}" if case.loops else f"{flops / 1e9:8.2f}"
+        for name, (_, arguments) in rows.items():
             took = f"{statistics.median(seconds[name]):7.3f}" if args.steps else "      -"
-            state = jpeft.tree.nbytes(arguments[:2])
-            show(f"{case!s:16} {name:13} {flops / 1e9:8.2f} {temp / 2**20:9.1f} {state / 2**20:10.1f} {took}")
-        saved = [a - b for a, b in zip(found["primed"], found["reconfigured"], strict=True)]
-        least = bounds(case, args.retention)
+            cost, state = found[name], jpeft.tree.nbytes(arguments[:2]) / mib
+            show(f"{case!s:20} {name:13} {gflop(cost.flops)} {cost.temp / mib:9.1f} {cost.peak / mib:9.1f} {state:10.1f} {took}")
+        flops, temp, peak = (a - b for a, b in zip(found["primed"], found["reconfigured"], strict=True))
         ratio = f"{statistics.median(b / a for a, b in zip(*seconds.values(), strict=True)):6.3f}x" if args.steps else "      -"
-        show(f"{'':16} {'saved':13} {saved[0] / 1e9:8.2f} {saved[1] / 2**20:9.1f} {'':10} {ratio}")
-        show(f"{'':16} {'frozen dW':13} {least[0] / 1e9:8.2f} {least[1] / 2**20:9.1f}")
+        show(f"{'':20} {'saved':13} {gflop(flops)} {temp / mib:9.1f} {peak / mib:9.1f} {'':10} {ratio}")
+        flops, size = bounds(case, args.retention)
+        show(f"{'':20} {'frozen dW':13} {gflop(flops)} {size / mib:9.1f} {size / mib:9.1f}")
     if args.output:
         command = f"python benchmarks/far.py --retention {args.retention:g} --steps {args.steps}"
         args.output.parent.mkdir(parents=True, exist_ok=True)

@@ -1,6 +1,8 @@
 """FAR: which neurons, that the layer in one piece is the paper's split, and what the second stage does not do any more."""
 
+import importlib.util
 import itertools
+from pathlib import Path
 
 import chex
 import jax
@@ -9,7 +11,7 @@ import numpy as np
 import optax
 import pytest
 from flax import linen as nn
-from tables import MODELS, base, batch, case, compiled_flops, noised
+from tables import MODELS, base, batch, case, compiled_flops, noised, optimised
 
 import jpeft
 from jpeft.models import BertForSequenceClassification, abstract_params
@@ -153,6 +155,42 @@ def test_a_step_forms_no_gradient_of_frozen_columns():
     state = jax.eval_shape(jpeft.optimizer(optax.adamw(1e-3), second).init, second.adapter)
     learning = (inputs + 1) * outputs // 4 + 8 * 8
     assert jpeft.tree.size(state) == 2 * learning + 1
+
+
+@pytest.fixture(scope="module")
+def benchmark():
+    """The module that makes the published table."""
+    spec = importlib.util.spec_from_file_location("far_benchmark", Path(__file__).parents[1] / "benchmarks" / "far.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.parametrize(
+    ("case", "temp"),
+    [
+        # What of the gradients of the frozen neurons' weights must be saved of the temporary memory alone, in kernels more or less.
+        pytest.param((8, 32, False, False, 1), None, id="long"),
+        pytest.param((1, 4, False, False, 1), 0.0, id="short"),
+        pytest.param((8, 32, True, True, 1), 0.0, id="scan-remat"),
+        pytest.param((8, 32, False, False, 4), -0.25, id="micro-batches"),
+    ],
+)
+def test_a_step_saves_memory(benchmark, case, temp):
+    """By XLA's account of whole steps with clipping and AdamW: FLOPs and the peak of all memory fall by what the gradients of the frozen
+    neurons' weights make up or more, whatever the batch; so does temporary memory where gradients exist when activations do."""
+    sizes = benchmark.Sizes(d=64, f=256, heads=2, layers=2)
+    case = benchmark.Case(*case)
+    with optimised():
+        before, after = (benchmark.spent(fn) for fn, _ in benchmark.compiled(case, 0.25, sizes).values())
+    flops, nbytes = benchmark.bounds(case, 0.25, sizes)
+    kernel = 4 * sizes.d * sizes.f
+    if not case.loops:
+        assert before.flops - after.flops >= flops
+    # Beside gradients, two moments and a trained copy of each frozen weight are gone; and the pretrained kernels are there instead.
+    assert before.peak - after.peak >= (nbytes if temp is None else 2 * nbytes)
+    # Layer by layer with long activations: one kernel with its learners where there was the gradient of one kernel.
+    assert before.temp - after.temp >= (-0.5 * kernel if temp is None else nbytes + temp * kernel)
 
 
 def test_a_layer_that_another_method_wraps_is_differentiated_as_it_is():
