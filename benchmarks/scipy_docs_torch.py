@@ -3,7 +3,7 @@
     python benchmarks/scipy_docs_torch.py --seeds 0 1 2
     python benchmarks/scipy_docs_torch.py --rows freeze full --seeds 0
 
-Encoder, texts, splits, batches of 16 × 64 tokens, 5 epochs, AdamW, warmup, schedule, clipping and learning rates (the head's fivefold) are
+Encoder, texts, splits, batches of 16 × 64 tokens, 5 epochs, AdamW, warmup, schedule, clipping and learning rates are
 those of `make compare`; the model is transformers' `BertForSequenceClassification`, LoRA is peft's. Results go into
 results/scipy_docs_torch.json, from which a finished row is not run again, and results/scipy_docs_torch.md.
 """
@@ -14,7 +14,7 @@ import statistics
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import peft
@@ -29,7 +29,7 @@ from jpeft.files import write_atomically
 from jpeft.rows import BASELINES
 
 RESULTS = Path(__file__).parent / "results"
-BATCH, LENGTH, EPOCHS, HEAD_RATE, WARMUP, DECAY, CLIP = 16, 64, 5, 5.0, 0.06, 0.01, 1.0
+BATCH, LENGTH, EPOCHS, WARMUP, DECAY, CLIP = 16, 64, 5, 0.06, 0.01, 1.0
 KERNELS = ["query", "key", "value", "dense"]
 
 
@@ -57,33 +57,48 @@ def lora(*targets: str) -> Callable[[Any], Any]:
     return lambda model: get_peft_model(model, config)
 
 
-# How to prepare the model, and the learning rate: that of `jpeft compare`.
-ROWS: dict[str, tuple[Callable[[Any], Any], float]] = {
-    "head-only": (only(), BASELINES["head-only"].learning_rate),
-    "freeze": (only("layer.4.", "layer.5.", "pooler"), jpeft.methods()["freeze"].learning_rate),
-    "bitfit": (bitfit, jpeft.methods()["bitfit"].learning_rate),
-    "lora": (lora(*KERNELS), jpeft.methods()["lora"].learning_rate),
-    "full": (only(""), BASELINES["full"].learning_rate),
+USUAL = jpeft.methods()
+
+
+class Row(NamedTuple):
+    """What is trained, and the learning rates of `jpeft compare`."""
+
+    prepare: Callable[[Any], Any]
+    rate: float
+    head_rate: float  # a multiple
+
+
+def row(name: str, prepare: Callable[[Any], Any], rate: float | None = None) -> Row:
+    """A row with the rates of a method of jpeft; those baselines that it has no name for have rates of their own."""
+    return Row(prepare, rate or USUAL[name].learning_rate, USUAL[name].head_rate)
+
+
+ROWS = {
+    "head-only": row("freeze", only(), BASELINES["head-only"].learning_rate),
+    "freeze": row("freeze", only("layer.4.", "layer.5.", "pooler")),
+    "bitfit": row("bitfit", bitfit),
+    "lora": row("lora", lora(*KERNELS)),
+    "full": row("freeze", only(""), BASELINES["full"].learning_rate),
 }
 
 
-def run(row: str, seed: int) -> dict[str, Any]:
+def run(name: str, seed: int) -> dict[str, Any]:
     """Test accuracy after training, with the seconds that it took."""
-    prepare, rate = ROWS[row]
+    how = ROWS[name]
     tables, tokenizer = builtin(), AutoTokenizer.from_pretrained(minilm())
-    names = sorted(set(tables["train"].label))
+    names = sorted(set(tables["train"].label or ()))
 
     def encode(split: str) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
         table = tables[split]
         inputs = tokenizer(list(table.text), padding="max_length", truncation=True, max_length=LENGTH, return_tensors="pt")
-        return dict(inputs), torch.tensor([names.index(label) for label in table.label])
+        return dict(inputs), torch.tensor([names.index(label) for label in table.label or ()])
 
     torch.manual_seed(seed)
-    model = prepare(AutoModelForSequenceClassification.from_pretrained(minilm(), num_labels=len(names)))
-    trained = [(name, leaf) for name, leaf in model.named_parameters() if leaf.requires_grad]
+    model = how.prepare(AutoModelForSequenceClassification.from_pretrained(minilm(), num_labels=len(names)))
+    trained = [(path, leaf) for path, leaf in model.named_parameters() if leaf.requires_grad]
     groups = [
-        {"params": [leaf for name, leaf in trained if "classifier" not in name], "lr": rate},
-        {"params": [leaf for name, leaf in trained if "classifier" in name], "lr": HEAD_RATE * rate},
+        {"params": [leaf for path, leaf in trained if "classifier" not in path], "lr": how.rate},
+        {"params": [leaf for path, leaf in trained if "classifier" in path], "lr": how.head_rate * how.rate},
     ]
     optimizer = torch.optim.AdamW([group for group in groups if group["params"]], weight_decay=DECAY)
     inputs, labels = encode("train")
@@ -108,7 +123,7 @@ def run(row: str, seed: int) -> dict[str, Any]:
         parts = [{name: column[i : i + 64] for name, column in inputs.items()} for i in range(0, len(labels), 64)]
         guesses = torch.cat([model(**part).logits.argmax(-1) for part in parts])
     count = sum(leaf.numel() for _, leaf in trained)
-    return {"accuracy": float((guesses == labels).float().mean()), "trained": count, "seconds": seconds, "rate": rate}
+    return {"accuracy": float((guesses == labels).float().mean()), "trained": count, "seconds": seconds, "rate": how.rate}
 
 
 def main() -> None:
@@ -119,11 +134,11 @@ def main() -> None:
     args = parser.parse_args()
     path = RESULTS / "scipy_docs_torch.json"
     done: dict[str, dict[str, Any]] = json.loads(path.read_text()) if path.exists() else {}
-    for row in args.rows:
+    for name in args.rows:
         for seed in args.seeds:
-            if str(seed) not in done.setdefault(row, {}):
-                done[row][str(seed)] = run(row, seed)
-                print(row, seed, done[row][str(seed)])
+            if str(seed) not in done.setdefault(name, {}):
+                done[name][str(seed)] = run(name, seed)
+                print(name, seed, done[name][str(seed)])
                 write_atomically(path, json.dumps(done, indent=1) + "\n")
     write_atomically(RESULTS / "scipy_docs_torch.md", table(done))
 
@@ -133,12 +148,12 @@ def table(done: dict[str, dict[str, Any]]) -> str:
     made = f"Made by `python benchmarks/scipy_docs_torch.py` with torch {torch.__version__} and peft {peft.__version__}."
     lines = ["# torch and HF PEFT on the built-in data", "", made, ""]
     lines += ["| method | test accuracy | seeds | trained | seconds | learning rate |", "| --- | ---: | ---: | ---: | ---: | ---: |"]
-    for row in ROWS:
-        if found := list(done.get(row, {}).values()):
+    for name in ROWS:
+        if found := list(done.get(name, {}).values()):
             scores = [result["accuracy"] for result in found]
             accuracy = f"{statistics.mean(scores):.3f}" + (f" ± {statistics.stdev(scores):.3f}" if len(scores) > 1 else "")
             seconds = statistics.mean(result["seconds"] for result in found)
-            lines.append(f"| {row} | {accuracy} | {len(scores)} | {found[0]['trained']:,} | {seconds:.0f} | {found[0]['rate']:g} |")
+            lines.append(f"| {name} | {accuracy} | {len(scores)} | {found[0]['trained']:,} | {seconds:.0f} | {found[0]['rate']:g} |")
     return "\n".join(lines) + "\n"
 
 

@@ -53,8 +53,9 @@ class Settings:
     steps: int | None = None
     # Peak learning rate; none takes the method's own default.
     learning_rate: float | None = None
-    # Learning rate of the newly made head, as a multiple of the others': it starts from nothing, all else from something good.
-    head_rate: float = 5.0
+    # Learning rate of the newly made head, as a multiple of the others': it starts from nothing, all else from something good. None takes
+    # the method's own default.
+    head_rate: float | None = None
     # Course of the learning rate after the warmup; linear and cosine end at zero.
     schedule: Literal["constant", "linear", "cosine"] = "linear"
     # Share of all steps over which the learning rate rises linearly.
@@ -206,11 +207,9 @@ def check_values(config: TrainConfig) -> None:
     for name in ("steps", "eval_every", "patience"):
         if (value := getattr(config, name)) is not None and value < 1:
             raise ValueError(f"{name} must be at least 1 (or none), got {value}")
-    for name in ("learning_rate", "clip"):
+    for name in ("learning_rate", "head_rate", "clip"):
         if (value := getattr(config, name)) is not None and not value > 0:
             raise ValueError(f"{name} must be positive (or none), got {value}")
-    if not config.head_rate > 0:
-        raise ValueError(f"head_rate must be positive, got {config.head_rate}")
     if not 0 <= config.warmup <= 1:
         raise ValueError(f"warmup is a share of all steps between 0 and 1, got {config.warmup}")
     if not config.weight_decay >= 0:

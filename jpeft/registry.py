@@ -32,6 +32,7 @@ class MethodInfo(NamedTuple):
       summary: One line.
       factory: ``factory(**options) -> Method``.
       learning_rate: Peak AdamW learning rate that suits the method's defaults on a classification task.
+      head_rate: That of a newly made head, as a multiple: it starts from nothing, and where little else moves it has most to do.
     """
 
     name: str
@@ -39,11 +40,12 @@ class MethodInfo(NamedTuple):
     summary: str
     factory: Callable[..., Method]
     learning_rate: float
+    head_rate: float = 5.0
 
 
 _METHODS = (
     MethodInfo("freeze", "selective", "train the top layers and what follows them, freeze the rest", freeze, 5e-4),
-    MethodInfo("bitfit", "selective", "train the biases (all, or query and middle-of-MLP)", bitfit, 1e-2),
+    MethodInfo("bitfit", "selective", "train the biases (all, or query and middle-of-MLP)", bitfit, 1e-2, 20.0),
     MethodInfo("diff_pruning", "selective", "learn which weights to change by gates, then train the k largest changes", diff_pruning, 1e-3),
     MethodInfo("far", "selective", "train the feed-forward neurons that move the most in a short priming", far, 1e-3),
     MethodInfo("fish_mask", "selective", "train the weights of highest Fisher information (needs stats)", fish_mask, 2e-3),

@@ -98,6 +98,7 @@ class Setup:
     loaded: models.Loaded
     peft: Peft
     learning_rate: float
+    head_rate: float
     steps: int
     steps_per_epoch: int
 
@@ -109,6 +110,7 @@ class Setup:
             "method": self.peft.method.config(),
             "labels": list(self.labels),
             "learning_rate": self.learning_rate,
+            "head_rate": self.head_rate,
             "steps": self.steps,
             "base": fingerprint(self.peft.params),
             "data": {name: fingerprint(arrays) for name, arrays in self.splits.items()},
@@ -155,6 +157,7 @@ def prepare(config: TrainConfig) -> Setup:
         # Refused now, by the method itself, rather than after hours of training.
         jpeft.merge(peft)
     per_epoch = data.steps_per_epoch(splits["train"], config.batch_size)
+    usual = jpeft.methods()[config.method]
     return Setup(
         config=config,
         task=task,
@@ -163,7 +166,8 @@ def prepare(config: TrainConfig) -> Setup:
         splits=splits,
         loaded=loaded,
         peft=peft,
-        learning_rate=config.learning_rate or jpeft.methods()[config.method].learning_rate,
+        learning_rate=config.learning_rate or usual.learning_rate,
+        head_rate=config.head_rate or usual.head_rate,
         # A frozen base without a head is evaluated as it is.
         steps=(config.steps or config.epochs * per_epoch) if jax.tree.leaves(peft.adapter) else 0,
         steps_per_epoch=per_epoch,
@@ -288,7 +292,7 @@ def _check_same(folder: RunFolder, about: dict[str, Any]) -> None:
     if not folder.in_use:
         return
     before, now = folder.about(), json.loads(json.dumps(about))
-    changed = [name for name in ("method", "labels", "learning_rate", "steps", "base", "data") if before[name] != now[name]]
+    changed = [name for name in ("method", "labels", "learning_rate", "head_rate", "steps", "base", "data") if before[name] != now[name]]
     if changed:
         raise ValueError(f"cannot resume {folder.path}: since it began, its {', '.join(changed)} changed")
 
@@ -324,7 +328,7 @@ class _Trainer:
         # The optimizer counts its own steps, which are those of the stage.
         self.schedule = lambda count: course(count + now.begin - begin)
         tx = jpeft.optimizer(optimizer(self.schedule, weight_decay=config.weight_decay, clip=config.clip), peft)
-        self.tx = faster(tx, peft.adapter, self.setup.loaded.new, config.head_rate)
+        self.tx = faster(tx, peft.adapter, self.setup.loaded.new, self.setup.head_rate)
         self.forward = devices.forward(jpeft.wrap(self.setup.loaded.model.apply, peft.method))
         self.evaluator = Evaluator(self.forward, self.setup.task, config.batch_size, self.setup.labels, put=devices.batch)
 
