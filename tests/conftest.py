@@ -2,6 +2,7 @@
 
 import importlib.metadata
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 # --- environment: read when jax and huggingface_hub are imported, and inherited by the processes that tests start ---
@@ -32,6 +33,13 @@ jax.config.update("jax_disable_most_optimizations", True)
 def pytest_configure(config: pytest.Config) -> None:
     """Tolerate a cache entry that another worker is still writing: jax warns, and compiles for itself."""
     config.addinivalue_line("filterwarnings", "ignore:Error (reading|writing) persistent compilation cache:UserWarning")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def programs() -> Iterator[None]:
+    """Forget a file's compiled programs after it: a process may not map more than so many pieces of memory (`vm.max_map_count`)."""
+    yield
+    jax.clear_caches()
 
 
 @pytest.fixture

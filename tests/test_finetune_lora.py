@@ -59,7 +59,7 @@ def test_trains_what_cannot_be_planned(tmp_path):
 
 @pytest.mark.slow
 def test_refuses_other_tasks_in_one_line(tmp_path):
-    refused = finetune("--task", "sequence-classification", "--output", str(tmp_path / "run"))
+    refused = finetune("--task", "sequence-classification", "--data", "rows.csv", "--output", str(tmp_path / "run"))
     assert refused.returncode == 1
     assert refused.stderr == (
         "error: task 'sequence-classification': this script fine-tunes decoders; `jpeft train` does the others, with --mesh as well\n"

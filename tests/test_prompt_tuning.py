@@ -433,7 +433,7 @@ def test_starts_from_another_prompt(tmp_path):
         ({"init": "tokens", "tokens": [20]}, "There is no token 20: the vocabulary has 20"),
         ({"init": "labels"}, "init='labels' needs the token ids of each class label"),
         ({"init": "labels", "labels": [[1], [2]], "length": 1}, "There are 2 labels and only 1 rows"),
-        ({"length": 21}, "21 different tokens cannot be drawn from the first 20"),
+        ({"length": 21}, "21 different tokens cannot be drawn from 20 of the vocabulary"),
         ({"sample": 0}, "sample=0 must be at least 1"),
         ({"length": 2, "template": [["start", 3]]}, "length=2, but the template has 3 pseudo tokens"),
         ({"template": [["start", [4, 5]]]}, "The template has no pseudo tokens.*jpeft.hard_prompt"),
