@@ -219,7 +219,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             saved = isinstance(args, TrainConfig) and any(RunFolder(args.output).checkpoints.glob("*/checksums.json"))
             print("interrupted" + ("; continue from the newest checkpoint with --resume" if saved else ""), file=sys.stderr)
         return 130
-    except (ValueError, FileNotFoundError) as error:
+    except (ValueError, OSError) as error:
         if debug:
             raise
         return _fail(error)

@@ -104,6 +104,27 @@ def _broadcast(value: Any) -> Any:
     return json.loads(bytes(multihost_utils.broadcast_one_to_all(padded)[:size]))
 
 
+def check_done(failure: Exception | None) -> None:
+    """Makes sure that all processes have done what each did by itself: one that fails alone would leave the others waiting.
+
+    Args:
+        failure: What kept this process from it, None if nothing did.
+
+    Raises:
+        Exception: `failure`, in its own process.
+        RuntimeError: in the others, that says where it is to be found.
+
+    >>> check_done(None)
+    """
+    failed = np.array([failure is not None])
+    if jax.process_count() > 1:
+        failed = multihost_utils.process_allgather(failed).reshape(-1)
+    if failure is not None:
+        raise failure
+    if failed.any():
+        raise RuntimeError(f"process {int(failed.argmax())} failed; its own message says why")
+
+
 def check_equal(values: Mapping[str, Any]) -> None:
     """Makes sure that all processes were started alike: with different data they would train something, but nothing of use.
 

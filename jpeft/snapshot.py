@@ -4,6 +4,9 @@ Data order and dropout are functions of the seed and the step, so a snapshot is 
 few numbers. The base is never written. A snapshot's last file lists the checksums of all others: one that was cut
 short, lost or changed is recognised before Orbax opens it, named in a warning, and the snapshot before it is used.
 
+Training waits until the arrays are copied to the host, and not for the disk: Orbax writes in the background. When all of it is there, the
+checksums are written, and only then older snapshots are deleted, all in the background. One snapshot at a time: the next one waits.
+
 Of several processes each writes the parts that its devices hold, and reads those that they are to hold: their number may change from
 one to the next. All call everything here, on a folder that they all see.
 """
@@ -13,8 +16,10 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import shutil
 import warnings
 from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -53,73 +58,134 @@ class Snapshots:
     """The snapshots in one folder, the newest `keep` of them.
 
     Args:
-        folder: Created with the first snapshot.
+        folder: Made if it is not there. What a killed process left half-written in it is removed.
         keep: How many are kept.
     """
 
     def __init__(self, folder: str | os.PathLike[str], keep: int):
         self.folder = os.path.abspath(folder)
         self._keep = keep
-        self._manager = ocp.CheckpointManager(
-            self.folder,
-            options=ocp.CheckpointManagerOptions(
-                # Not Orbax's own `max_to_keep`, which deletes the old before the new has its checksums: between the two a kill would leave
-                # nothing.
-                max_to_keep=None,
-                # An adapter is small: writing in line costs milliseconds, and what was reported as saved is saved.
-                enable_async_checkpointing=False,
-                # What a killed process left half-written.
-                cleanup_tmp_directories=True,
-            ),
-        )
+        # Not Orbax's `CheckpointManager`. It asks JAX's preemption service, also from its background thread, with numbers that are not
+        # those of `distributed.stop_signal`; and it deletes the old before the new has its checksums.
+        self._checkpointer = ocp.AsyncCheckpointer(ocp.CompositeCheckpointHandler())
+        self._background = ThreadPoolExecutor(1, "checkpoint")
+        self._writing: Future[None] | None = None
+        # The same in all processes; the last one may still be being written.
+        self._steps: list[int] = distributed.from_first(self._find)
 
     def save(self, arrays: PyTree, progress: Progress) -> None:
-        """Writes one snapshot, atomically; does nothing if that step is there already."""
-        if progress.step in self._manager.all_steps():
+        """Begins to write one snapshot, once the one before is written; does nothing if that step is there already.
+
+        The arrays may be donated or overwritten as soon as this returns.
+
+        Raises:
+            OSError: if the snapshot before could not be written, see `wait`.
+        """
+        self.wait()
+        step = progress.step
+        if step in self._steps:
             return
         if jax.process_count() == 1:
             arrays = jax.device_get(arrays)
         about = dataclasses.asdict(progress) | {"losses": list(progress.losses)}
         items = ocp.args.Composite(arrays=ocp.args.StandardSave(arrays), progress=ocp.args.JsonSave(about))
-        self._manager.save(progress.step, args=items)
-        self._manager.wait_until_finished()
-        folder = self._folder(progress.step)
-        distributed.from_first(lambda: write_json(folder / CHECKSUMS, file_checksums(folder, skip=CHECKSUMS)))
-        for old in sorted(self._manager.all_steps())[: -self._keep]:
-            self._manager.delete(old)
+        # Orbax copies the arrays before it returns.
+        self._checkpointer.save(self._folder(step), args=items)
+        self._steps.append(step)
+        self._writing = self._background.submit(self._seal, step, self._steps[: -self._keep])
+
+    def check(self) -> None:
+        """Raises what `wait` would, if it is known by now; to be called at every step, which costs nothing.
+
+        Several processes must learn of it together, and so only from `wait` and `save`.
+        """
+        if jax.process_count() == 1 and self._writing is not None and self._writing.done():
+            self.wait()
+
+    def wait(self) -> None:
+        """Returns when all that was saved is whole on disk, and what is no longer kept is deleted.
+
+        Raises:
+            OSError: in all processes, if one of them could not write its part, or the first one not the checksums.
+        """
+        if self._writing is None:
+            return
+        failure = None
+        try:
+            self._writing.result()
+        except Exception as error:  # whatever a file system may say
+            failure = error
+        self._writing = None
+        newest = self._steps[-1]
+        try:
+            distributed.check_done(failure)
+        except Exception as error:
+            self._steps.pop()
+            said = f"{type(error).__name__}: {str(error)[:300]}"
+            raise OSError(f"checkpoint {self._folder(newest)} could not be written; those before it are as they were. {said}") from error
+        self._steps = self._steps[-self._keep :]
 
     def restore(self, like: Callable[[Progress], PyTree]) -> tuple[PyTree, Progress] | None:
         """The newest readable snapshot, in the structure and on the devices of `like(progress)`; None if there is none.
 
         Unreadable ones are named in a warning and removed, so that the continued run can write them again.
         """
-        for step in sorted(self._manager.all_steps(), reverse=True):
+        self.wait()
+        for step in reversed(self._steps.copy()):
+            folder = self._folder(step)
             # The checksums alone tell what is damaged, before Orbax opens anything: its other reads go on in the background when one fails.
-            damage = distributed.from_first(lambda step=step: _damage(self._folder(step)))
+            damage = distributed.from_first(lambda folder=folder: _damage(folder))
             if damage:
-                warnings.warn(f"checkpoint {self._folder(step)} is damaged and is left out: {damage}", stacklevel=2)
-                self._manager.delete(step)
+                warnings.warn(f"checkpoint {folder} is damaged and is left out: {damage}", stacklevel=2)
+                distributed.from_first(lambda folder=folder: shutil.rmtree(folder))
+                self._steps.remove(step)
                 continue
             progress = self.progress(step)
             abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), like(progress))
             items = ocp.args.Composite(arrays=ocp.args.StandardRestore(abstract))
             try:
-                return self._manager.restore(step, args=items)["arrays"], progress
+                return self._checkpointer.restore(folder, args=items)["arrays"], progress
             except Exception as error:  # another version's optimizer state, too little memory: nothing that deleting would mend
                 raise ValueError(
-                    f"checkpoint {self._folder(step)} is whole, but cannot be continued here; it was left as it is. "
+                    f"checkpoint {folder} is whole, but cannot be continued here; it was left as it is. "
                     f"Orbax says: {type(error).__name__}: {str(error)[:300]}"
                 ) from error
         return None
 
     def close(self) -> None:
-        """Lets go of the folder."""
-        self._manager.close()
+        """Lets go of the folder, once what this process writes is written. A process may do this alone, when something else has failed.
+
+        Raises:
+            Exception: what kept the last snapshot from being written, if nothing has raised it yet.
+        """
+        try:
+            if self._writing is not None:
+                self._writing.result()
+        finally:
+            self._checkpointer.close()
+            self._background.shutdown()
 
     def progress(self, step: int) -> Progress:
         """Where the run stood at one snapshot, which must be whole."""
-        read = self._manager.restore(step, args=ocp.args.Composite(progress=ocp.args.JsonRestore()))["progress"]
+        read = self._checkpointer.restore(self._folder(step), args=ocp.args.Composite(progress=ocp.args.JsonRestore()))["progress"]
         return Progress(**read | {"losses": tuple(read["losses"])})
+
+    def _find(self) -> list[int]:
+        """The steps of the snapshots, in order, once what is no snapshot is removed."""
+        folder = Path(self.folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        for partial in folder.glob(f"*{ocp.utils.TMP_DIR_SUFFIX}*"):
+            shutil.rmtree(partial)
+        return sorted(int(path.name) for path in folder.iterdir() if path.name.isdecimal())
+
+    def _seal(self, step: int, old: list[int]) -> None:
+        """In the background: once all files are there, writes their checksums, and then deletes the old snapshots."""
+        self._checkpointer.wait_until_finished()
+        if distributed.is_first():
+            folder = self._folder(step)
+            write_json(folder / CHECKSUMS, file_checksums(folder, skip=CHECKSUMS))
+            for each in old:
+                shutil.rmtree(self._folder(each))
 
     def _folder(self, step: int) -> Path:
         return Path(self.folder, str(step))

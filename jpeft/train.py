@@ -398,8 +398,10 @@ class _Trainer:
     def _loop(self, signals: list[int]) -> None:
         self._start_clock()
         while not self.done:
+            self.snapshots.check()
             if signum := stop_signal(signals):
                 self._checkpoint()
+                self.snapshots.wait()
                 from_first(lambda: plot_run(self.folder, self.setup.task))
                 raise InterruptedRun(signum, self.progress.step, self.folder.path)
             index = self.progress.step
@@ -418,6 +420,7 @@ class _Trainer:
                 self._advance()
             if ends or self.done or (index + 1) % self.config.checkpoint_every == 0:
                 self._checkpoint()
+        self.snapshots.wait()
 
     # --- one thing at a time ------------------------------------------------------------------------------------------
 

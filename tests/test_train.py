@@ -3,17 +3,21 @@
 import dataclasses
 import json
 import os
-import warnings
+import threading
+import time
+from contextlib import closing
 
 import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import orbax.checkpoint as ocp
 import pytest
 from tiny_text import make_base, make_model
 
 import jpeft
+import jpeft.snapshot
 import jpeft.task
 from jpeft.config import TrainConfig, changed_fields, from_json, parse_options, to_json
 from jpeft.files import replace_folder
@@ -315,22 +319,92 @@ def test_export_is_refused_before_training(config):
 # --- checkpoints ------------------------------------------------------------------------------------------------------
 
 
+def snapshots(folder, keep=3):
+    return closing(Snapshots(folder, keep))
+
+
 def test_snapshot_round_trip(tmp_path):
     arrays = {"adapter": {"a": jnp.arange(6.0).reshape(2, 3), "b": jnp.ones(2, jnp.bfloat16)}, "count": jnp.int32(3)}
     progress = Progress(step=4, best=0.5, best_step=2, stale=1, latest=0.25, losses=(0.1, 0.2))
-    Snapshots(tmp_path / "s", keep=2).save(arrays, progress)
+    with snapshots(tmp_path / "s") as saved:
+        saved.save(arrays, progress)
     like = jax.tree.map(jnp.zeros_like, arrays)
-    restored, read = Snapshots(tmp_path / "s", keep=2).restore(lambda progress: like)
+    with snapshots(tmp_path / "s") as saved:
+        restored, read = saved.restore(lambda progress: like)
     assert read == progress
     assert bits(restored) == bits(arrays)
     chex.assert_trees_all_equal_dtypes(restored, arrays)
 
 
+def test_training_goes_on_while_a_snapshot_is_written(tmp_path, monkeypatch):
+    """The next step may take the arrays' memory, and until the new one has its checksums the old one is there."""
+    go, checksums = threading.Event(), jpeft.snapshot.file_checksums
+    monkeypatch.setattr(jpeft.snapshot, "file_checksums", lambda *args, **more: go.wait(60) and checksums(*args, **more))
+    step = jax.jit(lambda x: x + 1, donate_argnums=0)
+    with snapshots(tmp_path, keep=1) as saved:
+        go.set()
+        value = jnp.ones(1 << 20)
+        saved.save({"a": value}, Progress(step=1))
+        saved.wait()
+        go.clear()
+        value = step(value)
+        saved.save({"a": value}, Progress(step=2))
+        for _ in range(5):
+            value = step(value)
+        saved.check()
+        assert not (tmp_path / "2" / "checksums.json").exists()
+        assert (tmp_path / "1" / "checksums.json").exists()
+        go.set()
+        saved.wait()
+        assert [path.name for path in tmp_path.iterdir()] == ["2"]
+        with snapshots(tmp_path) as other:
+            restored, _ = other.restore(lambda progress: {"a": jnp.zeros(1 << 20)})
+        np.testing.assert_array_equal(restored["a"], 2)
+        # One at a time: the second waits for the first.
+        saved.save({"a": value}, Progress(step=7))
+        saved.save({"a": value}, Progress(step=8))
+        assert (tmp_path / "7" / "checksums.json").exists()
+
+
+def test_an_error_in_the_background_is_raised_at_the_next_step(tmp_path, monkeypatch):
+    """And leaves the old snapshot, until the new one has its checksums."""
+    begin = lambda: Snapshots(tmp_path, keep=1)
+    saved = begin()
+    saved.save({"a": jnp.ones(3)}, Progress(step=1))
+    saved.wait()
+    # Orbax cannot write this one.
+    saved.save({"a": jnp.ones(3)}, Progress(step=2, method={"rank": object()}))
+    with pytest.raises(OSError, match=f"checkpoint {tmp_path}/2 could not be written.*TypeError: .*not JSON serializable"):
+        for _ in range(600):
+            saved.check()
+            time.sleep(0.1)
+    saved.close()
+    saved = begin()
+    assert saved.restore(lambda progress: {"a": jnp.zeros(3)})[1].step == 1
+
+    def full(*args):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(jpeft.snapshot, "write_json", full)
+    saved.save({"a": jnp.ones(3)}, Progress(step=2))
+    with pytest.raises(OSError, match=f"checkpoint {tmp_path}/2 could not be written.*No space left on device"):
+        saved.save({"a": jnp.ones(3)}, Progress(step=3))
+    saved.close()
+    saved = begin()
+    with pytest.warns(UserWarning, match=f"checkpoint {tmp_path}/2 is damaged"):
+        assert saved.restore(lambda progress: {"a": jnp.zeros(3)})[1].step == 1
+    # Nobody asks any more: closing tells.
+    saved.save({"a": jnp.ones(3)}, Progress(step=3))
+    with pytest.raises(OSError, match="No space left"):
+        saved.close()
+    assert (tmp_path / "1" / "checksums.json").exists()
+
+
 @pytest.mark.parametrize("damage", ["truncate", "flip", "delete", "unfinished"])
 def test_a_damaged_snapshot_is_named_and_the_one_before_is_used(tmp_path, damage):
-    snapshots = Snapshots(tmp_path, keep=3)
-    for step in (1, 2):
-        snapshots.save({"a": jnp.full(1000, step, jnp.float32)}, Progress(step=step))
+    with snapshots(tmp_path) as saved:
+        for step in (1, 2):
+            saved.save({"a": jnp.full(1000, step, jnp.float32)}, Progress(step=step))
     files = sorted((tmp_path / "2" / "arrays").rglob("d/*"), key=lambda p: p.stat().st_size)
     for file in files:
         content = bytearray(file.read_bytes())
@@ -341,34 +415,23 @@ def test_a_damaged_snapshot_is_named_and_the_one_before_is_used(tmp_path, damage
             file.write_bytes(content if damage == "flip" else content[: len(content) // 2])
     if damage == "unfinished":
         (tmp_path / "2" / "checksums.json").unlink()
-    with pytest.warns(UserWarning, match=f"checkpoint {tmp_path}/2 is damaged"):
-        restored, progress = Snapshots(tmp_path, keep=3).restore(lambda progress: {"a": jnp.zeros(1000)})
+        # A kill while Orbax writes.
+        (tmp_path / f"3{ocp.utils.TMP_DIR_SUFFIX}").mkdir()
+    with snapshots(tmp_path) as saved, pytest.warns(UserWarning, match=f"checkpoint {tmp_path}/2 is damaged"):
+        restored, progress = saved.restore(lambda progress: {"a": jnp.zeros(1000)})
     assert progress.step == 1
     np.testing.assert_array_equal(restored["a"], 1)
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        assert Snapshots(tmp_path, keep=3).restore(lambda progress: {"a": jnp.zeros(1000)})[1].step == 1
+    assert [path.name for path in tmp_path.iterdir()] == ["1"]
 
 
 def test_a_whole_snapshot_that_does_not_fit_is_kept(tmp_path):
     """Another version's optimizer state, say: the user must learn of it, and nothing may be deleted for it."""
-    Snapshots(tmp_path, keep=3).save({"a": jnp.ones(3)}, Progress(step=1))
-    with pytest.raises(ValueError, match=f"checkpoint {tmp_path}/1 is whole, but cannot be continued here"):
-        Snapshots(tmp_path, keep=3).restore(lambda progress: {"a": jnp.zeros(3), "b": jnp.zeros(2)})
-    assert Snapshots(tmp_path, keep=3).restore(lambda progress: {"a": jnp.zeros(3)})[1].step == 1
-
-
-def test_the_old_snapshot_stays_until_the_new_one_has_its_checksums(tmp_path, monkeypatch):
-    snapshots = Snapshots(tmp_path, keep=1)
-    snapshots.save({"a": jnp.ones(3)}, Progress(step=1))
-    with monkeypatch.context() as patch:
-        patch.setattr("jpeft.snapshot.write_json", lambda *args: (_ for _ in ()).throw(KeyboardInterrupt))
-        with pytest.raises(KeyboardInterrupt):
-            snapshots.save({"a": jnp.ones(3)}, Progress(step=2))
-    with pytest.warns(UserWarning, match=f"checkpoint {tmp_path}/2 is damaged"):
-        assert Snapshots(tmp_path, keep=1).restore(lambda progress: {"a": jnp.zeros(3)})[1].step == 1
-    Snapshots(tmp_path, keep=1).save({"a": jnp.ones(3)}, Progress(step=3))
-    assert [path.name for path in tmp_path.iterdir() if path.name.isdigit()] == ["3"]
+    with snapshots(tmp_path) as saved:
+        saved.save({"a": jnp.ones(3)}, Progress(step=1))
+    with snapshots(tmp_path) as saved, pytest.raises(ValueError, match=f"checkpoint {tmp_path}/1 is whole, but cannot be continued here"):
+        saved.restore(lambda progress: {"a": jnp.zeros(3), "b": jnp.zeros(2)})
+    with snapshots(tmp_path) as saved:
+        assert saved.restore(lambda progress: {"a": jnp.zeros(3)})[1].step == 1
 
 
 def test_a_folder_takes_anothers_place_or_leaves_it(tmp_path, monkeypatch):
