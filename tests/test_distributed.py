@@ -16,7 +16,7 @@ import jax
 import numpy as np
 import pytest
 from jax.sharding import PartitionSpec as P
-from test_train import records
+from test_train import bits, records
 from tiny_text import make_base
 
 from jpeft import distributed, sharding
@@ -28,17 +28,32 @@ from jpeft.train import train
 ROOT = Path(__file__).parents[1]
 STEPS = 24
 
-# What every process runs: the command line, after it has joined the others. A pause makes steps slow enough to be met between two.
+# What every process runs: command lines, after it has joined the others. A pause makes steps slow enough to be met between two. One that
+# is to die does so when a checkpoint is there and the other is in that step already, where it waits for this one's gradients.
 WORKER = """
-import sys, time
+import json, os, signal, sys, time
 from jpeft import distributed
-coordinator, process, pause, *flags = sys.argv[1:]
+coordinator, process, pause, dies, *texts = sys.argv[1:]
 distributed.initialize(coordinator, 2, int(process))
 from jpeft import train
 from jpeft.cli import main
-log = train._Trainer._log
+
+log, batch = train._Trainer._log, train._Trainer._batch
+
+def read(self, index):
+    if index == int(dies):
+        while not any(self.folder.checkpoints.glob("*/checksums.json")):
+            time.sleep(0.01)
+        time.sleep(0.5)
+        os.kill(os.getpid(), signal.SIGKILL)
+    return batch(self, index)
+
 train._Trainer._log = lambda self: (time.sleep(float(pause)), log(self))
-sys.exit(main(["train", *flags]))
+train._Trainer._batch = read
+for text in texts:
+    status = main(["train", *json.loads(text)])
+    print("status", status)
+sys.exit(status)
 """
 
 
@@ -57,33 +72,49 @@ def alone(config):
     return train(config)
 
 
-def start(config: TrainConfig, run: Path, *more: str, pause: float = 0.0, other: tuple[str, ...] = ()) -> list[subprocess.Popen]:
-    """The same run by two processes; `other` are more flags of the second."""
+def flags(config: TrainConfig, run: Path, *more: str) -> list[str]:
+    """The same run on the command line, for two processes."""
+    flags = ["--model", config.model, "--data", config.data, "--max-length", "8", "--batch-size", "8", "--steps", str(STEPS)]
+    flags += ["--checkpoint-every", "4", "--log-every", "2", "--eval-every", "6", "--keep-best", "--mesh", "data=2", "--progress", "lines"]
+    return [*flags, *config.options, "--output", str(run), *more]
+
+
+def start(*commands: list[str], pause: float = 0.0, dies: int = -1, other: tuple[str, ...] = ()) -> list[subprocess.Popen]:
+    """Two processes that run the commands in turn.
+
+    Args:
+        commands: Flags of each.
+        pause: Seconds before each line of metrics.
+        dies: The step in which the first process is killed.
+        other: More flags of the first command in the second process.
+    """
     with socket.socket() as free:
         free.bind(("localhost", 0))
         coordinator = f"localhost:{free.getsockname()[1]}"
-    flags = ["--model", config.model, "--data", config.data, "--max-length", "8", "--batch-size", "8", "--steps", str(STEPS)]
-    flags += ["--checkpoint-every", "4", "--log-every", "2", "--eval-every", "6", "--keep-best", "--mesh", "data=2", "--progress", "lines"]
-    flags += [*config.options, "--output", str(run), *more]
     # One device each; compiled as conftest.py has it, for speed.
     environment = os.environ | {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu", "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
-    command = [sys.executable, "-c", WORKER, coordinator]
+    of_process = [(-1 if i else dies, [[*commands[0], *(other if i else ())], *commands[1:]]) for i in range(2)]
     return [
         subprocess.Popen(
-            [*command, str(i), str(pause), *flags, *(other if i else ())],
+            [sys.executable, "-c", WORKER, coordinator, str(i), str(pause), str(step), *(json.dumps(command) for command in mine)],
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
             env=environment,
         )
-        for i in range(2)
+        for i, (step, mine) in enumerate(of_process)
     ]
+
+
+def steps_on_disk(run: Path) -> list[int]:
+    """Steps of the whole checkpoints."""
+    return sorted(int(done.parent.name) for done in (run / "checkpoints").glob("*/checksums.json"))
 
 
 def wait_for_step(processes: list[subprocess.Popen], run: Path, step: int) -> None:
     """Until there is a checkpoint of that step or a later one."""
     deadline = time.monotonic() + 600
-    while not any(int(done.parent.name) >= step for done in (run / "checkpoints").glob("*/checksums.json")):
+    while not any(done >= step for done in steps_on_disk(run)):
         assert all(process.poll() is None for process in processes), [process.communicate() for process in processes]
         assert time.monotonic() < deadline
         time.sleep(0.01)
@@ -106,45 +137,43 @@ def assert_same(run: Path, alone) -> None:
 
 @pytest.mark.slow
 def test_two_processes_killed_stopped_and_continued(config, alone, tmp_path):
-    run = tmp_path / "run"
-    # One is killed between two checkpoints. The other cannot go on; whatever starts them ends it, too.
-    processes = start(config, run, pause=0.3)
-    wait_for_step(processes, run, 4)
-    for process in reversed(processes):
-        process.kill()
-    outputs(processes)
+    run, unbroken = tmp_path / "run", tmp_path / "unbroken"
+    # One is killed within the seventh step. The other fails in it, says so, and does not linger.
+    processes = start(flags(config, run), dies=6)
+    _, (_, said) = outputs(processes)
+    assert processes[0].returncode == -signal.SIGKILL
+    assert processes[1].returncode != 0
+    assert "Gloo" in said or "another task died" in said
+    assert steps_on_disk(run) == [4]
     assert not (run / "result.json").exists()
     shutil.copytree(run, tmp_path / "copy")
 
-    # SIGTERM for one stops both after the same step, which is saved.
-    processes = start(config, run, "--resume", pause=0.5)
+    # Not started alike, the two refuse to begin. SIGTERM for one stops both after the same step, which is saved.
+    processes = start(flags(config, tmp_path / "refused"), flags(config, run, "--resume"), pause=0.5, other=("--seed", "1"))
     wait_for_step(processes, run, 8)
     processes[1].terminate()
-    (_, said), (_, other) = outputs(processes)
-    assert [process.returncode for process in processes] == [128 + signal.SIGTERM] * 2, said + other
-    step = max(int(done.parent.name) for done in (run / "checkpoints").glob("*/checksums.json"))
+    said = outputs(processes)
+    assert [process.returncode for process in processes] == [128 + signal.SIGTERM] * 2, said
+    step = steps_on_disk(run)[-1]
     assert 8 <= step < STEPS
-    for errors in (said, other):
+    for output, errors in said:
+        assert "status 2\n" in output
+        assert "error: process 1 differs from process 0 in its configuration: start all processes with the same flags" in errors
         assert f"interrupted after step {step}, which is saved in {run}" in errors
+    assert not (tmp_path / "refused").exists()
 
-    processes = start(config, run, "--resume")
-    (first, said), (second, other) = outputs(processes)
-    assert [process.returncode for process in processes] == [0, 0], said + other
-    assert f"continuing {run} after step {step}" in first
-    assert "continuing" not in second
+    # Nothing of all this shows in the result.
+    processes = start(flags(config, run, "--resume"), flags(config, unbroken))
+    said = outputs(processes)
+    assert [process.returncode for process in processes] == [0, 0], said
+    assert f"continuing {run} after step {step}" in said[0][0]
+    assert "continuing" not in said[1][0]
     assert_same(run, alone)
+    assert bits(open_run(run).peft.adapter) == bits(open_run(unbroken).peft.adapter)
+    assert records(run) == records(unbroken)
 
     # What two have begun one can finish, without a mesh.
     assert_same(train(dataclasses.replace(config, output=str(tmp_path / "copy"), resume=True)).path, alone)
-
-
-@pytest.mark.slow
-def test_processes_that_were_not_started_alike(config, tmp_path):
-    processes = start(config, tmp_path / "run", other=("--seed", "1"))
-    for _, errors in outputs(processes):
-        assert "error: process 1 differs from process 0 in its configuration: start all processes with the same flags" in errors
-    assert [process.returncode for process in processes] == [2, 2]
-    assert not (tmp_path / "run").exists()
 
 
 def test_differences_are_named():
@@ -154,6 +183,20 @@ def test_differences_are_named():
     assert distributed.differences(("data", "base"), every) == "process 4 differs from process 0 in its data, base"
     every[1:, 1, 1] = 1
     assert distributed.differences(("data", "base"), every).endswith("process 4 differs from process 0 in its data, base; ...")
+
+
+def test_a_failure_of_one_process_is_one_of_all(monkeypatch):
+    monkeypatch.setattr(jax, "process_count", lambda: 3)
+    for failed in ([False, False, False], [False, True, True]):
+        monkeypatch.setattr(distributed.multihost_utils, "process_allgather", lambda mine, failed=failed: np.array(failed)[:, None])
+        mine = OSError("no space left")
+        with pytest.raises(OSError, match="no space left"):
+            distributed.check_done(mine)
+        if any(failed):
+            with pytest.raises(RuntimeError, match="process 1 failed"):
+                distributed.check_done(None)
+        else:
+            distributed.check_done(None)
 
 
 def test_joins_others_only_where_there_are_some(monkeypatch):
