@@ -68,7 +68,7 @@ def step(adapter, opt_state, params, batch):
 
 
 def fit(step, adapter, opt_state):
-    """Train; returns the last ten steps' mean loss (of each adapter) and the median time of a step."""
+    """Train; returns the adapter, the last ten steps' mean loss (of each adapter) and the median time of a step."""
     order, losses, seconds = np.random.default_rng(1), [], []
     for _ in range(args.steps):
         rows = order.integers(0, len(ids), 32)
@@ -76,16 +76,16 @@ def fit(step, adapter, opt_state):
         adapter, opt_state, loss = step(adapter, opt_state, params, {"ids": ids[rows], "label": label[rows]})
         losses.append(np.asarray(loss))
         seconds.append(time.perf_counter() - begun)
-    return np.mean(losses[-10:], axis=0), float(np.median(seconds))
+    return adapter, np.mean(losses[-10:], axis=0), float(np.median(seconds))
 
 
-losses, together = fit(jax.jit(jax.vmap(step, in_axes=(0, 0, None, None))), adapters, jax.vmap(init)(adapters, rate))
+trained, losses, together = fit(jax.jit(jax.vmap(step, in_axes=(0, 0, None, None))), adapters, jax.vmap(init)(adapters, rate))
 for r, s, loss in zip(rate, seed, losses, strict=True):
     print(f"rate {float(r):.0e}  seed {int(s)}  loss {loss:.4f}")
 best = int(np.argmin(losses))
 print(f"best: rate {float(rate[best]):.0e}, seed {int(seed[best])}")
 
 single = jax.tree.map(lambda leaf: leaf[best], adapters)
-alone, apart = fit(jax.jit(step), single, init(single, rate[best]))
+_, alone, apart = fit(jax.jit(step), single, init(single, rate[best]))
 print(f"the best trained alone has loss {alone:.4f}")
 print(f"one step of all {len(losses)} takes {1e3 * together:.1f} ms, one of each in turn {1e3 * apart * len(losses):.1f} ms")
