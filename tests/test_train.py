@@ -89,7 +89,7 @@ def test_config_refuses(changes, message):
 
 
 def test_config_round_trip():
-    config = TrainConfig(model="m", output="o", options=("rank=8",), steps=3, clip=None)
+    config = TrainConfig(model="m", data="d", output="o", options=("rank=8",), steps=3, clip=None)
     assert from_json(json.loads(json.dumps(to_json(config)))) == config
     other = dataclasses.replace(config, seed=1, keep=7, output="p")
     assert changed_fields(to_json(config), to_json(other)) == {"seed": (0, 1)}
