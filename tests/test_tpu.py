@@ -128,7 +128,7 @@ def calls(folder: Path, script: str, *flags: str, **variables: str) -> tuple[lis
 def test_gke_makes_what_is_not_there(tmp_path):
     """A failed attach is made up for by the next run; one that worked is not repeated; a list that fails is no empty list."""
     flags = ("--name", "tuner", "--project", "p", "--bucket", "b")
-    fake(tmp_path, "xpk", '[[ $1 $2 != "storage list" ]] || echo "my-tuner-runs  gcsfuse"; [[ $1 $2 != "storage attach" ]]')
+    fake(tmp_path, "xpk", '[[ "$1 $2" != "storage list" ]] || echo "my-tuner-runs  gcsfuse"; [[ "$1 $2" != "storage attach" ]]')
     fake(tmp_path, "gcloud", "echo other-cluster")
     kinds = lambda lines: [" ".join(line.split()[:3]) for line in lines]
     made, code = calls(tmp_path, "gke.sh", *flags)
@@ -138,7 +138,7 @@ def test_gke_makes_what_is_not_there(tmp_path):
     fake(tmp_path, "xpk", "true")
     made, code = calls(tmp_path, "gke.sh", *flags)
     assert (kinds(made), code) == (["gcloud container clusters", "xpk storage list", "xpk storage attach", "xpk workload create"], 0)
-    fake(tmp_path, "xpk", '[[ $1 $2 != "storage list" ]] || echo "| tuner-runs | gcsfuse |"')
+    fake(tmp_path, "xpk", '[[ "$1 $2" != "storage list" ]] || echo "| tuner-runs | gcsfuse |"')
     made, code = calls(tmp_path, "gke.sh", *flags)
     assert (kinds(made), code) == (["gcloud container clusters", "xpk storage list", "xpk workload create"], 0)
     fake(tmp_path, "gcloud", "exit 1")
