@@ -2,8 +2,8 @@
 
     python benchmarks/python_docs.py --runs compare-out/generation
 
-The decoder (`jpeft.small_decoder`) has learned docstrings of numerical packages; it is made first, in a few minutes on two CPU cores, if
-it is not in the cache. Then the Python language reference (plain text) and summaries of the standard library's functions (pairs) are
+The decoder (`jpeft.training.small_decoder`) has learned docstrings of numerical packages; it is made first, in a few minutes on two CPU
+cores, if it is not in the cache. Then the Python language reference (plain text) and summaries of the standard library's functions (pairs) are
 learned with every method (`jpeft compare`), with the library's defaults and the step that the validation split picks, and scored on the
 test split.
 Writes results/python_docs.md and a picture for each data set beside this file. Finished runs in --runs are kept and not repeated.
@@ -15,10 +15,10 @@ from pathlib import Path
 
 import jax
 
-from jpeft.compare import compare
-from jpeft.config import CompareConfig
-from jpeft.report import Comparison
-from jpeft.small_decoder import decoder
+from jpeft.comparison.compare import compare
+from jpeft.comparison.report import Comparison
+from jpeft.training.config import CompareConfig
+from jpeft.training.small_decoder import decoder
 
 RESULTS = Path(__file__).parent / "results"
 # Data set -> tokens in a row, and rows in a batch.

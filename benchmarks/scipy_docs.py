@@ -17,9 +17,9 @@ from pathlib import Path
 
 import jax
 
-from jpeft.compare import compare
-from jpeft.config import CompareConfig
-from jpeft.report import Comparison, collect, run_folders
+from jpeft.comparison.compare import compare
+from jpeft.comparison.report import Comparison, collect, run_folders
+from jpeft.training.config import CompareConfig
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"

@@ -20,10 +20,10 @@ from rich.table import Table
 
 import jpeft
 from jpeft import data, models
-from jpeft.config import TrainConfig
-from jpeft.plot import plot_curves
-from jpeft.task import find_task, model_inputs
-from jpeft.train import train
+from jpeft.tasks.task import find_task, model_inputs
+from jpeft.training.config import TrainConfig
+from jpeft.training.plot import plot_curves
+from jpeft.training.train import train
 
 # Name -> method, options, learning rate (None: the method's own; that of `freeze` is for layers, a head alone can take larger steps).
 ROWS = {"head only": ("freeze", ("top=0",), 4e-3), "LoRA": ("lora", (), None), "BitFit": ("bitfit", (), None)}

@@ -13,14 +13,14 @@ from pathlib import Path
 
 import jpeft
 from jpeft import data, models
-from jpeft.config import TrainConfig
-from jpeft.evaluate import Evaluator
-from jpeft.small_decoder import decoder
-from jpeft.task import Decoding, find_task
-from jpeft.train import train
+from jpeft.tasks.task import Decoding, find_task
+from jpeft.training.config import TrainConfig
+from jpeft.training.evaluate import Evaluator
+from jpeft.training.small_decoder import decoder
+from jpeft.training.train import train
 
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-parser.add_argument("--model", help="folder of a checkpoint, or a hub id; by default the decoder of jpeft.small_decoder")
+parser.add_argument("--model", help="folder of a checkpoint, or a hub id; by default the decoder of jpeft.training.small_decoder")
 parser.add_argument("--data", default="builtin:summaries", help="with a column `text`")
 parser.add_argument("--target", help="column of the targets; the built-in data has its own")
 parser.add_argument("--method", default="lora")

@@ -2,8 +2,8 @@
 
     python examples/generation_prefix.py --steps 300
 
-The decoder is a small one that is trained on the spot the first time (minutes on a CPU; see `jpeft.small_decoder`); --model takes any
-causal language model. The pairs are heads of functions of Python's standard library and the first lines of their docstrings. Trained are
+The decoder is a small one that is trained on the spot the first time (minutes on a CPU; see `jpeft.training.small_decoder`); --model takes
+any causal language model. The pairs are heads of functions of Python's standard library and the first lines of their docstrings. Trained are
 keys and values of a few virtual tokens in every layer; the network that makes them is left out afterwards. Prints the loss, perplexity of
 held-out summaries before and after, what is stored, and what model and base write for three functions.
 """
@@ -16,8 +16,9 @@ import numpy as np
 import optax
 
 import jpeft
-from jpeft import data, generation, models
-from jpeft.small_decoder import decoder
+from jpeft import data, models
+from jpeft.tasks import generation
+from jpeft.training.small_decoder import decoder
 
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
 parser.add_argument("--model", help="folder of a checkpoint, or a hub id; by default the small decoder")

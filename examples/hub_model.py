@@ -12,8 +12,8 @@ import argparse
 
 import jax
 
-from jpeft.config import TrainConfig
-from jpeft.train import train
+from jpeft.training.config import TrainConfig
+from jpeft.training.train import train
 
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
 parser.add_argument("--model", default="FacebookAI/roberta-large")

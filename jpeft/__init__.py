@@ -5,7 +5,7 @@
     logits = forward(peft.variables, x)
     params = jpeft.merge(peft)                             # plain parameters again
 
-Pretrained models (`jpeft.models`), the trainer (`jpeft.train`) and the command line are imported on demand.
+Pretrained models (`jpeft.models`), the trainer (`jpeft.training`) and the command line are imported on demand.
 """
 
 from importlib.metadata import version as _version

@@ -25,16 +25,16 @@ from rich.table import Table
 
 import jpeft
 from jpeft import data, models
-from jpeft.cloze import Cloze
-from jpeft.compare import compare
-from jpeft.config import CompareConfig, Settings, TaskName, TrainConfig
-from jpeft.evaluate import Evaluator
+from jpeft.comparison.compare import compare
+from jpeft.comparison.report import Comparison, collect, run_folders
 from jpeft.files import write_atomically
-from jpeft.interrupt import InterruptedRun
-from jpeft.report import Comparison, collect, run_folders
-from jpeft.run import Run, RunFolder, attach, columns, load_base, open_run, save_merged
-from jpeft.task import SEQUENCE_CLASSIFICATION, Decoding
-from jpeft.train import train
+from jpeft.tasks.cloze import Cloze
+from jpeft.tasks.task import SEQUENCE_CLASSIFICATION, Decoding
+from jpeft.training.config import CompareConfig, Settings, TaskName, TrainConfig
+from jpeft.training.evaluate import Evaluator
+from jpeft.training.interrupt import InterruptedRun
+from jpeft.training.run import Run, RunFolder, attach, columns, load_base, open_run, save_merged
+from jpeft.training.train import train
 
 DESCRIPTION = """Parameter-efficient fine-tuning for JAX: train a small part of a pretrained model, or a small addition to it.
 

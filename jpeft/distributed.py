@@ -191,7 +191,7 @@ def stop_signal(caught: Sequence[int]) -> int | None:
     Several processes leave SIGTERM to JAX's preemption service: it tells all of them, and they agree on a step that none has passed yet.
 
     Args:
-        caught: The signals that this process has caught by itself; see `jpeft.interrupt.deferred_signals`.
+        caught: The signals that this process has caught by itself; see `jpeft.training.interrupt.deferred_signals`.
     """
     if jax.process_count() == 1:
         return caught[0] if caught else None

@@ -8,9 +8,9 @@ from collections import Counter
 
 import pytest
 
-from jpeft import builtin as module
-from jpeft.builtin import builtin, clean, paragraphs
+from jpeft.data import builtin as module
 from jpeft.data import fingerprint, splits
+from jpeft.data.builtin import builtin, clean, paragraphs
 
 NAMES = frozenset({"linalg", "signal", "sparse", "stats"})
 
@@ -67,7 +67,7 @@ def test_no_text_gives_its_label_away_by_an_import_path(tables):
 def test_same_in_every_process(tables):
     code = (
         "import hashlib, warnings; warnings.simplefilter('error')\n"
-        "from jpeft.builtin import builtin\n"
+        "from jpeft.data.builtin import builtin\n"
         "print(hashlib.sha256(repr(builtin()).encode()).hexdigest())"
     )
     for seed in ("1", "2"):

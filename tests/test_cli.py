@@ -9,7 +9,7 @@ from tiny_text import make_model, make_rows, write_csv
 
 import jpeft.models
 from jpeft.cli import main
-from jpeft.run import open_run
+from jpeft.training.run import open_run
 
 
 @pytest.fixture(scope="module")

@@ -9,8 +9,8 @@ from tiny_text import make_model, write_csv
 
 import jpeft
 from jpeft.cli import main
-from jpeft.cloze import Cloze, label_scores
 from jpeft.models import BertConfig, BertForMaskedLM, GPT2Config, GPT2LMHeadModel
+from jpeft.tasks.cloze import Cloze, label_scores
 
 TEXTS = ["the food was hot", "rain rain rain rain rain rain rain rain", "a"]
 ENGLISH = "the food was hot rain a It is . great fine terrible so and"

@@ -15,14 +15,14 @@ import pytest
 from matplotlib.image import imread
 from tiny_text import make_decoder, make_model, make_rows, write_csv
 
-import jpeft.compare
+import jpeft.comparison.compare
 from jpeft import registry
 from jpeft.cli import main
-from jpeft.config import CompareConfig
-from jpeft.report import collect, run_folders
-from jpeft.rows import BASELINES, Row, parse_row, parse_rows
-from jpeft.scatter import Line, Point, plot_scatter
-from jpeft.train import train
+from jpeft.comparison.report import collect, run_folders
+from jpeft.comparison.rows import BASELINES, Row, parse_row, parse_rows
+from jpeft.comparison.scatter import Line, Point, plot_scatter
+from jpeft.training.config import CompareConfig
+from jpeft.training.train import train
 
 ROWS = ("head-only", "lora rank=2", "bitfit")
 
@@ -41,7 +41,7 @@ def base(tmp_path_factory):
 def done(base, tmp_path_factory):
     """A comparison of three rows with two seeds, and the configuration that made it."""
     config = CompareConfig(**base, output=str(tmp_path_factory.mktemp("compare") / "out"), methods=ROWS, seeds=(0, 1))
-    return config, jpeft.compare.compare(config, say=lambda line: None)
+    return config, jpeft.comparison.compare.compare(config, say=lambda line: None)
 
 
 def flags(config, *more):
@@ -143,7 +143,7 @@ def test_columns_can_be_chosen(done):
 def test_again_trains_nothing_and_another_seed_only_what_is_missing(done, monkeypatch, capfd):
     config, _ = done
     trained = []
-    monkeypatch.setattr(jpeft.compare, "train", lambda run: trained.append(run) or train(run))
+    monkeypatch.setattr(jpeft.comparison.compare, "train", lambda run: trained.append(run) or train(run))
     assert main(flags(config)) == 0
     assert trained == []
     out = capfd.readouterr().out
@@ -158,7 +158,7 @@ def test_again_trains_nothing_and_another_seed_only_what_is_missing(done, monkey
 
 def test_another_configuration_is_refused_before_anything_runs(done, monkeypatch, capfd):
     config, _ = done
-    monkeypatch.setattr(jpeft.compare, "train", None)
+    monkeypatch.setattr(jpeft.comparison.compare, "train", None)
     assert main(flags(config, "--weight-decay", "0.5")) == 2
     err = capfd.readouterr().err
     assert "cannot resume" in err
@@ -210,7 +210,7 @@ def test_what_does_not_apply_is_left_out_of_all_methods(base, tmp_path, monkeypa
     # Half a percent of a model this small is less than its head: fish_mask refuses.
     keep = {name: registry.methods()[name] for name in ("fish_mask", "bitfit")}
     monkeypatch.setattr(jpeft, "methods", lambda: keep)
-    comparison = jpeft.compare.compare(CompareConfig(**base, output=str(tmp_path / "out"), seeds=(0,)), say=lambda line: None)
+    comparison = jpeft.comparison.compare.compare(CompareConfig(**base, output=str(tmp_path / "out"), seeds=(0,)), say=lambda line: None)
     assert [entry.row.label for entry in comparison.entries] == ["head only", "bitfit", "full fine-tuning"]
     assert comparison.failures == ()
     assert [row.label for row in comparison.left_out] == ["fish_mask"]
@@ -288,7 +288,7 @@ def test_text_generation_is_measured_by_the_frozen_base(tmp_path, base):
     fields = base | {"model": str(tmp_path / "model"), "data": str(tmp_path / "pairs.jsonl"), "max_length": 12, "steps": 20}
     methods = ("head-only", "lora learning_rate=0.02")
     config = CompareConfig(**fields, output=str(tmp_path / "out"), task="generation", target="target", methods=methods, seeds=(0,))
-    comparison = jpeft.compare.compare(config, say=lambda line: None)
+    comparison = jpeft.comparison.compare.compare(config, say=lambda line: None)
     assert [(entry.label, entry.median("trained") == 0) for entry in comparison.entries] == [("frozen base", True), (methods[1], False)]
     base, lora = (entry.scores("test", "perplexity")[0] for entry in comparison.entries)
     assert 1 < lora < base
@@ -330,7 +330,7 @@ def test_labels_do_not_overlap(tmp_path, monkeypatch):
     rng = np.random.default_rng(0)
     points = [Point(f"method_{i}", 10 ** rng.uniform(4, 6), rng.uniform(0.88, 0.9), 0.004, "additive") for i in range(12)]
     figures = []
-    monkeypatch.setattr(jpeft.scatter, "write_figure", lambda figure, path: figures.append(figure))
+    monkeypatch.setattr(jpeft.comparison.scatter, "write_figure", lambda figure, path: figures.append(figure))
     plot_scatter("unused", points, [Line("head only", 0.82), Line("full fine-tuning", 0.93)], x_label="x", y_label="y")
     (axes,) = figures[0].axes
     boxes = [text.get_window_extent() for text in axes.texts]

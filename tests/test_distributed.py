@@ -20,10 +20,10 @@ from test_train import bits, records
 from tiny_text import make_base
 
 from jpeft import distributed, sharding
-from jpeft.config import TrainConfig
-from jpeft.devices import find_mesh
-from jpeft.run import open_run
-from jpeft.train import train
+from jpeft.training.config import TrainConfig
+from jpeft.training.devices import find_mesh
+from jpeft.training.run import open_run
+from jpeft.training.train import train
 
 ROOT = Path(__file__).parents[1]
 STEPS = 24
@@ -35,7 +35,7 @@ import json, os, signal, sys, time
 from jpeft import distributed
 coordinator, process, pause, dies, *texts = sys.argv[1:]
 distributed.initialize(coordinator, 2, int(process))
-from jpeft import train
+from jpeft.training import train
 from jpeft.cli import main
 
 log, batch = train._Trainer._log, train._Trainer._batch

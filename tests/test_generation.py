@@ -16,16 +16,16 @@ from transformers import PreTrainedTokenizerFast
 
 import jpeft
 import jpeft.models
-from jpeft import generation
 from jpeft.cli import main
-from jpeft.config import TrainConfig
 from jpeft.data import Table
-from jpeft.evaluate import Evaluator
-from jpeft.generation import IGNORE
-from jpeft.progress import SilentReporter
-from jpeft.run import open_run
-from jpeft.task import GENERATION, Decoding
-from jpeft.train import prepare, train
+from jpeft.tasks import generation
+from jpeft.tasks.generation import IGNORE
+from jpeft.tasks.task import GENERATION, Decoding
+from jpeft.training.config import TrainConfig
+from jpeft.training.evaluate import Evaluator
+from jpeft.training.progress import SilentReporter
+from jpeft.training.run import open_run
+from jpeft.training.train import prepare, train
 
 ENDS = {"max_new_tokens": 4, "stop": (0,)}
 

@@ -9,8 +9,8 @@ from test_prompt_tuning import LENGTHS, MASK, by_hand, language_model, text, tex
 from tiny_text import make_model, make_rows, write_csv
 
 import jpeft
-from jpeft.config import TrainConfig
-from jpeft.train import prepare
+from jpeft.training.config import TrainConfig
+from jpeft.training.train import prepare
 
 WTE = {"wte": {"embedding": np.ones((20, 6), np.float32)}, "classifier": {"kernel": np.ones((6, 2), np.float32)}}
 

@@ -12,7 +12,6 @@ from tiny_text import make_model, make_rows, write_csv
 
 import jpeft
 from jpeft.additive.prefix import sites
-from jpeft.config import TrainConfig
 from jpeft.models import (
     BertConfig,
     BertForSequenceClassification,
@@ -26,7 +25,8 @@ from jpeft.models import (
 )
 from jpeft.models.bert_encoder import SelfAttention
 from jpeft.stats import key_values
-from jpeft.train import prepare
+from jpeft.training.config import TrainConfig
+from jpeft.training.train import prepare
 
 KEY = jax.random.key(0)
 IDS = jax.random.randint(KEY, (3, 6), 2, 17)

@@ -7,12 +7,12 @@ import numpy as np
 import pytest
 
 import jpeft.models
-from jpeft import python_docs, small_decoder
-from jpeft.config import TrainConfig
-from jpeft.data import fingerprint, splits
-from jpeft.python_docs import docs, reference, summaries
-from jpeft.small_decoder import Recipe, decoder
-from jpeft.train import train
+from jpeft.data import fingerprint, python_docs, splits
+from jpeft.data.python_docs import docs, reference, summaries
+from jpeft.training import small_decoder
+from jpeft.training.config import TrainConfig
+from jpeft.training.small_decoder import Recipe, decoder
+from jpeft.training.train import train
 
 TINY = Recipe(packages=("optax",), vocabulary=300, layers=1, width=16, heads=2, length=32, steps=3, batch_size=2)
 

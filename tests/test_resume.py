@@ -18,7 +18,7 @@ from test_train import bits, records
 from tiny_text import make_model, make_rows, write_csv
 
 from jpeft.cli import main
-from jpeft.run import open_run
+from jpeft.training.run import open_run
 
 ROOT = Path(__file__).parents[1]
 STEPS = 120

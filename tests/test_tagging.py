@@ -9,12 +9,12 @@ from tiny_text import WORDS, make_model, make_rows
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
-from jpeft import tagging
 from jpeft.cli import main
 from jpeft.data import Table, read
-from jpeft.run import open_run
-from jpeft.tagging import spans
-from jpeft.token_loss import IGNORE
+from jpeft.tasks import tagging
+from jpeft.tasks.tagging import spans
+from jpeft.tasks.token_loss import IGNORE
+from jpeft.training.run import open_run
 
 KIND = {word: f"B-{kind}" for kind, words in WORDS.items() for word in words}
 

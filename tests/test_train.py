@@ -17,16 +17,16 @@ import pytest
 from tiny_text import make_base, make_model
 
 import jpeft
-import jpeft.snapshot
-import jpeft.task
-from jpeft.config import TrainConfig, changed_fields, from_json, parse_options, to_json
+import jpeft.tasks.task
+import jpeft.training.snapshot
 from jpeft.files import replace_folder
-from jpeft.metrics import accuracy, macro_f1
-from jpeft.plot import plot_curve
-from jpeft.run import RunFolder, keys, open_run
-from jpeft.schedule import faster, learning_rate_schedule, optimizer
-from jpeft.snapshot import Progress, Snapshots
-from jpeft.train import make_step, prepare, read_result, train
+from jpeft.tasks.metrics import accuracy, macro_f1
+from jpeft.training.config import TrainConfig, changed_fields, from_json, parse_options, to_json
+from jpeft.training.plot import plot_curve
+from jpeft.training.run import RunFolder, keys, open_run
+from jpeft.training.schedule import faster, learning_rate_schedule, optimizer
+from jpeft.training.snapshot import Progress, Snapshots
+from jpeft.training.train import make_step, prepare, read_result, train
 
 
 @pytest.fixture(scope="module")
@@ -157,17 +157,17 @@ def test_accumulation_changes_nothing_but_rounding(base, tmp_path, accumulate):
 
 def test_one_trace_one_donation_and_a_base_left_alone(config, monkeypatch):
     traces = []
-    task = jpeft.task.SEQUENCE_CLASSIFICATION
+    task = jpeft.tasks.task.SEQUENCE_CLASSIFICATION
 
     def losses(logits, batch):
         if isinstance(logits, jax.core.Tracer):
             traces.append(logits.shape)
         return task.losses(logits, batch)
 
-    monkeypatch.setitem(jpeft.task.TASKS, task.name, dataclasses.replace(task, losses=losses))
+    monkeypatch.setitem(jpeft.tasks.task.TASKS, task.name, dataclasses.replace(task, losses=losses))
     before = bits(prepare(config).loaded.params)
-    compiled, cost = [], jpeft.train.cost
-    monkeypatch.setattr(jpeft.train, "cost", lambda step: compiled.append(step) or cost(step))
+    compiled, cost = [], jpeft.training.train.cost
+    monkeypatch.setattr(jpeft.training.train, "cost", lambda step: compiled.append(step) or cost(step))
     result = train(config)
     # The adapter and both moments are written in place of the old ones.
     assert compiled[0].memory_analysis().alias_size_in_bytes >= 3 * jpeft.tree.nbytes(result.peft.adapter)
@@ -278,9 +278,9 @@ def test_patience_stops_and_keeps_the_best(config):
 
 
 def test_the_best_of_a_metric_may_be_the_lowest(config, monkeypatch):
-    task = jpeft.task.SEQUENCE_CLASSIFICATION
+    task = jpeft.tasks.task.SEQUENCE_CLASSIFICATION
     lower = dataclasses.replace(task, metric="loss", higher_is_better=False)
-    monkeypatch.setitem(jpeft.task.TASKS, task.name, lower)
+    monkeypatch.setitem(jpeft.tasks.task.TASKS, task.name, lower)
     # Constant and far too high: the loss goes up and down.
     result = train(dataclasses.replace(config, learning_rate=0.3, schedule="constant", keep_best=True, eval_every=1, steps=8))
     losses = [line["loss"] for line in records(result.path) if line["split"] == "validation"]
@@ -288,9 +288,9 @@ def test_the_best_of_a_metric_may_be_the_lowest(config, monkeypatch):
 
 
 def test_a_loss_that_is_not_finite_stops_the_run(config, monkeypatch):
-    task = jpeft.task.SEQUENCE_CLASSIFICATION
+    task = jpeft.tasks.task.SEQUENCE_CLASSIFICATION
     diverging = dataclasses.replace(task, losses=lambda logits, batch: task.losses(logits, batch) * jnp.nan)
-    monkeypatch.setitem(jpeft.task.TASKS, task.name, diverging)
+    monkeypatch.setitem(jpeft.tasks.task.TASKS, task.name, diverging)
     with pytest.raises(ValueError, match="the loss is nan at step 1: training diverged"):
         train(config)
 
@@ -338,8 +338,8 @@ def test_snapshot_round_trip(tmp_path):
 
 def test_training_goes_on_while_a_snapshot_is_written(tmp_path, monkeypatch):
     """The next step may take the arrays' memory, and until the new one has its checksums the old one is there."""
-    go, checksums = threading.Event(), jpeft.snapshot.file_checksums
-    monkeypatch.setattr(jpeft.snapshot, "file_checksums", lambda *args, **more: go.wait(60) and checksums(*args, **more))
+    go, checksums = threading.Event(), jpeft.training.snapshot.file_checksums
+    monkeypatch.setattr(jpeft.training.snapshot, "file_checksums", lambda *args, **more: go.wait(60) and checksums(*args, **more))
     step = jax.jit(lambda x: x + 1, donate_argnums=0)
     with snapshots(tmp_path, keep=1) as saved:
         go.set()
@@ -385,7 +385,7 @@ def test_an_error_in_the_background_is_raised_at_the_next_step(tmp_path, monkeyp
     def full(*args):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(jpeft.snapshot, "write_json", full)
+    monkeypatch.setattr(jpeft.training.snapshot, "write_json", full)
     saved.save({"a": jnp.ones(3)}, Progress(step=2))
     with pytest.raises(OSError, match=f"checkpoint {tmp_path}/2 could not be written.*No space left on device"):
         saved.save({"a": jnp.ones(3)}, Progress(step=3))

@@ -12,10 +12,10 @@ from tiny_text import make_base
 
 import jpeft
 from jpeft.cli import main
-from jpeft.config import TrainConfig
-from jpeft.devices import find_mesh
-from jpeft.run import open_run
-from jpeft.train import train
+from jpeft.training.config import TrainConfig
+from jpeft.training.devices import find_mesh
+from jpeft.training.run import open_run
+from jpeft.training.train import train
 
 MESH = "data=2,fsdp=2,tensor=2"
 

@@ -10,10 +10,10 @@ from test_train import bits, records
 from tiny_text import make_base
 
 import jpeft
-from jpeft.config import TrainConfig
-from jpeft.run import RunFolder, open_run
-from jpeft.snapshot import Snapshots
-from jpeft.train import prepare, train
+from jpeft.training.config import TrainConfig
+from jpeft.training.run import RunFolder, open_run
+from jpeft.training.snapshot import Snapshots
+from jpeft.training.train import prepare, train
 
 # Each method of several stages, with options for a model of 5000 parameters.
 STAGED = {"diff_pruning": ("sparsity=0.1", "l0=1e-5"), "far": (), "fish_mask": ("sparsity=0.1", "refresh=2")}

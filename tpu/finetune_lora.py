@@ -20,11 +20,11 @@ from plan import Args as PlanArgs
 from plan import main as print_plan
 
 from jpeft import distributed
-from jpeft.config import TaskName, TrainConfig, check_values
-from jpeft.devices import find_mesh
-from jpeft.interrupt import InterruptedRun
-from jpeft.run import RunFolder
-from jpeft.train import train
+from jpeft.training.config import TaskName, TrainConfig, check_values
+from jpeft.training.devices import find_mesh
+from jpeft.training.interrupt import InterruptedRun
+from jpeft.training.run import RunFolder
+from jpeft.training.train import train
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

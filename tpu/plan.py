@@ -27,9 +27,9 @@ import tyro
 
 import jpeft
 from jpeft import sharding
-from jpeft.config import parse_options
 from jpeft.models import LlamaConfig, LlamaForCausalLM, abstract_params, families, partition_rules
 from jpeft.summary import readable_bytes
+from jpeft.training.config import parse_options
 
 
 def _larger(hidden: int, layers: int, heads: int, inner: int) -> Callable[..., LlamaConfig]:

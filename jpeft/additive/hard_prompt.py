@@ -46,7 +46,7 @@ def hard_prompt(
     >>> jpeft.summary(jpeft.apply(params, method="hard_prompt", tokens=[7, 30, 2])).stored
     0
 
-    To let a language model answer without any head, by the words of a verbaliser, see `jpeft.cloze.Cloze`.
+    To let a language model answer without any head, by the words of a verbaliser, see `jpeft.tasks.cloze.Cloze`.
 
     Reference: Schick and Schütze, Exploiting Cloze Questions for Few Shot Text Classification and Natural Language Inference, 2021,
     https://arxiv.org/abs/2001.07676. HF PEFT has no hard prompts.

@@ -16,9 +16,10 @@ import numpy as np
 import optax
 from jaxtyping import Array, Float, PyTree
 
-from jpeft import data, generation, tagging, token_loss
-from jpeft.metrics import accuracy, macro_f1
+from jpeft import data
 from jpeft.models import generate
+from jpeft.tasks import generation, tagging, token_loss
+from jpeft.tasks.metrics import accuracy, macro_f1
 
 Arrays = dict[str, np.ndarray]
 

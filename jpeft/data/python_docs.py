@@ -1,6 +1,6 @@
 """Built-in texts for generation that need no download: what the installed Python stack says about itself.
 
-* `builtin:docs`, plain text: the docstrings of NumPy, SciPy, JAX, Flax and Optax. `jpeft.small_decoder` is pretrained on them.
+* `builtin:docs`, plain text: the docstrings of NumPy, SciPy, JAX, Flax and Optax. `jpeft.training.small_decoder` is pretrained on them.
 * `builtin:reference`, plain text: the Python language reference, as `help("with")` shows it.
 * `builtin:summaries`, pairs: the head of a function of Python's standard library, and the first line of its docstring.
 
@@ -61,7 +61,7 @@ def reference() -> dict[str, Table]:
     Raises:
       ValueError: if this Python comes without `pydoc_data`.
 
-    >>> from jpeft.python_docs import reference
+    >>> from jpeft.data.python_docs import reference
     >>> sorted(reference())
     ['test', 'train', 'validation']
     """

@@ -29,21 +29,21 @@ from jaxtyping import Array, PyTree
 import jpeft
 from jpeft import data, models, stats
 from jpeft.checkpoint.fingerprint import fingerprint, leaf_table
-from jpeft.config import TrainConfig, check_values, resolved, to_json
 from jpeft.cost import Cost, cost
-from jpeft.devices import Devices, find_mesh
 from jpeft.distributed import check_equal, from_first, is_first, stop_signal, within_reach
-from jpeft.evaluate import Evaluator
 from jpeft.files import size_on_disk, write_json
-from jpeft.interrupt import InterruptedRun, deferred_signals
 from jpeft.peft import Peft
-from jpeft.plot import plot_curve
-from jpeft.progress import Reporter, reporter
-from jpeft.run import RunFolder, attach, columns, keys, load_base, method_options, open_run, save_merged
-from jpeft.schedule import faster, learning_rate_schedule, optimizer
-from jpeft.snapshot import Progress, Snapshots
 from jpeft.stages import plan
-from jpeft.task import Arrays, Task, find_task, model_inputs
+from jpeft.tasks.task import Arrays, Task, find_task, model_inputs
+from jpeft.training.config import TrainConfig, check_values, resolved, to_json
+from jpeft.training.devices import Devices, find_mesh
+from jpeft.training.evaluate import Evaluator
+from jpeft.training.interrupt import InterruptedRun, deferred_signals
+from jpeft.training.plot import plot_curve
+from jpeft.training.progress import Reporter, reporter
+from jpeft.training.run import RunFolder, attach, columns, keys, load_base, method_options, open_run, save_merged
+from jpeft.training.schedule import faster, learning_rate_schedule, optimizer
+from jpeft.training.snapshot import Progress, Snapshots
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,6 +1,6 @@
 """A small pretrained decoder where none can be downloaded: a GPT-2 of two million parameters, trained once on the docstrings at hand.
 
-    from jpeft.small_decoder import decoder
+    from jpeft.training.small_decoder import decoder
     folder = decoder()            # minutes the first time, nothing afterwards
 
 It is an ordinary Hugging Face folder with a byte-level BPE tokenizer, for ``jpeft train --model``, `jpeft.models.load` or transformers.
@@ -19,10 +19,11 @@ import jax
 import jax.numpy as jnp
 
 import jpeft
-from jpeft import models, python_docs
-from jpeft.config import TrainConfig
+from jpeft import models
+from jpeft.data import python_docs
 from jpeft.files import write_atomically
-from jpeft.train import train
+from jpeft.training.config import TrainConfig
+from jpeft.training.train import train
 
 END = "<|endoftext|>"
 

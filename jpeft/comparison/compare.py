@@ -10,11 +10,11 @@ import traceback
 from collections.abc import Callable
 from pathlib import Path
 
-from jpeft.config import CompareConfig, Settings, TrainConfig, check_values, resolved
-from jpeft.report import Comparison, Failure, collect
-from jpeft.rows import ALL, Row, parse_rows
-from jpeft.run import RunFolder
-from jpeft.train import train
+from jpeft.comparison.report import Comparison, Failure, collect
+from jpeft.comparison.rows import ALL, Row, parse_rows
+from jpeft.training.config import CompareConfig, Settings, TrainConfig, check_values, resolved
+from jpeft.training.run import RunFolder
+from jpeft.training.train import train
 
 
 def compare(config: CompareConfig, *, say: Callable[[str], None] = print) -> Comparison:

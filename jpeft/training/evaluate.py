@@ -11,7 +11,7 @@ from jaxtyping import PyTree
 
 from jpeft import data, distributed
 from jpeft.peft import Peft
-from jpeft.task import Arrays, Decoding, Task, model_inputs
+from jpeft.tasks.task import Arrays, Decoding, Task, model_inputs
 
 
 class Evaluator:

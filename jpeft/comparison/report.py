@@ -11,13 +11,13 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jpeft
-from jpeft.config import TrainConfig, changed_fields, from_json, to_json
+from jpeft.comparison.rows import Row
+from jpeft.comparison.scatter import Line, Point, plot_scatter
 from jpeft.files import write_atomically, write_json
-from jpeft.rows import Row
-from jpeft.run import RunFolder
-from jpeft.scatter import Line, Point, plot_scatter
 from jpeft.summary import readable_bytes
-from jpeft.task import Task, find_task
+from jpeft.tasks.task import Task, find_task
+from jpeft.training.config import TrainConfig, changed_fields, from_json, to_json
+from jpeft.training.run import RunFolder
 
 # What may differ between the rows of a comparison.
 _OF_THE_ROW = ("method", "options", "learning_rate", "seed")

@@ -38,7 +38,7 @@ def builtin() -> dict[str, Table]:
     Raises:
       ValueError: if SciPy is not installed.
 
-    >>> from jpeft.builtin import builtin
+    >>> from jpeft.data.builtin import builtin
     >>> sorted(builtin())
     ['test', 'train', 'validation']
     """
@@ -54,7 +54,7 @@ def paragraphs() -> Table:
     Raises:
       ValueError: if SciPy is not installed.
 
-    >>> from jpeft.builtin import paragraphs
+    >>> from jpeft.data.builtin import paragraphs
     >>> "signal" in paragraphs().label
     True
     """
@@ -89,7 +89,7 @@ def clean(doc: str, names: frozenset[str]) -> str:
       doc: A docstring.
       names: The subpackages (`signal`, `linalg`, ...), removed wherever they are part of a path.
 
-    >>> from jpeft.builtin import clean
+    >>> from jpeft.data.builtin import clean
     >>> clean("See :func:`scipy.signal.lfilter`.\\n\\nParameters\\n----------\\nx", frozenset({"signal"}))
     'See lfilter.'
     """

@@ -12,7 +12,7 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from jpeft.data import Table
-from jpeft.token_loss import IGNORE, counts, losses
+from jpeft.tasks.token_loss import IGNORE, counts, losses
 
 Span = tuple[int, int, str]  # first word, word after the last, kind
 

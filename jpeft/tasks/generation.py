@@ -23,7 +23,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from jpeft.data import Table
-from jpeft.token_loss import IGNORE, counts, losses
+from jpeft.tasks.token_loss import IGNORE, counts, losses
 
 
 def encode(table: Table, tokenizer: Any, *, labels: Sequence[str] | None, max_length: int) -> dict[str, np.ndarray]:

@@ -13,8 +13,8 @@ from jax.sharding import Mesh
 from jaxtyping import PyTree
 
 from jpeft import sharding
-from jpeft.config import Settings
 from jpeft.peft import Peft
+from jpeft.training.config import Settings
 
 
 @dataclasses.dataclass(frozen=True)

@@ -15,7 +15,7 @@ from matplotlib.lines import Line2D
 from matplotlib.text import Text
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
-from jpeft.plot import INK, write_figure
+from jpeft.training.plot import INK, write_figure
 
 FAMILIES = {"selective": "#1f6fb2", "additive": "#c9701a", "reparameterized": "#2c8a5c"}
 GREY, GRID = "#7a8592", "#e9edf0"

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import jpeft
-from jpeft.config import parse_options
+from jpeft.training.config import parse_options
 
 
 class Row(NamedTuple):

@@ -1,0 +1,67 @@
+"""Labelled texts -> arrays."""
+
+from collections import defaultdict
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from jpeft.data.tables import Table
+
+
+def encode(table: Table, tokenizer: Any, *, labels: Sequence[str] | None, max_length: int) -> dict[str, np.ndarray]:
+    """Turn texts into token numbers, all rows of one length.
+
+    Args:
+      table: N rows.
+      tokenizer: A tokenizer of `transformers`; its own template (`[CLS] text [SEP] pair [SEP]`, ...) and padding apply.
+      labels: The classes in the order of the model's outputs; None to leave labels out.
+      max_length: Length of every row, special tokens included: longer texts are cut, shorter ones padded.
+
+    Returns:
+      `input_ids` and `attention_mask` [N, max_length], `token_type_ids` [N, max_length] if the tokenizer makes them,
+      `label` [N] if `labels` is given; all int32.
+
+    Raises:
+      ValueError: for a label that is not among `labels`, a length the tokenizer cannot make, or no padding token.
+
+    Example: `encode(table, AutoTokenizer.from_pretrained(folder), labels=("neg", "pos"), max_length=128)`.
+    """
+    if tokenizer.pad_token_id is None:
+        raise ValueError("the tokenizer has no padding token; set one, e.g. tokenizer.pad_token = tokenizer.eos_token")
+    special = tokenizer.num_special_tokens_to_add(pair=table.pair is not None)
+    if not special < max_length <= tokenizer.model_max_length:
+        raise ValueError(
+            f"max_length={max_length} must be more than the {special} special tokens and at most "
+            f"{tokenizer.model_max_length}, the tokenizer's own limit"
+        )
+    arrays: dict[str, list[np.ndarray]] = defaultdict(list)
+    chunk = 4096  # the tokenizer's Python lists take ten times the memory of the arrays
+    for start in range(0, max(len(table), 1), chunk):
+        stop = start + chunk
+        pairs = None if table.pair is None else table.pair[start:stop]
+        encoded = (
+            tokenizer(table.text[start:stop], pairs, truncation=True, padding="max_length", max_length=max_length)
+            if len(table)
+            else {"input_ids": [], "attention_mask": []}
+        )
+        for name in ("input_ids", "attention_mask", "token_type_ids"):
+            if name in encoded:
+                arrays[name].append(np.asarray(encoded[name], np.int32).reshape(-1, max_length))
+    result = {name: np.concatenate(parts) for name, parts in arrays.items()}
+    if labels is not None:
+        result["label"] = _label_numbers(table, tuple(labels))
+    return result
+
+
+def _label_numbers(table: Table, labels: tuple[str, ...]) -> np.ndarray:
+    if table.label is None:
+        raise ValueError("the table has no labels; give labels=None to encode rows for prediction")
+    unknown = sorted(set(table.label) - set(labels))
+    if unknown:
+        raise ValueError(
+            f"unknown label{'s' if len(unknown) > 1 else ''} {', '.join(map(repr, unknown[:10]))}: the model knows "
+            f"{', '.join(map(repr, labels))}; remove those rows or train with them"
+        )
+    number = {name: i for i, name in enumerate(labels)}
+    return np.asarray([number[name] for name in table.label], np.int32)
