@@ -3,8 +3,8 @@
     python benchmarks/python_docs.py --runs compare-out/generation
 
 The decoder (`jpeft.training.small_decoder`) has learned docstrings of numerical packages; it is made first, in a few minutes on two CPU
-cores, if it is not in the cache. Then the Python language reference (plain text) and summaries of the standard library's functions (pairs) are
-learned with every method (`jpeft compare`), with the library's defaults and the step that the validation split picks, and scored on the
+cores, if it is not in the cache. Then the Python language reference (plain text) and summaries of the standard library's functions (pairs)
+are learned with every method (`jpeft compare`), with the library's defaults and the step that the validation split picks, and scored on the
 test split.
 Writes results/python_docs.md and a picture for each data set beside this file. Finished runs in --runs are kept and not repeated.
 """

@@ -3,9 +3,9 @@
     python examples/generation_prefix.py --steps 300
 
 The decoder is a small one that is trained on the spot the first time (minutes on a CPU; see `jpeft.training.small_decoder`); --model takes
-any causal language model. The pairs are heads of functions of Python's standard library and the first lines of their docstrings. Trained are
-keys and values of a few virtual tokens in every layer; the network that makes them is left out afterwards. Prints the loss, perplexity of
-held-out summaries before and after, what is stored, and what model and base write for three functions.
+any causal language model. The pairs are heads of functions of Python's standard library and the first lines of their docstrings. Trained
+are keys and values of a few virtual tokens in every layer; the network that makes them is left out afterwards. Prints the loss, perplexity
+of held-out summaries before and after, what is stored, and what model and base write for three functions.
 """
 
 import argparse
