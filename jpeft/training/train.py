@@ -27,7 +27,7 @@ import optax
 from jaxtyping import Array, PyTree
 
 import jpeft
-from jpeft import data, models, stats
+from jpeft import data, models, registry, stats
 from jpeft.checkpoint.fingerprint import fingerprint, leaf_table
 from jpeft.cost import Cost, cost
 from jpeft.distributed import check_equal, from_first, is_first, stop_signal, within_reach
@@ -157,7 +157,7 @@ def prepare(config: TrainConfig) -> Setup:
         # Refused now, by the method itself, rather than after hours of training.
         jpeft.merge(peft)
     per_epoch = data.steps_per_epoch(splits["train"], config.batch_size)
-    usual = jpeft.methods()[config.method]
+    usual = registry.methods()[config.method]
     return Setup(
         config=config,
         task=task,
