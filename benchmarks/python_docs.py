@@ -10,6 +10,7 @@ Writes results/python_docs.md and a picture for each data set beside this file. 
 """
 
 import argparse
+import dataclasses
 import statistics
 from pathlib import Path
 
@@ -47,7 +48,7 @@ def main() -> None:
         same = {"model": model, "data": name, "task": "generation", "max_length": length, "batch_size": batch_size}
         folder, methods, seeds = str(args.runs / name.rpartition(":")[2]), tuple(args.methods), tuple(args.seeds)
         rest = {"output": folder, "methods": methods, "seeds": seeds, "epochs": args.epochs, "keep_best": True, "progress": "none"}
-        comparison = compare(CompareConfig(**same, **rest))
+        comparison = dataclasses.replace(compare(CompareConfig(**same, **rest)), subject=f"The small decoder on {name}")
         picture = args.results / f"python_docs-{name.rpartition(':')[2]}.png"
         comparison.plot(picture)
         parts.append(f"## {name}\n\n![perplexity against trained parameters]({picture.name})\n\n{section(comparison)}")

@@ -57,8 +57,10 @@ _METHODS = (
     MethodInfo("compacter", "additive", "bottlenecks of Kronecker products with shared factors (Compacter, Compacter++)", compacter, 3e-3),
     MethodInfo("hard_prompt", "additive", "words put into every text, nothing trained but the head", hard_prompt, 1e-3),
     MethodInfo("prompt_tuning", "additive", "trained embeddings in front of the text's own", prompt_tuning, 1e-2),
-    MethodInfo("p_tuning", "additive", "trained embeddings around the text, made by an LSTM or MLP in training", p_tuning, 1e-3),
-    MethodInfo("prefix_tuning", "additive", "trained keys and values in every layer, made by an MLP in training", prefix_tuning, 1e-3),
+    MethodInfo("p_tuning", "additive", "trained embeddings around the text, made by an LSTM or MLP in training", p_tuning, 1e-2),
+    MethodInfo(
+        "prefix_tuning", "additive", "trained keys and values in every layer, made by an MLP in training", prefix_tuning, 1e-3, 20.0
+    ),
     MethodInfo("p_tuning_v2", "additive", "deep prompts: trained keys and values in every layer and a task head", p_tuning_v2, 1e-2),
     MethodInfo("lora", "reparameterized", "low-rank updates of kernels, merged for inference", lora, 3e-3),
 )
