@@ -143,6 +143,7 @@ def chain(**parts: Method) -> Method:
         fold=fold_fn if any(part.fold for _, part in items) else None,
         stages=tuple(dataclasses.replace(stage, advance=advance(name, stage)) for name, part in items for stage in part.stages),
         groups=tuple((f"{name}/{label}", group) for name, part in items for label, group in part.groups),
+        reduces=any(part.reduces for _, part in items),
         name="chain",
         parts=items,
     )

@@ -298,6 +298,8 @@ class Method:
       fold: Reduces the adapter to what inference needs, for methods that train more than that (a reparametrised prefix); None for others.
       stages: The stages of training still to come; `jpeft.advance` moves on to the first of them. Empty for a method that has no more.
       groups: How the parameter groups named by `labels` are optimised, as pairs of label and `Group`.
+      reduces: Whether the adapter's gradient is worked out of larger ones: a few entries of a weight's, say, or a sum over many places. On
+        a mesh each part of the batch then does that before anything is summed over devices (`jpeft.sharding.by_example`).
       name: Name of the method, and of its collection in `Peft.variables`.
       options: The options it was made with, as sorted pairs; None for a method made by hand.
       parts: The methods of a `chain`, by name, in order; empty for a simple method.
@@ -327,6 +329,7 @@ class Method:
     fold: FoldFn | None = None
     stages: tuple[Stage, ...] = ()
     groups: tuple[tuple[str, Group], ...] = ()
+    reduces: bool = False
     name: str = "custom"
     options: tuple[tuple[str, Hashable], ...] | None = None
     parts: tuple[tuple[str, "Method"], ...] = ()

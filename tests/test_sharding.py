@@ -39,10 +39,6 @@ DECODER = GPT2LMHeadModel(GPT2Config(**SIZES, num_hidden_layers=2, scan=True))
 # The last one is no family of jpeft.models: heads as axes, layers stacked, sizes that do not divide, and no rules.
 MODELS = {"encoder": ENCODER, "decoder": DECODER, "foreign": tables.MODELS["scan-mha"]}
 RULES = {"encoder": partition_rules(ENCODER), "decoder": partition_rules(DECODER), "foreign": ()}
-# A difference at scattered places of a weight: XLA sums the weight's whole gradient over the batch's parts before it looks these up.
-SUMMED_WHOLE = {"fish_mask"}
-# A factor that all sites share: its gradient is summed over the batch's parts for each site, and over the sites after that.
-SUMMED_OFTEN = {"compacter"}
 REGISTERED = [name for name in METHODS if name in jpeft.methods()]
 
 
@@ -368,6 +364,50 @@ def test_a_mesh_trains_a_model_without_rules():
     assert leaves["layers/attn/mha/query/kernel/b"].sharding.spec == P()
 
 
+@pytest.mark.parametrize("mesh_name", ["data", "fsdp"])
+def test_a_mesh_trains_scattered_entries_of_a_stacked_decoder(mesh_name):
+    check_same(run("fish_mask", None, "decoder"), run("fish_mask", mesh_name, "decoder"))
+    if mesh_name == "data":
+        check_sent(run("fish_mask", "data", "decoder"), run("probe", "data", "decoder"), MESHES["data"])
+    else:  # no stack is gathered, of which a kernel of the MLPs is the largest
+        stack = 4 * DECODER.config.num_hidden_layers * WIDTH * 4 * WIDTH
+        assert max(part.bytes for part in sent(run("fish_mask", "fsdp", "decoder").compiled) if part.kind == "all-gather") < stack
+
+
+class Noisy(nn.Module):
+    """A layer behind dropout, with arguments that are no examples."""
+
+    @nn.compact
+    def __call__(self, x: jax.Array, shift: jax.Array, *, times: int, deterministic: bool = True) -> dict[str, jax.Array]:
+        x = nn.Dropout(0.5, deterministic=deterministic)(nn.Dense(4)(x) + shift[None])
+        return {"all": times * x, "first": x[:, 0]}
+
+
+def test_each_part_of_a_batch_has_its_own_dropout():
+    """Of a method that runs on each part by itself: the parts' masks differ, and nothing else does."""
+    model, x, shift = Noisy(), jnp.ones((8, 4)), jnp.arange(4.0)
+    params = model.init(jax.random.key(0), x, shift, times=1)["params"]
+    peft = noised_peft(params, "fish_mask", sparsity=0.5, head=None, stats=jax.tree.map(jnp.abs, params))
+    assert peft.method.reduces
+    forward = jpeft.wrap(model.apply, peft.method)
+    alone = forward(peft.variables, x, shift, times=3)
+    for name in MESHES:
+        mesh = mesh_of(name)
+        there, many = sharding.shard(peft, mesh), jax.jit(sharding.by_example(forward, mesh), static_argnames=("times", "deterministic"))
+        x_there = sharding.shard_batch(x, mesh)
+        chex.assert_trees_all_close(many(there.variables, x_there, shift, times=3), alone, atol=1e-6)
+        noisy = many(there.variables, x_there, shift, times=3, deterministic=False, rngs={"dropout": jax.random.key(1)})["all"]
+        kept = np.asarray(noisy) != 0
+        np.testing.assert_allclose(np.asarray(noisy)[kept], 2 * np.asarray(alone["all"])[kept], rtol=1e-5)
+        parts = np.split(kept, MESHES[name][0] * MESHES[name][1])
+        assert len({part.tobytes() for part in parts}) > 1
+
+
+def noised_peft(params: Any, method: str, **options: Any) -> jpeft.Peft:
+    peft = jpeft.apply(params, method=method, **options)
+    return peft.replace(adapter=noised(peft.adapter))
+
+
 def check_same(alone: Run, many: Run) -> None:
     np.testing.assert_allclose(many.losses, alone.losses, rtol=1e-5, atol=1e-5)
     chex.assert_trees_all_close(many.adapter, jax.device_get(alone.adapter), rtol=1e-5, atol=1e-5)
@@ -387,8 +427,7 @@ def check_same(alone: Run, many: Run) -> None:
 def check_sent(many: Run, needed: Run, sizes: tuple[int, int, int]) -> None:
     # What is sent beyond what the base needs for itself is no larger than the adapter, and sums are over adapters alone.
     summary = jpeft.summary(many.peft)
-    name = many.peft.method.name
-    adapter = summary.bytes * (1.5 if name in SUMMED_OFTEN else 1) + (summary.base_bytes if name in SUMMED_WHOLE else 0)
+    name, adapter = many.peft.method.name, summary.bytes
     got, base_needs = sent(many.compiled), sent(needed.compiled)
     # Activations are longer by the table's three virtual tokens.
     largest = max(part.bytes for part in base_needs) * (1 + 3 / LENGTH if name in PROMPTS else 1)
@@ -396,8 +435,9 @@ def check_sent(many: Run, needed: Run, sizes: tuple[int, int, int]) -> None:
     if sizes == (8, 1, 1):
         assert sum(part.bytes for part in got) <= adapter + 64, got
     if sizes[2] == 1:
+        # Some are summed over one axis first, then over the other.
         reduced = [part for part in got if part.kind in ("all-reduce", "reduce-scatter")]
-        assert sum(part.bytes for part in reduced) <= 1.5 * adapter + 64, reduced
+        assert sum(part.bytes for part in reduced) <= 2 * adapter + 64, reduced
 
 
 def test_layers_outputs_are_held_by_example():

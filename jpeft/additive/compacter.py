@@ -100,7 +100,7 @@ def compacter(
     def merge_fn(params: tree.Params, adapter: tree.Adapter) -> tree.Params:
         return tree.fold(params, adapter, lambda path, leaf, leaves: leaf, why_not=bottleneck.WHY_NOT)
 
-    return Method(init=with_head(init_fn, head), bind=bind_fn, call=call_fn, merge=merge_fn)
+    return Method(init=with_head(init_fn, head), bind=bind_fn, call=call_fn, merge=merge_fn, reduces=True)
 
 
 def _factors(key: jax.Array, place: Place, m: int, n: int, rank: int) -> dict[str, Any]:

@@ -240,6 +240,7 @@ def method(init: InitFn, sparsity: float, head: str | None, *, needs: str, stage
         shapes=functools.partial(shapes, sparsity=sparsity, head=head),
         needs=needs,
         stages=stages,
+        reduces=True,
     )
 
 
