@@ -286,12 +286,14 @@ def test_text_generation_is_measured_by_the_frozen_base(tmp_path, base):
     rows = [json.dumps({"text": text, "target": f"some {kind}"}) for text, kind in make_rows(90)]
     (tmp_path / "pairs.jsonl").write_text("\n".join(rows))
     fields = base | {"model": str(tmp_path / "model"), "data": str(tmp_path / "pairs.jsonl"), "max_length": 12, "steps": 20}
-    methods = ("head-only", "lora learning_rate=0.02")
+    methods = ("head-only", "lora learning_rate=0.02", "hard_prompt tokens='some words:'")
     config = CompareConfig(**fields, output=str(tmp_path / "out"), task="generation", target="target", methods=methods, seeds=(0,))
     comparison = jpeft.comparison.compare.compare(config, say=lambda line: None)
-    assert [(entry.label, entry.median("trained") == 0) for entry in comparison.entries] == [("frozen base", True), (methods[1], False)]
-    base, lora = (entry.scores("test", "perplexity")[0] for entry in comparison.entries)
+    nothing_trained = [(entry.label, entry.median("trained") == 0) for entry in comparison.entries]
+    assert nothing_trained == [("frozen base", True), (methods[1], False), (methods[2], True)]
+    base, lora, words = (entry.scores("test", "perplexity")[0] for entry in comparison.entries)
     assert 1 < lora < base
+    assert abs(words / base - 1) > 1e-4  # the words were read
     values = json.loads((tmp_path / "out" / "results.json").read_text())
     assert (values["metric"], values["higher_is_better"]) == ("perplexity", False)
     assert values["rows"][0]["runs"][0]["steps"] == 0

@@ -111,6 +111,8 @@ def parse_row(text: str, learning_rate: float | None = None) -> Row:
         Row(method='lora', options=('rank=4',), learning_rate=0.001)
         >>> parse_row("head-only").options
         ('top=0',)
+        >>> parse_row("hard_prompt tokens='Name the topic:'").label
+        "hard_prompt tokens='Name the topic:'"
     """
     method, *options = re.split(r"\s+(?=[A-Za-z_]\w*=)", text.strip())
     if baseline := BASELINES.get(method):
@@ -119,8 +121,8 @@ def parse_row(text: str, learning_rate: float | None = None) -> Row:
     rate = values.pop("learning_rate", None)
     if rate is not None and not (isinstance(rate, (int, float)) and rate > 0):
         raise ValueError(f"row {text!r}: learning_rate={rate!r} is not a positive number")
-    # Made once, so that a mistyped option is found now and not after hours of other rows.
-    jpeft.make(method, **values)
+    # Made once, so that a mistyped option is found now and not after hours of other rows. Text becomes token ids by the model's tokenizer.
+    jpeft.make(method, **values | ({"tokens": (0,)} if isinstance(values.get("tokens"), str) else {}))
     kept = tuple(option for option in options if not option.startswith("learning_rate="))
     return Row(method, kept, float(rate or learning_rate or usual_rate(method, kept)))
 
