@@ -162,6 +162,9 @@ def test_damaged_checkpoint_is_left_out(base, tmp_path):
     assert errors.count("\n") == 1
     assert f"after step {STEPS - 5}" in output
     assert_same(run, unbroken)
+    # The time is that of both processes.
+    before = json.loads((run / "checkpoints" / str(STEPS - 5) / "progress" / "metadata").read_text())["seconds"]
+    assert 0 < before < json.loads((run / "result.json").read_text())["seconds"]
 
 
 def test_finished_run_just_reports(base, capfd):

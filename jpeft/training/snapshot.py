@@ -48,6 +48,8 @@ class Progress:
     latest: float | None = None
     # Losses of the steps since the last line in metrics.jsonl.
     losses: tuple[float, ...] = ()
+    # Wall time of the loop with its evaluations, of all processes that had a part in the run.
+    seconds: float = 0.0
     # The stage of training, from 0. Beyond the first: the method's configuration, and shape and dtype of each leaf of its adapter.
     stage: int = 0
     method: dict[str, Any] = dataclasses.field(default_factory=dict)

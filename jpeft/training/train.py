@@ -60,7 +60,8 @@ class Result:
     steps: int
     # Scalars that are trained, that the kept adapter holds, and of the base that change; see `jpeft.Summary`.
     trained: int
-    # Wall time of this process's part of the training loop with its evaluations, and of compiling the step, or the step of each stage.
+    # Wall time of the training loop with its evaluations, up to the newest checkpoint by those who had a part in the run before; and of
+    # compiling the step, or the step of each stage, in this process.
     seconds: float
     compile_seconds: float
     # Folder of the run.
@@ -343,11 +344,12 @@ class _Trainer:
             self._restore()
         # Compiled before a new run writes anything: what the model or the method refuses only now leaves no trace either.
         self._compile()
-        begun, compiled = time.perf_counter(), self.compile_seconds
+        self._begun, self._compiled = time.perf_counter(), self.compile_seconds
         with deferred_signals() as signals:
             if not resumes:
                 from_first(lambda: self.folder.begin(self.about, overwrite=self.config.overwrite))
                 self._restore()
+            self._before = self.progress.seconds
             self.report.start(self.setup.steps, self.progress.step)
             try:
                 self._loop(signals)
@@ -355,7 +357,7 @@ class _Trainer:
                 self.report.stop()
                 self.snapshots.close()
             # All steps are saved: an interrupt from here on waits for the last evaluation and the result.
-            result = self._finish(time.perf_counter() - begun - (self.compile_seconds - compiled))
+            result = self._finish()
         if signals:
             raise InterruptedRun(signals[0], self.progress.step, self.folder.path)
         return result
@@ -484,7 +486,8 @@ class _Trainer:
 
     def _checkpoint(self) -> None:
         stage = {"method": self.peft.method.config(), "leaves": leaf_table(self.adapter)} if self.progress.stage else {}
-        self.progress = dataclasses.replace(self.progress, losses=tuple(self._pull_losses()), **stage)
+        losses, seconds = tuple(self._pull_losses()), self._seconds()
+        self.progress = dataclasses.replace(self.progress, losses=losses, seconds=seconds, **stage)
         self.snapshots.save(self._state(), self.progress)
         self._start_clock()
 
@@ -512,7 +515,12 @@ class _Trainer:
             self.report.message(f"continuing {self.folder.path} after step {self.progress.step}")
         from_first(lambda: self.folder.rewind(self.progress.step))
 
-    def _finish(self, seconds: float) -> Result:
+    def _seconds(self) -> float:
+        """Spent in the loop so far, without compiling."""
+        return self._before + time.perf_counter() - self._begun - (self.compile_seconds - self._compiled)
+
+    def _finish(self) -> Result:
+        seconds = self._seconds()
         kept = self.peft.replace(adapter=self.best_adapter if self.keeps_best else self.adapter)
         metrics = {
             name: self.evaluator.metrics(kept, self.setup.splits[name]) if name in self.setup.splits else {}
