@@ -57,8 +57,18 @@ class Evaluator:
 
     def _over(self, arrays: Arrays, run: Callable[[dict[str, np.ndarray], int], PyTree]) -> PyTree:
         """What `run(batch, number of the batch)` gives for each row."""
-        parts = []
+        parts: list[PyTree] = []
+
+        def take(outputs: PyTree, rows: np.ndarray) -> None:
+            parts.append(jax.tree.map(lambda x: np.asarray(x)[rows], distributed.whole(outputs)))
+
+        waiting = None
         for index, batch in enumerate(data.eval_batches(arrays, self.batch_size)):
-            rows = batch["weight"] > 0
-            parts.append(jax.tree.map(lambda x, rows=rows: np.asarray(x)[rows], distributed.whole(run(self._put(batch), index))))
+            # JAX does not wait for what it has begun, so this one is under way while the one before is fetched.
+            begun = run(self._put(batch), index), batch["weight"] > 0
+            if waiting is not None:
+                take(*waiting)
+            waiting = begun
+        if waiting is not None:
+            take(*waiting)
         return jax.tree.map(lambda *columns: np.concatenate(columns), *parts)
