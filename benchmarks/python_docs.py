@@ -5,8 +5,11 @@
 The decoder (`jpeft.training.small_decoder`) has learned docstrings of numerical packages; it is made first, in a few minutes on two CPU
 cores, if it is not in the cache. Then the Python language reference (plain text) and summaries of the standard library's functions (pairs)
 are learned with every method (`jpeft compare`), with the library's defaults and the step that the validation split picks, and scored on the
-test split.
-Writes results/python_docs.md and a picture for each data set beside this file. Finished runs in --runs are kept and not repeated.
+test split. Two rows have a rate of their own: full fine-tuning, whose default is meant for large encoders, and P-Tuning v2, whose default
+is meant for classification. A hard prompt without words is the frozen base; beside it stands one with words, the better of two by the
+validation split.
+Writes results/python_docs.md and a picture for each data set beside this file. Finished runs in --runs are kept and not repeated; with
+--report nothing is trained.
 """
 
 import argparse
@@ -17,15 +20,18 @@ from pathlib import Path
 import jax
 
 from jpeft.comparison.compare import compare
-from jpeft.comparison.report import Comparison
+from jpeft.comparison.report import Comparison, collect, run_folders
 from jpeft.training.config import CompareConfig
 from jpeft.training.small_decoder import decoder
 
 RESULTS = Path(__file__).parent / "results"
 # Data set -> tokens in a row, and rows in a batch.
 DATA = {"builtin:reference": (128, 8), "builtin:summaries": (96, 32)}
-# The default of full fine-tuning is meant for large encoders; this decoder is small and moves to another domain.
-ROWS = ("all", "full learning_rate=1e-3")
+WORDS = {
+    "builtin:reference": "The following sections describe the standard statements of Python. The syntax of a statement is: ",
+    "builtin:summaries": "Write a short description of the following function. ",
+}
+ROWS = ("all", "full learning_rate=1e-3", "p_tuning_v2 learning_rate=0.1")
 COLUMNS = ("method", "test perplexity", "trained", "stored", "ms/step", "adapter", "learning rate")
 
 
@@ -35,20 +41,26 @@ def main() -> None:
     parser.add_argument("--runs", type=Path, default=Path("compare-out", "generation"), help="folder of the runs")
     parser.add_argument("--data", nargs="+", default=[*DATA], choices=[*DATA])
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
-    parser.add_argument("--methods", nargs="+", default=ROWS, help="rows, as for `jpeft compare`")
+    parser.add_argument("--methods", nargs="+", help="rows, as for `jpeft compare`")
+    parser.add_argument("--report", action="store_true", help="train nothing: write what the finished runs say")
     parser.add_argument("--epochs", type=int, default=3)
     parser.add_argument("--model", help="another decoder's folder")
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder for python_docs.md and the pictures")
     args = parser.parse_args()
-    model = args.model or str(decoder())
+    model = None if args.report else args.model or str(decoder())
     args.results.mkdir(parents=True, exist_ok=True)
     parts = [f"# Perplexity on texts of another domain\n\nMade by `python benchmarks/python_docs.py` with jax {jax.__version__}.\n"]
     for name in args.data:
-        length, batch_size = DATA[name]
-        same = {"model": model, "data": name, "task": "generation", "max_length": length, "batch_size": batch_size}
-        folder, methods, seeds = str(args.runs / name.rpartition(":")[2]), tuple(args.methods), tuple(args.seeds)
-        rest = {"output": folder, "methods": methods, "seeds": seeds, "epochs": args.epochs, "keep_best": True, "progress": "none"}
-        comparison = dataclasses.replace(compare(CompareConfig(**same, **rest)), subject=f"The small decoder on {name}")
+        folder = args.runs / name.rpartition(":")[2]
+        if model is None:
+            comparison = collect(run_folders(folder))
+        else:
+            length, batch_size = DATA[name]
+            same = {"model": model, "data": name, "task": "generation", "max_length": length, "batch_size": batch_size}
+            methods = tuple(args.methods or (*ROWS, f"hard_prompt tokens={WORDS[name]!r}"))
+            rest = {"output": str(folder), "methods": methods, "seeds": tuple(args.seeds), "epochs": args.epochs}
+            comparison = compare(CompareConfig(**same, **rest, keep_best=True, progress="none"))
+        comparison = dataclasses.replace(comparison, subject=f"The small decoder on {name}")
         picture = args.results / f"python_docs-{name.rpartition(':')[2]}.png"
         comparison.plot(picture)
         parts.append(f"## {name}\n\n![perplexity against trained parameters]({picture.name})\n\n{section(comparison)}")

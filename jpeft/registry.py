@@ -55,9 +55,9 @@ _METHODS = (
         "parallel_adapter", "additive", "bottleneck layers beside the feed-forward ones, scaled (He et al.)", parallel_adapter, 1e-3
     ),
     MethodInfo("compacter", "additive", "bottlenecks of Kronecker products with shared factors (Compacter, Compacter++)", compacter, 3e-3),
-    MethodInfo("hard_prompt", "additive", "words put into every text, nothing trained but the head", hard_prompt, 1e-3),
+    MethodInfo("hard_prompt", "additive", "words put into every text, nothing trained but the head", hard_prompt, 4e-3),
     MethodInfo("prompt_tuning", "additive", "trained embeddings in front of the text's own", prompt_tuning, 1e-2),
-    MethodInfo("p_tuning", "additive", "trained embeddings around the text, made by an LSTM or MLP in training", p_tuning, 1e-2),
+    MethodInfo("p_tuning", "additive", "trained embeddings around the text, made by an LSTM or MLP in training", p_tuning, 2e-2),
     MethodInfo(
         "prefix_tuning", "additive", "trained keys and values in every layer, made by an MLP in training", prefix_tuning, 1e-3, 20.0
     ),
