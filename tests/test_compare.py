@@ -347,6 +347,21 @@ def test_labels_do_not_overlap(tmp_path, monkeypatch):
         assert box.x1 <= frame.x1
 
 
+def test_lines_of_nearly_one_height_are_named_apart(tmp_path, monkeypatch):
+    figures = []
+    monkeypatch.setattr(jpeft.comparison.scatter, "write_figure", lambda figure, path: figures.append(figure))
+    lines = [Line("base", 188.0), Line("no words", 188.0), Line("words of some length, " * 5, 185.0), Line("full", 60.0)]
+    plot_scatter("unused", [Point("a", 5.0, 120.0, 0.0, "additive")], lines, x_label="x", y_label="y")
+    (axes,) = figures[0].axes
+    assert sorted(text.get_text() for text in axes.texts if text.get_text() != "a")[:2] == ["base, no words 188.0", "full 60.0"]
+    boxes = [text.get_window_extent() for text in axes.texts]
+    heights = [axes.transData.transform((1.0, line.y))[1] for line in lines]
+    for i, box in enumerate(boxes):
+        assert not any(box.overlaps(other) for other in boxes[:i])
+        assert not any(box.y0 < y < box.y1 for y in heights)
+        assert box.x1 <= axes.get_window_extent().x1
+
+
 def test_a_picture_of_little(tmp_path):
     for name, points, lines in (
         ("one", [Point("a", 5.0, 0.5, 0.0, "selective")], []),

@@ -21,6 +21,7 @@ FAMILIES = {"selective": "#1f6fb2", "additive": "#c9701a", "reparameterized": "#
 GREY, GRID = "#7a8592", "#e9edf0"
 # All in points, which is what fonts are measured in.
 FONT, MARKER, NEAR = 9.0, 7.0, 5.0
+LONGEST = 40  # characters of a baseline's name
 
 # Left, lower, right and upper edge in pixels.
 Box = tuple[float, float, float, float]
@@ -123,15 +124,24 @@ def _legend(axes: Axes, points: Sequence[Point]) -> None:
 
 
 def _label_lines(axes: Axes, lines: Sequence[Line]) -> list[Box]:
-    """Names the baselines at the left end, just above each, or below where the next one above is too near; their boxes."""
+    """Names the baselines just above each at the left end, else below it, else at the right end; their boxes."""
     boxes: list[Box] = []
+    # Those of one height share a text.
+    labels: dict[str, list[Line]] = {}
     for line in sorted(lines, key=lambda line: line.y):
+        labels.setdefault(f"{line.y:.3f}" if abs(line.y) < 10 else f"{line.y:.1f}", []).append(line)
+    for value, same in labels.items():
+        name = ", ".join(line.label if len(line.label) <= LONGEST else f"{line.label[:LONGEST]}…" for line in same)
         style = {"color": GREY, "fontsize": FONT, "style": "italic", "zorder": 2, "textcoords": "offset points"}
-        value = f"{line.y:.3f}" if abs(line.y) < 10 else f"{line.y:.1f}"
-        text = axes.annotate(f"{line.label} {value}", (0, line.y), xycoords=axes.get_yaxis_transform(), xytext=(4, 3), **style)
-        if _overlap(np.array([_box(text)]), boxes).any():
-            text.set_position((4, -3))
-            text.set_verticalalignment("top")
+        text = axes.annotate(f"{name} {value}", (0, same[0].y), xycoords=axes.get_yaxis_transform(), xytext=(4, 3), **style)
+        for end, up in ((0, True), (0, False), (1, True), (1, False)):
+            text.xy = (end, same[0].y)
+            text.set_position((-4 if end else 4, 3 if up else -3))
+            text.set_horizontalalignment("right" if end else "left")
+            text.set_verticalalignment("baseline" if up else "top")
+            others = [_pixels(axes, 1.0, line.y)[1] for line in lines if line not in same]
+            if not _overlap(np.array([_box(text)]), [*boxes, *((-1e4, y - 1, 1e4, y + 1) for y in others)]).any():
+                break
         boxes.append(_box(text))
     return boxes
 
