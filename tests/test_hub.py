@@ -1,0 +1,82 @@
+"""Models and data sets of the hub, by the real `huggingface_hub` and `datasets`, from a hub on this machine."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import hub
+import pytest
+from tiny_text import make_model, make_rows, write_csv
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module")
+def served(tmp_path_factory):
+    """A hub with a sharded model and a data set; runs the command against it, with a cache of its own."""
+    root, cache = tmp_path_factory.mktemp("hub"), tmp_path_factory.mktemp("cache")
+    model = make_model(root / "models" / "acme" / "tiny")
+    shard(model)
+    (model / "pytorch_model.bin").write_bytes(b"not to be downloaded")
+    reviews = root / "datasets" / "acme" / "reviews"
+    reviews.mkdir(parents=True)
+    write_csv(reviews / "train.csv", make_rows(90))
+    write_csv(reviews / "test.csv", make_rows(30, seed=5))
+    with hub.serve(root) as (address, requests):
+        # Both are read when the packages are imported, and this process has long done that.
+        env = {**os.environ, "HF_ENDPOINT": address, "HF_HUB_OFFLINE": "0", "HF_HOME": str(cache), "PYTHONPATH": os.pathsep.join(sys.path)}
+
+        def run(*arguments, **more):
+            command = [sys.executable, "-m", "jpeft", *map(str, arguments)]
+            return subprocess.run(command, capture_output=True, text=True, env=env | more)
+
+        yield run, requests
+
+
+def shard(folder: Path) -> None:
+    """Splits model.safetensors into two files and an index, as large checkpoints are."""
+    from safetensors.numpy import load_file, save_file
+
+    tensors = load_file(folder / "model.safetensors")
+    names = sorted(tensors)
+    weights = {}
+    for number, part in enumerate((names[: len(names) // 2], names[len(names) // 2 :]), 1):
+        file = f"model-{number:05}-of-00002.safetensors"
+        save_file({name: tensors[name] for name in part}, folder / file, metadata={"format": "pt"})
+        weights |= dict.fromkeys(part, file)
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weights}))
+    (folder / "model.safetensors").unlink()
+
+
+FLAGS = ("--max-length", 8, "--steps", 3, "--batch-size", 8, "--progress", "none")
+
+
+def test_a_model_and_a_data_set_of_the_hub(served, tmp_path):
+    run, requests = served
+    done = run("train", "--model", "acme/tiny", "--data", "hub:acme/reviews", "--output", tmp_path / "run", *FLAGS)
+    assert done.returncode == 0, done.stderr
+    assert json.loads((tmp_path / "run" / "result.json").read_text())["test"]["accuracy"] >= 0
+    fetched = {request.rsplit("/", 1)[-1] for request in requests if request.startswith("GET") and "/resolve/" in request}
+    assert {"model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors", "tokenizer.json", "train.csv", "test.csv"} <= fetched
+    assert "pytorch_model.bin" not in fetched
+    # What has been downloaded is good for a machine without a network.
+    offline = run("eval", tmp_path / "run", HF_HUB_OFFLINE="1", HF_ENDPOINT="http://127.0.0.1:9")
+    assert offline.returncode == 0, offline.stderr
+
+
+@pytest.mark.parametrize(
+    ("model", "data", "message"),
+    [
+        ("acme/missing", "hub:acme/reviews", "there is no folder acme/missing, and the hub did not give it either"),
+        ("acme/tiny", "hub:acme/missing", "hub:acme/missing: the hub gave no such data set"),
+    ],
+)
+def test_what_the_hub_does_not_have(served, tmp_path, model, data, message):
+    run, _ = served
+    done = run("train", "--model", model, "--data", data, "--output", tmp_path / "run", *FLAGS)
+    assert done.returncode == 2
+    assert message in done.stderr
+    assert done.stderr.startswith("error: ")
+    assert not (tmp_path / "run").exists()
