@@ -24,6 +24,7 @@ from jpeft.training.config import CompareConfig
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 ROWS = ("all", "lora target=['query','value']")
+NOTE = "Hard prompts are here without words of their own, which is the head alone."
 # Of the README's table, which is not as wide.
 COLUMNS = ("method", "test accuracy", "trained", "stored", "GFLOP/step", "memory/step", "adapter")
 MARKED = re.compile(r"(<!-- compare -->\n).*?(<!-- /compare -->)", re.DOTALL)
@@ -56,7 +57,7 @@ def write(comparison: Comparison, results: Path, readme: Path) -> None:
     comparison.plot(results / "compare.png")
     (results / "compare.md").write_text(
         f"# Every method on the built-in data\n\nMade by `make compare` with jax {jax.__version__}.\n\n"
-        f"![quality against trained parameters](compare.png)\n\n{comparison.markdown()}"
+        f"![quality against trained parameters](compare.png)\n\n{comparison.markdown()}\n{NOTE}\n"
     )
     text = readme.read_text()
     if not MARKED.search(text):
