@@ -362,6 +362,21 @@ def test_lines_of_nearly_one_height_are_named_apart(tmp_path, monkeypatch):
         assert box.x1 <= axes.get_window_extent().x1
 
 
+def test_a_baseline_is_not_named_where_a_point_is(monkeypatch):
+    figures = []
+    monkeypatch.setattr(jpeft.comparison.scatter, "write_figure", lambda figure, path: figures.append(figure))
+    points = [Point("left", 4000.0, 0.857, 0.002, "additive"), Point("right", 4e6, 0.94, 0.0, "selective")]
+    plot_scatter("unused", points, [Line("head only", 0.857), Line("full", 0.93)], x_label="x", y_label="y")
+    (axes,) = figures[0].axes
+    boxes = {text.get_text(): text.get_window_extent() for text in axes.texts}
+    for point in points:
+        x, y = axes.transData.transform((point.x, point.y))
+        for box in boxes.values():
+            assert not (box.x0 < x + 5 and x - 5 < box.x1 and box.y0 < y + 5 and y - 5 < box.y1)
+    # At its usual end where nothing is in the way.
+    assert boxes["full 0.930"].x0 < boxes["head only 0.857"].x0
+
+
 def test_a_picture_of_little(tmp_path):
     for name, points, lines in (
         ("one", [Point("a", 5.0, 0.5, 0.0, "selective")], []),

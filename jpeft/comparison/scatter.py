@@ -12,7 +12,7 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
-from matplotlib.text import Text
+from matplotlib.text import Annotation, Text
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
 from jpeft.training.plot import INK, write_figure
@@ -77,7 +77,7 @@ def plot_scatter(
     # Texts are placed in pixels, so nothing may move after this.
     figure.draw_without_rendering()
     figure.set_layout_engine("none")
-    taken = _label_lines(axes, lines)
+    taken = _label_lines(axes, lines, points)
     _label_points(axes, points, lines, taken)
     write_figure(figure, path)
 
@@ -123,9 +123,11 @@ def _legend(axes: Axes, points: Sequence[Point]) -> None:
 # --- texts ------------------------------------------------------------------------------------------------------------
 
 
-def _label_lines(axes: Axes, lines: Sequence[Line]) -> list[Box]:
-    """Names the baselines just above each at the left end, else below it, else at the right end; their boxes."""
+def _label_lines(axes: Axes, lines: Sequence[Line], points: Sequence[Point]) -> list[Box]:
+    """Names the baselines, each just above or below it at the left or the right end, where it covers the least; their boxes."""
     boxes: list[Box] = []
+    radius = MARKER / 2 * axes.figure.dpi / 72
+    marks = [box for point in points for box in (_around(*_pixels(axes, point.x, point.y), radius), _bar(axes, point))]
     # Those of one height share a text.
     labels: dict[str, list[Line]] = {}
     for line in sorted(lines, key=lambda line: line.y):
@@ -133,17 +135,23 @@ def _label_lines(axes: Axes, lines: Sequence[Line]) -> list[Box]:
     for value, same in labels.items():
         name = ", ".join(line.label if len(line.label) <= LONGEST else f"{line.label[:LONGEST]}…" for line in same)
         style = {"color": GREY, "fontsize": FONT, "style": "italic", "zorder": 2, "textcoords": "offset points"}
-        text = axes.annotate(f"{name} {value}", (0, same[0].y), xycoords=axes.get_yaxis_transform(), xytext=(4, 3), **style)
-        for end, up in ((0, True), (0, False), (1, True), (1, False)):
-            text.xy = (end, same[0].y)
-            text.set_position((-4 if end else 4, 3 if up else -3))
-            text.set_horizontalalignment("right" if end else "left")
-            text.set_verticalalignment("baseline" if up else "top")
-            others = [_pixels(axes, 1.0, line.y)[1] for line in lines if line not in same]
-            if not _overlap(np.array([_box(text)]), [*boxes, *((-1e4, y - 1, 1e4, y + 1) for y in others)]).any():
-                break
+        text = axes.annotate(f"{name} {value}", (0, same[0].y), xycoords=axes.get_yaxis_transform(), xytext=(0, 0), **style)
+        rules = [(-1e4, y - 1, 1e4, y + 1) for y in (_pixels(axes, 1.0, line.y)[1] for line in lines if line not in same)]
+        covered = {}
+        for place in ((0, True), (0, False), (1, True), (1, False)):
+            _beside(text, same[0].y, *place)
+            covered[place] = _overlap(np.array([_box(text)]), [*boxes, *rules, *marks]).sum()
+        _beside(text, same[0].y, *min(covered, key=lambda place: covered[place]))
         boxes.append(_box(text))
     return boxes
+
+
+def _beside(text: Annotation, y: float, end: int, above: bool) -> None:
+    """Moves the name of a baseline to one of its ends (0, 1), above it or below."""
+    text.xy = (end, y)
+    text.set_position((-4 if end else 4, 3 if above else -3))
+    text.set_horizontalalignment("right" if end else "left")
+    text.set_verticalalignment("baseline" if above else "top")
 
 
 def _label_points(axes: Axes, points: Sequence[Point], lines: Sequence[Line], taken: Sequence[Box]) -> None:
