@@ -23,7 +23,7 @@ from jpeft.training.config import CompareConfig
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
-ROWS = ("all", "lora target=['query','value']")
+ROWS = ("all",)
 NOTE = "Hard prompts are here without words of their own, which is the head alone."
 # Of the README's table, which is not as wide.
 COLUMNS = ("method", "test accuracy", "trained", "stored", "GFLOP/step", "memory/step", "adapter")

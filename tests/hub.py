@@ -48,7 +48,8 @@ def serve(root: Path) -> Iterator[tuple[str, list[str]]]:
                 return None
             files = [path for path in sorted(folder.rglob("*")) if path.is_file()]
             names = [path.relative_to(folder).as_posix() for path in files]
-            entries = [{"type": "file", "path": n, "size": f.stat().st_size, "oid": etag(f)} for n, f in zip(names, files, strict=True)]
+            contents = [path.read_bytes() for path in files]
+            entries = [{"type": "file", "path": n, "size": len(c), "oid": etag(c)} for n, c in zip(names, contents, strict=True)]
             match parts[4:]:
                 case [] | ["revision", *_]:
                     about = {"id": "/".join(parts[2:4]), "sha": COMMIT, "siblings": [{"rfilename": name} for name in names]}
@@ -71,7 +72,7 @@ def serve(root: Path) -> Iterator[tuple[str, list[str]]]:
         def send(self, body: bytes, kind: str, *, status: int = 200, **headers: str) -> None:
             self.send_response(status)
             about = {"Content-Type": kind, "Content-Length": str(len(body)), "X-Repo-Commit": COMMIT}
-            for name, value in (about | {"ETag": f'"{hashlib.sha1(body).hexdigest()}"'} | headers).items():
+            for name, value in (about | {"ETag": f'"{etag(body)}"'} | headers).items():
                 self.send_header(name, value)
             self.end_headers()
             if self.command != "HEAD":
@@ -87,6 +88,6 @@ def serve(root: Path) -> Iterator[tuple[str, list[str]]]:
         server.server_close()
 
 
-def etag(path: Path) -> str:
+def etag(content: bytes) -> str:
     """The hash that a file is known by."""
-    return hashlib.sha1(path.read_bytes()).hexdigest()
+    return hashlib.sha1(content).hexdigest()

@@ -15,6 +15,7 @@ import pytest
 from flax.traverse_util import flatten_dict
 from safetensors.numpy import load_file, save_file
 from test_bert import FAMILIES, TORCH, batch, random_params, run, tiny
+from tiny_text import shard
 
 from jpeft.models import (
     BertForMaskedLM,
@@ -173,15 +174,7 @@ def test_bfloat16_parameters_are_saved_as_such(tmp_path):
 
 def test_shards(folder):
     expected = load(folder)
-    file = folder / "model.safetensors"
-    tensors = load_file(file)
-    weight_map = {}
-    for i in range(3):
-        part = {name: tensor for j, (name, tensor) in enumerate(tensors.items()) if j % 3 == i}
-        save_file(part, folder / f"model-0000{i}-of-00003.safetensors")
-        weight_map |= dict.fromkeys(part, f"model-0000{i}-of-00003.safetensors")
-    file.unlink()
-    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+    shard(folder)
     assert_equal(load(folder).params, expected.params)
     (folder / "model-00001-of-00003.safetensors").unlink()
     with pytest.raises(ValueError, match="model-00001-of-00003.safetensors is missing"):

@@ -1,6 +1,7 @@
 """A tiny random BERT folder with a tokenizer, and sentences in three classes: for tests of trainer and command line."""
 
 import csv
+import json
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +42,20 @@ def make_model(folder: Path, *, seed: int = 0, dropout: float = 0.1) -> Path:
     params = model.init(jax.random.key(seed), np.ones((1, 8), np.int32))["params"]
     jpeft.models.save(folder, model, params, tokenizer=fast)
     return folder
+
+
+def shard(folder: Path, parts: int = 3) -> list[str]:
+    """Splits model.safetensors into several files and their index, as large checkpoints are; the files' names."""
+    from safetensors.numpy import load_file, save_file
+
+    tensors = load_file(folder / "model.safetensors")
+    files = [f"model-{part:05}-of-{parts:05}.safetensors" for part in range(1, parts + 1)]
+    weight_map = {name: files[i % parts] for i, name in enumerate(tensors)}
+    for file in files:
+        save_file({name: tensor for name, tensor in tensors.items() if weight_map[name] == file}, folder / file)
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+    (folder / "model.safetensors").unlink()
+    return files
 
 
 def make_rows(count: int, *, seed: int = 0) -> list[tuple[str, str]]:

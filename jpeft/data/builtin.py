@@ -68,9 +68,10 @@ def paragraphs() -> Table:
         if len(text) >= MIN_CHARACTERS:
             texts[fingerprint(text)].add(text)
             labels[fingerprint(text)].add(label)
-    large = _frequent(label for found in labels.values() for label in found)
+    large = _frequent(label for owners in labels.values() for label in owners)
     # min(): of several spellings of one text always the same one, whatever order SciPy lists its names in.
-    single = {min(texts[key]): min(found & large) for key, found in labels.items() if len(found & large) == 1}
+    single = {min(texts[key]): min(owners & large) for key, owners in labels.items() if len(owners & large) == 1}
+    # Once more: a class may have lost texts to another.
     large = _frequent(single.values())
     rows = sorted((text, label) for text, label in single.items() if label in large)
     return Table(text=[text for text, _ in rows], pair=None, label=[label for _, label in rows])
