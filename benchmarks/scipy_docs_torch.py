@@ -24,9 +24,9 @@ from scipy_docs import minilm
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 import jpeft
+from jpeft.checkpoint.files import write_atomically
 from jpeft.comparison.rows import BASELINES
 from jpeft.data.builtin import builtin
-from jpeft.files import write_atomically
 
 RESULTS = Path(__file__).parent / "results"
 BATCH, LENGTH, EPOCHS, WARMUP, DECAY, CLIP = 16, 64, 5, 0.06, 0.01, 1.0

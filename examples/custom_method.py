@@ -16,8 +16,8 @@ from flax import linen as nn
 
 import jpeft
 from jpeft import tree
-from jpeft.method import Method, factory, not_head, with_head
-from jpeft.select import select
+from jpeft.core.method import Method, factory, not_head, with_head
+from jpeft.tree.select import select
 
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
 parser.add_argument("--steps", type=int, default=200)

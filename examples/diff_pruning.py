@@ -14,8 +14,8 @@ import jax.numpy as jnp
 import optax
 
 import jpeft
+from jpeft.core.stages import plan
 from jpeft.models import BertConfig, BertForSequenceClassification
-from jpeft.stages import plan
 
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
 parser.add_argument("--steps", type=int, default=300)

@@ -25,9 +25,9 @@ from rich.table import Table
 
 import jpeft
 from jpeft import data, models
+from jpeft.checkpoint.files import write_atomically
 from jpeft.comparison.compare import compare
 from jpeft.comparison.report import Comparison, collect, run_folders
-from jpeft.files import write_atomically
 from jpeft.tasks.cloze import Cloze
 from jpeft.tasks.task import SEQUENCE_CLASSIFICATION, Decoding
 from jpeft.training.config import CompareConfig, Settings, TaskName, TrainConfig

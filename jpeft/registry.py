@@ -4,23 +4,23 @@ import difflib
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
-from .additive.adapter import adapter
-from .additive.compacter import compacter
-from .additive.hard_prompt import hard_prompt
-from .additive.p_tuning import p_tuning
-from .additive.p_tuning_v2 import p_tuning_v2
-from .additive.parallel_adapter import parallel_adapter
-from .additive.pfeiffer import pfeiffer
-from .additive.prefix_tuning import prefix_tuning
-from .additive.prompt_tuning import prompt_tuning
-from .chain import chain
-from .method import Method
-from .reparameterized.lora import lora
-from .selective.bitfit import bitfit
-from .selective.diff_pruning import diff_pruning
-from .selective.far import far
-from .selective.fish_mask import fish_mask
-from .selective.freeze import freeze
+from jpeft.additive.bottlenecks.adapter import adapter
+from jpeft.additive.bottlenecks.compacter import compacter
+from jpeft.additive.bottlenecks.parallel_adapter import parallel_adapter
+from jpeft.additive.bottlenecks.pfeiffer import pfeiffer
+from jpeft.additive.prefixes.p_tuning_v2 import p_tuning_v2
+from jpeft.additive.prefixes.prefix_tuning import prefix_tuning
+from jpeft.additive.prompts.hard_prompt import hard_prompt
+from jpeft.additive.prompts.p_tuning import p_tuning
+from jpeft.additive.prompts.prompt_tuning import prompt_tuning
+from jpeft.core.chain import chain
+from jpeft.core.method import Method
+from jpeft.reparameterized.lora import lora
+from jpeft.selective.bitfit import bitfit
+from jpeft.selective.diff_pruning import diff_pruning
+from jpeft.selective.far import far
+from jpeft.selective.fish_mask import fish_mask
+from jpeft.selective.freeze import freeze
 
 
 class MethodInfo(NamedTuple):

@@ -7,8 +7,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from .hosts import linen
-from .tree import ADDED, Adapter, Params, unflatten
+from jpeft.hosts import linen
+from jpeft.tree.adapters import ADDED, Adapter
+from jpeft.tree.paths import Params, unflatten
 
 Batch = Any  # a pytree of arrays with a leading axis of examples
 

@@ -7,7 +7,7 @@ import pytest
 from tables import base, batch, encoder, noised
 
 import jpeft
-from jpeft.additive.compacter import with_kernels
+from jpeft.additive.bottlenecks.compacter import with_kernels
 from jpeft.models import BertConfig, BertModel, abstract_params
 
 KEY = jax.random.key(0)

@@ -9,7 +9,7 @@ import pytest
 from tables import DECODERS, ENCODERS, MEETS, MERGES, METHODS, NEAR_IDENTITY, Case, base_logits, batch, case, noised
 
 import jpeft
-from jpeft.method import passthrough
+from jpeft.core.method import passthrough
 
 CELLS = [(method, model) for method, models in MEETS.items() for model in models]
 

@@ -16,7 +16,8 @@ from tables import MODELS, base, batch, case, compiled_flops, noised, optimised
 import jpeft
 from jpeft.models import BertForSequenceClassification, abstract_params
 from jpeft.models.bert_config import BertConfig
-from jpeft.selective import far, learners
+from jpeft.selective import columns, far
+from jpeft.tree.select import matches
 
 METHOD = jpeft.far(retention=0.25)
 LAST = jpeft.far(retention=0.25, stage="learners")
@@ -93,7 +94,7 @@ def test_counts_on_bert_base(scan):
     ],
 )
 def test_what_a_feed_forward_layer_is_called(path, is_one):
-    assert (jpeft.select.matches(far.FEED_FORWARD, path)) == is_one
+    assert (matches(far.FEED_FORWARD, path)) == is_one
 
 
 def test_what_else_is_trained():
@@ -250,7 +251,7 @@ def test_the_second_stage_on_its_own():
 
 def test_placing_without_learners_changes_nothing_and_all_changes_all():
     leaf = jnp.arange(6.0).reshape(2, 3)
-    np.testing.assert_array_equal(learners.placed(leaf, -leaf[:, [2, 0, 1]], jnp.array([2.0, 0.0, 1.0])), -leaf)
+    np.testing.assert_array_equal(columns.placed(leaf, -leaf[:, [2, 0, 1]], jnp.array([2.0, 0.0, 1.0])), -leaf)
 
 
 # --- errors --------------------------------------------------------------------------------------------------------------------------

@@ -196,7 +196,7 @@ def test_wrong_geometry_is_refused_at_the_first_call():
 
 
 def test_views_are_chosen_by_cost_and_precision():
-    from jpeft.method import Layer, Linear
+    from jpeft.core.method import Layer, Linear
     from jpeft.reparameterized.two_view import applies
 
     linear = Linear("kernel", jpeft.KernelAxes((), (0,), (1,)), lambda x, a, b: x @ a @ b)

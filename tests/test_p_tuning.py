@@ -9,7 +9,7 @@ from tables import noised
 from test_prompt_tuning import LENGTHS, MASK, TEMPLATE, language_model, texts
 
 import jpeft
-from jpeft.additive.p_tuning import encoded
+from jpeft.additive.prompts.p_tuning import encoded
 from jpeft.models import BertConfig, BertModel, abstract_params
 
 WTE = {"wte": {"embedding": jnp.ones((20, 6))}}

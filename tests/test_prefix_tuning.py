@@ -11,7 +11,7 @@ from tables import Classifier, batch, fit, noised
 from tiny_text import make_model, make_rows, write_csv
 
 import jpeft
-from jpeft.additive.prefix import sites
+from jpeft.additive.prefixes.prefix import sites
 from jpeft.models import (
     BertConfig,
     BertForSequenceClassification,

@@ -8,7 +8,7 @@ import pytest
 
 import jpeft
 from jpeft import Group, Method, Stage
-from jpeft.stages import plan
+from jpeft.core.stages import plan
 
 PARAMS = {"a": {"kernel": jnp.ones((3, 2)), "bias": jnp.zeros(2)}}
 

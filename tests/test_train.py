@@ -19,7 +19,7 @@ from tiny_text import make_base, make_model
 import jpeft
 import jpeft.tasks.task
 import jpeft.training.snapshot
-from jpeft.files import replace_folder
+from jpeft.checkpoint.files import replace_folder
 from jpeft.tasks.metrics import accuracy, macro_f1
 from jpeft.training.config import TrainConfig, changed_fields, from_json, parse_options, to_json
 from jpeft.training.plot import plot_curve

@@ -27,8 +27,8 @@ import tyro
 
 import jpeft
 from jpeft import sharding
+from jpeft.core.summary import readable_bytes
 from jpeft.models import LlamaConfig, LlamaForCausalLM, abstract_params, families, partition_rules
-from jpeft.summary import readable_bytes
 from jpeft.training.config import parse_options
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from ..tree import Params, flatten
+from jpeft.tree.paths import Params, flatten
 
 
 def fingerprint(params: Params, *, skip: frozenset[str] = frozenset()) -> str:

@@ -11,10 +11,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jpeft
+from jpeft.checkpoint.files import write_atomically, write_json
 from jpeft.comparison.rows import Row
 from jpeft.comparison.scatter import Line, Point, plot_scatter
-from jpeft.files import write_atomically, write_json
-from jpeft.summary import readable_bytes
+from jpeft.core.summary import readable_bytes
 from jpeft.tasks.task import Task, find_task
 from jpeft.training.config import TrainConfig, changed_fields, from_json, to_json
 from jpeft.training.run import RunFolder

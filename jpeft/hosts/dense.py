@@ -10,7 +10,7 @@ import warnings
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from ..method import Method, passthrough
+from jpeft.core.method import Method, passthrough
 
 
 def wrap(fn: Callable[..., Any], method: Method) -> Callable[..., Any]:

@@ -20,9 +20,10 @@ from flax import linen as nn
 from flax.core import meta
 from flax.linen import transforms as _transforms
 
-from ..method import Layer, Linear, Method
-from ..select import KernelAxes
-from ..tree import GRAFT, Params, flatten, pop_grafts, put_grafts
+from jpeft.core.method import Layer, Linear, Method
+from jpeft.tree.adapters import GRAFT, pop_grafts, put_grafts
+from jpeft.tree.kernels import KernelAxes
+from jpeft.tree.paths import Params, flatten
 
 _DROPOUT = "dropout"  # the rng stream of models; a method is random exactly when the model is
 

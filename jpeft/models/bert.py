@@ -15,12 +15,12 @@ import flax.struct
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from .activations import ACTIVATIONS
-from .attention import Ids, Mask
-from .bert_config import BertConfig
-from .bert_encoder import Embeddings, Encoder, Positions
-from .layers import dense, layer_norm
-from .stack import Hidden
+from jpeft.models.activations import ACTIVATIONS
+from jpeft.models.attention import Ids, Mask
+from jpeft.models.bert_config import BertConfig
+from jpeft.models.bert_encoder import Embeddings, Encoder, Positions
+from jpeft.models.layers import dense, layer_norm
+from jpeft.models.stack import Hidden
 
 
 class Pooler(nn.Module):

@@ -3,7 +3,7 @@
 import dataclasses
 from typing import Any, ClassVar
 
-from .model_config import ModelConfig, check_divides
+from jpeft.models.model_config import ModelConfig, check_divides
 
 _BERT_FIELDS = {
     name: name

@@ -12,11 +12,11 @@ import flax.linen as nn
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
-from .activations import ACTIVATIONS
-from .attention import AttentionCore, Ids, Mask
-from .bert_config import BertConfig
-from .layers import dense, embed, layer_norm
-from .stack import Hidden, run_stack, stack
+from jpeft.models.activations import ACTIVATIONS
+from jpeft.models.attention import AttentionCore, Ids, Mask
+from jpeft.models.bert_config import BertConfig
+from jpeft.models.layers import dense, embed, layer_norm
+from jpeft.models.stack import Hidden, run_stack, stack
 
 # --- embeddings ---
 

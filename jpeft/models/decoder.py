@@ -29,11 +29,11 @@ import numpy as np
 from jax.core import Tracer
 from jaxtyping import Array, Float, Int
 
-from .attention import Ids, Mask
-from .decoder_config import DecoderConfig
-from .layers import dense, embed
-from .rope import Rotation
-from .stack import Hidden, run_stack, stack
+from jpeft.models.attention import Ids, Mask
+from jpeft.models.decoder_config import DecoderConfig
+from jpeft.models.layers import dense, embed
+from jpeft.models.rope import Rotation
+from jpeft.models.stack import Hidden, run_stack, stack
 
 Heads = Float[Array, "batch length heads head"]
 

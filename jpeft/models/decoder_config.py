@@ -2,7 +2,7 @@
 
 import dataclasses
 
-from .model_config import ModelConfig
+from jpeft.models.model_config import ModelConfig
 
 
 @dataclasses.dataclass(frozen=True)

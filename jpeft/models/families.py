@@ -6,10 +6,10 @@ from typing import Any
 
 import flax.linen as nn
 
-from ..sharding import Rules
-from . import bert, gpt2, llama
-from .bert_config import BertConfig
-from .partition import BERT_RULES, GPT2_RULES, LLAMA_RULES
+from jpeft.models import bert, gpt2, llama
+from jpeft.models.bert_config import BertConfig
+from jpeft.models.partition import BERT_RULES, GPT2_RULES, LLAMA_RULES
+from jpeft.sharding import Rules
 
 
 @dataclasses.dataclass(frozen=True)

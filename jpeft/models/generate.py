@@ -13,8 +13,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from . import beam
-from .decoder import Ids, Mask
+from jpeft.models import beam
+from jpeft.models.decoder import Ids, Mask
 
 
 class Generated(NamedTuple):

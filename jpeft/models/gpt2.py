@@ -14,12 +14,12 @@ import flax.linen as nn
 import jax.numpy as jnp
 from jaxtyping import Array
 
-from .activations import ACTIVATIONS
-from .attention import AttentionCore
-from .decoder import Decoder, Hidden, KeyValueCache, LanguageModel, View
-from .decoder_config import COMMON, DecoderConfig
-from .layers import dense, embed, layer_norm
-from .model_config import check_divides
+from jpeft.models.activations import ACTIVATIONS
+from jpeft.models.attention import AttentionCore
+from jpeft.models.decoder import Decoder, Hidden, KeyValueCache, LanguageModel, View
+from jpeft.models.decoder_config import COMMON, DecoderConfig
+from jpeft.models.layers import dense, embed, layer_norm
+from jpeft.models.model_config import check_divides
 
 
 @dataclasses.dataclass(frozen=True)

@@ -19,14 +19,14 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding
 
-from .. import distributed
-from ..files import replace_folder
-from ..sharding import Rules, place
-from ..tree import flatten, unflatten
-from . import families
-from .bert_config import BertConfig
-from .decoder_config import DecoderConfig
-from .weights import HEAD, POOLER, Entry, Tensors, checkpoint_layout, read_json
+from jpeft import distributed
+from jpeft.checkpoint.files import replace_folder
+from jpeft.models import families
+from jpeft.models.bert_config import BertConfig
+from jpeft.models.decoder_config import DecoderConfig
+from jpeft.models.weights import HEAD, POOLER, Entry, Tensors, checkpoint_layout, read_json
+from jpeft.sharding import Rules, place
+from jpeft.tree.paths import flatten, unflatten
 
 # Read when transformers is imported, which otherwise advises to install torch.
 os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")

@@ -14,13 +14,13 @@ from typing import Any, ClassVar
 
 import flax.linen as nn
 
-from .activations import ACTIVATIONS
-from .attention import AttentionCore
-from .decoder import Decoder, Hidden, KeyValueCache, LanguageModel, View
-from .decoder_config import COMMON, DecoderConfig
-from .layers import dense, rms_norm
-from .model_config import check_divides
-from .rope import Rope, Rotation
+from jpeft.models.activations import ACTIVATIONS
+from jpeft.models.attention import AttentionCore
+from jpeft.models.decoder import Decoder, Hidden, KeyValueCache, LanguageModel, View
+from jpeft.models.decoder_config import COMMON, DecoderConfig
+from jpeft.models.layers import dense, rms_norm
+from jpeft.models.model_config import check_divides
+from jpeft.models.rope import Rope, Rotation
 
 _SAME = (
     "hidden_size",

@@ -5,7 +5,7 @@ from typing import Any, ClassVar, Literal
 
 import jax.numpy as jnp
 
-from .activations import ACTIVATIONS
+from jpeft.models.activations import ACTIVATIONS
 
 
 @dataclasses.dataclass(frozen=True)

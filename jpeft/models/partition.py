@@ -8,7 +8,7 @@ gathered when its layer runs. The word embedding is split by words. Vectors are 
 
 from jax.sharding import PartitionSpec as P
 
-from ..sharding import Rules
+from jpeft.sharding import Rules
 
 _FIRST, _LAST, _TABLE = P("fsdp", "tensor"), P("tensor", "fsdp"), P(None, "fsdp")
 

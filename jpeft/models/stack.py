@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from .model_config import ModelConfig
+from jpeft.models.model_config import ModelConfig
 
 Hidden = Float[Array, "batch length hidden"]
 Pick = Callable[[Any, Any], Any]  # (what all blocks are told, kind of one) -> what that one is told

@@ -18,8 +18,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ..tree import flatten
-from . import families
+from jpeft.models import families
+from jpeft.tree.paths import flatten
 
 # Last component of a parameter's path -> last component of the tensor's name.
 _LEAVES = {"kernel": "weight", "embedding": "weight", "scale": "weight", "bias": "bias"}

@@ -7,10 +7,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from .. import tree
-from ..method import Layer, Method, factory, not_head, with_head
-from ..select import AxesRules, KernelAxes, Rules, first_match, kernel_axes, select
-from . import two_view
+from jpeft import tree
+from jpeft.core.method import Layer, Method, factory, not_head, with_head
+from jpeft.reparameterized import two_view
+from jpeft.tree.kernels import AxesRules, KernelAxes, axes_of, axes_rules
+from jpeft.tree.select import Rules, first_match, select
 
 
 @factory
@@ -66,7 +67,7 @@ def lora(
     Differs from HF PEFT in the default target (there query and value, by architecture) and alpha (there 8), and in computing in the
     layer's own dtype with float32 factors (there a bfloat16 input is cast to float32 for the branch).
     """
-    rules: AxesRules = tuple((pattern, KernelAxes(*map(tuple, geometry))) for pattern, geometry in axes or ())
+    rules = axes_rules(axes)
     ranks = [r for _, r in rank] if isinstance(rank, tuple) else [rank]
     if not all(isinstance(r, int) and r >= 1 for r in ranks):
         raise ValueError(f"rank={rank!r}: every rank must be a whole number of at least 1.")
@@ -82,16 +83,16 @@ def lora(
         return first_match(path, alpha, "alpha") / (math.sqrt(r) if rslora else r)
 
     def delta(path: str, shape: tuple[int, ...], leaves: dict[str, Any]) -> jax.Array:
-        return scale(path) * kernel_axes(path, shape, rules).product(leaves["a"], leaves["b"])
+        return scale(path) * axes_of(path, shape, rules).product(leaves["a"], leaves["b"])
 
     def init_fn(key: jax.Array, params: tree.Params, *, stats: Any = None) -> tree.Adapter:
         del stats
         kernels = {path: leaf for path, leaf in not_head(params, head).items() if len(leaf.shape) > 1 and not path.endswith("bias")}
         chosen = select(kernels, target, params=params)
-        return tree.unflatten({path: factors(tree.fold_in(key, path), path, kernels[path].shape) for path in chosen})
+        return tree.unflatten({path: factors(tree.key_for(key, path), path, kernels[path].shape) for path in chosen})
 
     def factors(key: jax.Array, path: str, shape: tuple[int, ...]) -> dict[str, jax.Array]:
-        geometry, r = kernel_axes(path, shape, rules), first_match(path, rank, "rank")
+        geometry, r = axes_of(path, shape, rules), first_match(path, rank, "rank")
         shape_a, shape_b = geometry.factor_shapes(shape, r)
         if path.rpartition("/")[2] == "embedding":
             return {"a": jnp.zeros(shape_a), "b": jax.random.normal(key, shape_b)}
@@ -120,7 +121,7 @@ def lora(
     def fold_fn(path: str, kernel: jax.Array, leaves: dict[str, Any]) -> jax.Array:
         return two_view.add(kernel, delta(path, kernel.shape, leaves))
 
-    return Method(init=with_head(init_fn, head), call=call_fn, merge=lambda params, adapter: tree.fold(params, adapter, fold_fn))
+    return Method(init=with_head(init_fn, head), call=call_fn, merge=lambda params, adapter: tree.merge_leaves(params, adapter, fold_fn))
 
 
 def check_geometry(path: str, shape: tuple[int, ...], axes: KernelAxes, rank: int, a: jax.Array, b: jax.Array) -> None:

@@ -21,7 +21,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from ..method import Layer, Linear
+from jpeft.core.method import Layer, Linear
 
 Run = Callable[..., jax.Array]
 

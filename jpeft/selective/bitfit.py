@@ -5,9 +5,9 @@ from typing import Any
 
 import jax
 
-from .. import tree
-from ..method import Method, factory, not_head, passthrough, with_head
-from ..select import select
+from jpeft import tree
+from jpeft.core.method import Method, factory, not_head, passthrough, with_head
+from jpeft.tree.select import select
 
 # The paper's two kinds of biases that do half of the work: the query's and the middle of the MLP's, by their names in common families.
 QUERY = r"(.*/)?(query|q_lin|q_proj|q)/bias"

@@ -7,10 +7,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from .. import tree
-from ..method import TRAIN, Group, Method, Stage, factory, not_head, with_head
-from ..select import STACKED
-from . import hard_concrete, sparse
+from jpeft import tree
+from jpeft.core.method import TRAIN, Group, Method, Stage, factory, not_head, with_head
+from jpeft.selective import hard_concrete, sparse
+from jpeft.tree.kernels import STACKED
 
 # lambda = 1.25e-7 for each of BERT-large's 335 million parameters: the penalty of a model whose gates are all open, in units of the loss.
 OPEN_PENALTY = 1.25e-7 * 335_141_888
@@ -123,7 +123,7 @@ def diff_pruning(
         def add(path: str, leaf: jax.Array, leaves: dict[str, Any]) -> jax.Array:
             return (leaf.astype(leaves[W].dtype) + difference(path, leaves, rng)).astype(leaf.dtype)
 
-        return tree.fold(params, adapter, add)
+        return tree.merge_leaves(params, adapter, add)
 
     def labels_fn(adapter: tree.Adapter) -> Any:
         flat = tree.flatten(adapter)
@@ -174,7 +174,7 @@ def diff_pruning(
 
 
 def _gates(alpha: jax.Array, key: jax.Array | None, path: str) -> jax.Array:
-    return hard_concrete.median(alpha) if key is None else hard_concrete.sample(tree.fold_in(key, path), alpha)
+    return hard_concrete.median(alpha) if key is None else hard_concrete.sample(tree.key_for(key, path), alpha)
 
 
 def _group_shape(path: str, shape: tuple[int, ...]) -> tuple[int, ...]:

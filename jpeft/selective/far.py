@@ -7,10 +7,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from .. import tree
-from ..method import FREEZE, TRAIN, Layer, Method, Stage, factory, not_head, passthrough, with_head
-from ..select import STACKED, select
-from . import learners
+from jpeft import tree
+from jpeft.core.method import FREEZE, TRAIN, Layer, Method, Stage, factory, not_head, passthrough, with_head
+from jpeft.selective import columns as learners
+from jpeft.tree.kernels import STACKED
+from jpeft.tree.select import select
 
 # The linear layers of the MLP, by their names in common families. Attention's own `output/dense` is none of them.
 FEED_FORWARD = (
@@ -34,7 +35,7 @@ def far(
     Two stages. *Priming*: the linear layers of the MLPs are trained whole, for a small share of the steps. *Learners*: in each layer, the
     ``round(retention * outputs)`` neurons whose weights have moved the most go on from where they are; all others go back to their
     pretrained weights and stay there. From then on a step forms no gradient for them, and keeps no moments: the layer runs whole, and a
-    `custom_vjp` takes the learners' gradient alone (`jpeft.selective.learners`).
+    `custom_vjp` takes the learners' gradient alone (`jpeft.selective.columns`).
 
     Args:
       retention: Share of the output neurons of each layer that are learners.
@@ -135,7 +136,7 @@ def far(
         return learners.apply(layer, linear, inputs, leaves)
 
     def merge_fn(params: tree.Params, adapter: tree.Adapter) -> tree.Params:
-        return tree.fold(params, adapter, lambda path, leaf, leaves: learners.placed(leaf, **leaves))
+        return tree.merge_leaves(params, adapter, lambda path, leaf, leaves: learners.placed(leaf, **leaves))
 
     def changed_fn(params: tree.Params, adapter: tree.Adapter) -> int:
         replaced, beside, _ = tree.split(params, adapter)

@@ -5,9 +5,9 @@ from typing import Any
 import jax
 import numpy as np
 
-from .. import tree
-from ..method import Method, Stage, factory, not_head
-from . import sparse
+from jpeft import tree
+from jpeft.core.method import Method, Stage, factory, not_head
+from jpeft.selective import sparse
 
 
 @factory

@@ -7,9 +7,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from .. import tree
-from ..method import Method, factory, not_head, passthrough, with_head
-from ..select import STACKED, select
+from jpeft import tree
+from jpeft.core.method import Method, factory, not_head, passthrough, with_head
+from jpeft.tree.kernels import STACKED
+from jpeft.tree.select import select
 
 _INDEXED = re.compile(r"(?P<stack>.*?[^/\d])[_/](?P<index>\d+)/(?P<rest>.*)")
 _AFTER = r"(pooler|ln_f|final_?layer_?norm|final_norm|norm|layer_?norm|encoder_norm|decoder_norm|ln_post)(/.*)?"

@@ -21,9 +21,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 
-from .. import tree
-from ..method import FREEZE, TRAIN, InitFn, Method, Stage, not_head, with_head
-from ..select import head_leaves
+from jpeft import tree
+from jpeft.core.method import FREEZE, TRAIN, InitFn, Method, Stage, not_head, with_head
+from jpeft.tree.head import head_leaves
 
 DIGIT = 2**24
 VALUES, INDICES, KEPT = "values", "indices", "kept"
@@ -208,7 +208,7 @@ def bind(params: tree.Params, adapter: tree.Adapter, *, rng: jax.Array | None = 
             leaf = leaf.at[at].set(new.astype(leaf.dtype), indices_are_sorted=True, unique_indices=True)
         return leaf
 
-    return tree.fold(params, adapter, add)
+    return tree.merge_leaves(params, adapter, add)
 
 
 def labels(adapter: tree.Adapter) -> Any:

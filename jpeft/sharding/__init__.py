@@ -38,20 +38,20 @@ up/kernel       1  (8192, 28672)  bfloat16  (·, (fsdp, tensor))     1.8 MiB
 ...
 """
 
-from .activations import by_example as by_example
-from .mesh import abstract_mesh as abstract_mesh
-from .mesh import batch_sharding as batch_sharding
-from .mesh import make_mesh as make_mesh
-from .mesh import parse_mesh as parse_mesh
-from .mesh import shard_batch as shard_batch
-from .mesh import shard_rows as shard_rows
-from .plan import Plan as Plan
-from .plan import plan as plan
-from .specs import Placement as Placement
-from .specs import Rules as Rules
-from .specs import fit as fit
-from .specs import place as place
-from .specs import placements as placements
-from .specs import shard as shard
-from .specs import shardings as shardings
-from .specs import state_shardings as state_shardings
+from jpeft.sharding.activations import by_example as by_example
+from jpeft.sharding.mesh import abstract_mesh as abstract_mesh
+from jpeft.sharding.mesh import batch_sharding as batch_sharding
+from jpeft.sharding.mesh import make_mesh as make_mesh
+from jpeft.sharding.mesh import parse_mesh as parse_mesh
+from jpeft.sharding.mesh import shard_batch as shard_batch
+from jpeft.sharding.mesh import shard_rows as shard_rows
+from jpeft.sharding.plan import Plan as Plan
+from jpeft.sharding.plan import plan as plan
+from jpeft.sharding.specs import Placement as Placement
+from jpeft.sharding.specs import Rules as Rules
+from jpeft.sharding.specs import fit as fit
+from jpeft.sharding.specs import place as place
+from jpeft.sharding.specs import placements as placements
+from jpeft.sharding.specs import shard as shard
+from jpeft.sharding.specs import shardings as shardings
+from jpeft.sharding.specs import state_shardings as state_shardings

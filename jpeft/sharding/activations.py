@@ -10,10 +10,10 @@ import jax.numpy as jnp
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from ..hosts import linen
-from ..select import STACKED
-from ..tree import flatten
-from .mesh import DATA, Mesh, batch_axes, batch_parts
+from jpeft.hosts import linen
+from jpeft.sharding.mesh import DATA, Mesh, batch_axes, batch_parts
+from jpeft.tree.kernels import STACKED
+from jpeft.tree.paths import flatten
 
 
 def by_example(fn: Callable[..., Any], mesh: Mesh) -> Callable[..., Any]:

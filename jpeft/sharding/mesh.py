@@ -9,7 +9,7 @@ import numpy as np
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from ..distributed import place
+from jpeft.distributed import place
 
 DATA, FSDP, TENSOR = AXES = ("data", "fsdp", "tensor")
 AnyMesh = Mesh | AbstractMesh

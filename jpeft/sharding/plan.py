@@ -8,13 +8,13 @@ import jax
 import optax
 from jax.sharding import PartitionSpec as P
 
-from .. import tree
-from ..method import FREEZE
-from ..optim import optimizer
-from ..peft import Peft
-from ..summary import readable_bytes
-from .mesh import AnyMesh
-from .specs import Placement, Rules, entries_of, placements, shard, state_shardings
+from jpeft import tree
+from jpeft.core.method import FREEZE
+from jpeft.core.optimizer import optimizer
+from jpeft.core.peft import Peft
+from jpeft.core.summary import readable_bytes
+from jpeft.sharding.mesh import AnyMesh
+from jpeft.sharding.specs import Placement, Rules, entries_of, placements, shard, state_shardings
 
 
 class Row(NamedTuple):

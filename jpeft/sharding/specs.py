@@ -9,12 +9,13 @@ import jax
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from .. import distributed, tree
-from ..method import Method
-from ..peft import Peft
-from ..select import STACKED, KernelAxes, first_match, kernel_axes
-from ..tree import Path
-from .mesh import AXES, FSDP, TENSOR, AnyMesh
+from jpeft import distributed, tree
+from jpeft.core.method import Method
+from jpeft.core.peft import Peft
+from jpeft.sharding.mesh import AXES, FSDP, TENSOR, AnyMesh
+from jpeft.tree.kernels import STACKED, KernelAxes, axes_of
+from jpeft.tree.paths import Path
+from jpeft.tree.select import first_match
 
 Rules = Sequence[tuple[str, P | None]]  # ordered (regex, spec), the first that matches a leaf's path or its module; None: the default
 
@@ -161,7 +162,7 @@ def _beside(path: Path, shape: tuple[int, ...], spec: P, leaf: tuple[int, ...], 
     if leaf == shape:
         return spec
     try:
-        geometry = kernel_axes(path, shape, rules)
+        geometry = axes_of(path, shape, rules)
     except ValueError:  # a weight of unknown geometry, which the method knows how to treat
         return None
     sizes, names = geometry.factors(shape, -1), geometry.factors(entries, ())

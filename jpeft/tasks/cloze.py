@@ -16,8 +16,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
+from jpeft.core.method import freeze
 from jpeft.data import eval_batches
-from jpeft.method import freeze
 
 Words = tuple[tuple[int, ...], ...]  # for each label, the token ids of its words
 

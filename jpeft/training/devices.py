@@ -13,7 +13,7 @@ from jax.sharding import Mesh
 from jaxtyping import PyTree
 
 from jpeft import sharding
-from jpeft.peft import Peft
+from jpeft.core.peft import Peft
 from jpeft.training.config import Settings
 
 

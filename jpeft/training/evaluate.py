@@ -10,7 +10,7 @@ import numpy as np
 from jaxtyping import PyTree
 
 from jpeft import data, distributed
-from jpeft.peft import Peft
+from jpeft.core.peft import Peft
 from jpeft.tasks.task import Arrays, Decoding, Task, model_inputs
 
 

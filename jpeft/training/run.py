@@ -25,11 +25,11 @@ from jax.sharding import Mesh
 
 import jpeft
 from jpeft import distributed, models
-from jpeft.files import write_atomically, write_json
-from jpeft.peft import Peft
-from jpeft.select import HEAD
+from jpeft.checkpoint.files import write_atomically, write_json
+from jpeft.core.peft import Peft
 from jpeft.tasks.task import Task, find_task
 from jpeft.training.config import TrainConfig, changed_fields, from_json, parse_options, to_json
+from jpeft.tree.head import HEAD
 
 
 class RunFolder:

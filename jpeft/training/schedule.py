@@ -7,7 +7,8 @@ from collections.abc import Collection
 import jax
 import optax
 
-from jpeft.tree import Adapter, path_str
+from jpeft.tree.adapters import Adapter
+from jpeft.tree.paths import path_str
 
 SHAPES = ("constant", "linear", "cosine")
 

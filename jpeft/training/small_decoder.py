@@ -20,8 +20,8 @@ import jax.numpy as jnp
 
 import jpeft
 from jpeft import models
+from jpeft.checkpoint.files import write_atomically
 from jpeft.data import python_docs
-from jpeft.files import write_atomically
 from jpeft.training.config import TrainConfig
 from jpeft.training.train import train
 

@@ -28,8 +28,8 @@ import orbax.checkpoint as ocp
 from jaxtyping import PyTree
 
 from jpeft import distributed
+from jpeft.checkpoint.files import write_json
 from jpeft.checkpoint.fingerprint import damaged_files, file_checksums
-from jpeft.files import write_json
 
 CHECKSUMS = "checksums.json"
 

@@ -3,7 +3,7 @@
 A step is a function of (adapter, optimizer state, base, batch, step): the batch is `ds[step]`, the dropout key
 `fold_in(key, step)`. So a run continued from a checkpoint goes through bit for bit the same states as an unbroken one.
 
-A method may train in stages (`jpeft.method.Stage`): between two of them it changes what is trained, and the optimizer and the step are made
+A method may train in stages (`jpeft.Stage`): between two of them it changes what is trained, and the optimizer and the step are made
 anew. A checkpoint records the method in whose stage it was taken, so that a run is continued in any of them.
 
 Several processes (`jpeft.distributed`) train on one mesh of all their devices. Each runs all of this and reads its own rows of a batch;
@@ -28,14 +28,14 @@ from jaxtyping import Array, PyTree
 
 import jpeft
 from jpeft import data, models, registry, stats
+from jpeft.checkpoint.files import size_on_disk, write_json
 from jpeft.checkpoint.fingerprint import fingerprint, leaf_table
-from jpeft.cost import Cost, cost
+from jpeft.core.peft import Peft
+from jpeft.core.stages import plan
 from jpeft.distributed import check_equal, from_first, is_first, stop_signal, within_reach
-from jpeft.files import size_on_disk, write_json
-from jpeft.peft import Peft
-from jpeft.stages import plan
 from jpeft.tasks.task import Arrays, Task, find_task, model_inputs
 from jpeft.training.config import TrainConfig, check_values, resolved, to_json
+from jpeft.training.cost import Cost, cost
 from jpeft.training.devices import Devices, find_mesh
 from jpeft.training.evaluate import Evaluator
 from jpeft.training.interrupt import InterruptedRun, deferred_signals

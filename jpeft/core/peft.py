@@ -6,10 +6,11 @@ from typing import Any
 
 import jax
 
-from . import registry
-from .hosts import dense, linen
-from .method import FREEZE, Method
-from .tree import Adapter, Params, copy
+from jpeft import registry
+from jpeft.core.method import FREEZE, Method
+from jpeft.hosts import dense, linen
+from jpeft.tree.adapters import Adapter
+from jpeft.tree.paths import Params, copy
 
 
 @jax.tree_util.register_dataclass
@@ -119,7 +120,7 @@ def advance(peft: Peft, *, key: jax.Array | None = None, stats: Any = None) -> P
     """Move on to the method's next stage of training: from gates to a fixed mask, from whole layers to their best neurons.
 
     What is trained, its shapes and the method change, so make the optimizer, its state and the step anew. `Method.stages` holds the stages
-    still to come, each with its share of the steps (`jpeft.stages.plan` turns shares into steps)::
+    still to come, each with its share of the steps (`jpeft.core.stages.plan` turns shares into steps)::
 
         peft = jpeft.apply(params, method="diff_pruning")
         peft = train(peft)                                  # your loop: jpeft.wrap, jpeft.optimizer, a jitted step

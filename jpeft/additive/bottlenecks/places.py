@@ -9,9 +9,10 @@ import re
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from ..method import not_head
-from ..select import AxesRules, KernelAxes, kernel_axes, select
-from ..tree import Params
+from jpeft.core.method import not_head
+from jpeft.tree.kernels import AxesRules, axes_of, axes_rules
+from jpeft.tree.paths import Params
+from jpeft.tree.select import select
 
 _ATTENTION = (
     r"attention/output/dense|out_lin|attn/c_proj|o_proj|(?<!encoder_attn/)out_proj|SelfAttention/o|attn/out|attention/out|"
@@ -52,14 +53,14 @@ def places(
 
     Args:
       params: The base.
-      target: A regex or a list of names, as in `jpeft.select.select`, for kernels and for scales of normalisations.
+      target: A regex or a list of names, as in `jpeft.tree.select.select`, for kernels and for scales of normalisations.
       axes: Geometry of kernels with more than two axes; see `jpeft.lora`.
       head: Where the task head is, which gets no adapter.
 
     Raises:
       ValueError: if nothing matches, a kernel has several output axes, or two leaves of different widths name one module.
     """
-    rules: AxesRules = tuple((pattern, KernelAxes(*map(tuple, geometry))) for pattern, geometry in axes or ())
+    rules = axes_rules(axes)
     shapes = {path: leaf.shape for path, leaf in not_head(params, head).items() if _tells_width(path, leaf.shape)}
     found: dict[str, Place] = {}
     for leaf in select(shapes, target, params=params):
@@ -96,7 +97,7 @@ def _last_axis(leaf: str, shape: tuple[int, ...], rules: AxesRules) -> tuple[int
     """Width of the features, and the stack of layers."""
     if leaf.endswith("scale"):
         return shape[-1], tuple(shape[:-1])
-    geometry = kernel_axes(leaf, shape, rules)
+    geometry = axes_of(leaf, shape, rules)
     if len(geometry.outputs) != 1:
         raise ValueError(f"'{leaf}' {shape} has {len(geometry.outputs)} output axes; a bottleneck needs one feature axis.")
     return shape[geometry.outputs[0]], tuple(shape[i] for i in geometry.stack)

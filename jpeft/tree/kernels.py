@@ -1,25 +1,16 @@
-"""Choosing parameters by path, and the geometry of kernels.
+"""The geometry of kernels: which axes are inputs, which are outputs, and which stack several kernels."""
 
-One idiom everywhere: ordered ``(regex, value)`` rules over '/'-joined paths, `re.fullmatch`, first match wins. A selection that matches
-nothing is an error that names what was asked for and what there is.
-"""
-
-import difflib
 import math
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
 
-from .tree import Params, Path, flatten
+from jpeft.tree.paths import Path
 
 T = TypeVar("T")
-Rules = Mapping[str, Any] | Sequence[Any]  # {regex: value} or ((regex, value), ...)
-
-# Where task heads are found in the families that people fine-tune. They are made fresh for every task, so every method trains them.
-HEAD = r"(pre_classifier|classifier|score|qa_outputs|classification_head)(/.*)?"
 
 
 class KernelAxes(NamedTuple):
@@ -95,7 +86,12 @@ DEFAULT_AXES: tuple[tuple[str, int, KernelAxes], ...] = (
 AxesRules = tuple[tuple[str, KernelAxes], ...]
 
 
-def kernel_axes(path: Path, shape: tuple[int, ...], rules: AxesRules = ()) -> KernelAxes:
+def axes_rules(axes: Any) -> AxesRules:
+    """The option ``axes`` of a method as rules: pairs of a regex and `KernelAxes`, which a configuration file holds as plain lists."""
+    return tuple((pattern, KernelAxes(*map(tuple, geometry))) for pattern, geometry in axes or ())
+
+
+def axes_of(path: Path, shape: tuple[int, ...], rules: AxesRules = ()) -> KernelAxes:
     """The geometry of one kernel: from the caller's rules, else from the known layouts; never guessed from the number of axes.
 
     Names alone can mislead (two models may both call a kernel ``query``), so every host compares the answer with the real layer at the
@@ -117,85 +113,4 @@ def kernel_axes(path: Path, shape: tuple[int, ...], rules: AxesRules = ()) -> Ke
         f"The geometry of '{path}' with shape {shape} is not known: which axes are inputs and which outputs? "
         f"Say it with a rule, axes=(('{re.escape(path)}', jpeft.KernelAxes(stack=(), inputs=(0,), outputs=(1, 2))),), "
         "or let the model tell: axes=jpeft.kernel_axes(model, params, *example_inputs)."
-    )
-
-
-def first_match(path: Path, rules: Any, what: str) -> Any:
-    """The value of the first ``(regex, value)`` rule that matches; a plain value stands for every path.
-
-    Raises:
-      ValueError: if rules were given and none matches.
-    """
-    if not isinstance(rules, (tuple, Mapping)):
-        return rules
-    pairs = list(rules.items()) if isinstance(rules, Mapping) else list(rules)
-    for pattern, value in pairs:
-        if matches(pattern, path):
-            return value
-    raise ValueError(f"No {what} rule matches '{path}'. Rules: {[p for p, _ in pairs]}. End them with ('.*', {what}) for all the others.")
-
-
-def matches(pattern: str, path: Path) -> bool:
-    """Whether a regex matches the whole path of a leaf, or of the module that owns it."""
-    return re.fullmatch(pattern, path) is not None or re.fullmatch(pattern, path.rpartition("/")[0]) is not None
-
-
-def named(name: str, path: Path) -> bool:
-    """Whether `name` is the leaf, its module, or a '/'-suffix of either: ``query`` and ``self/query`` name ``.../self/query/kernel``."""
-    module = path.rpartition("/")[0]
-    return f"/{path}".endswith(f"/{name}") or f"/{module}".endswith(f"/{name}")
-
-
-def select(paths: Iterable[Path], target: str | Sequence[str], *, option: str = "target", params: Params | None = None) -> list[Path]:
-    """The paths that a target names.
-
-    Args:
-      paths: Candidates.
-      target: A string is a regex that must match a whole path, of the leaf or of its module. A sequence is a list of names, each a module
-        or leaf name or a '/'-suffix of a path, as HF PEFT's ``target_modules``; every one of them must be found.
-      option: Name of the option, for the message.
-      params: The tree the candidates come from, to name what exists when they themselves say too little.
-
-    Raises:
-      ValueError: if the regex is not one, or something matches nothing.
-    """
-    paths = list(paths)
-    if isinstance(target, str):
-        try:
-            found = [path for path in paths if matches(target, path)]
-        except re.error as e:
-            raise ValueError(f"{option}={target!r} is not a regular expression: {e}.") from e
-        if not found:
-            raise ValueError(_nothing(option, target, paths, params))
-        return found
-    for name in target:
-        if not any(named(name, path) for path in paths):
-            raise ValueError(_nothing(option, name, paths, params))
-    return [path for path in paths if any(named(name, path) for name in target)]
-
-
-def head_leaves(params: Params, head: str | None) -> dict[Path, Any]:
-    """The leaves of the task head: ``"auto"`` looks for the usual names at the top of the tree, a regex must match, None is no head.
-
-    Raises:
-      ValueError: if a head was named that the model does not have.
-    """
-    if head is None:
-        return {}
-    flat = flatten(params)
-    if head == "auto":
-        return {path: leaf for path, leaf in flat.items() if re.fullmatch(HEAD, path)}
-    chosen = select(flat, head, option="head", params=params)
-    return {path: flat[path] for path in chosen}
-
-
-def _nothing(option: str, target: str, paths: list[Path], params: Params | None) -> str:
-    everything = paths or (list(flatten(params)) if params is not None else [])
-    modules = sorted({re.sub(r"(^|/)\d+(?=/|$)", r"\1*", p) for p in everything})
-    close = difflib.get_close_matches(target, {part for p in everything for part in p.split("/")} | set(modules), n=3, cutoff=0.6)
-    hint = f" Did you mean {' or '.join(repr(c) for c in close)}?" if close else ""
-    shown = ", ".join(f"'{m}'" for m in modules[:12]) + (f", ... ({len(modules)} kinds)" if len(modules) > 12 else "")
-    return (
-        f"{option}={target!r} matches none of the {len(everything)} parameters it could.{hint} They are: {shown or '(none)'}. "
-        "A string must match a whole path as a regular expression (begin it with '.*/'); a list holds names."
     )

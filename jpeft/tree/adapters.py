@@ -1,72 +1,21 @@
-"""Parameter trees by path: flatten, replace, graft, count.
+"""Adapters: nested dicts that mirror the base tree.
 
-Everything in jpeft speaks of a parameter by its path, the '/'-joined keys on the way to it (``encoder/layer/0/query/kernel``), so that
-nested dicts (linen), ``FrozenDict``, NNX states and dataclass modules (equinox) all look the same to a method.
-
-An *adapter* is a nested dict that mirrors the base tree. What stands at a path says what it means, so no method needs a second way of
-saying it:
+What stands at a path says what it means, so no method needs a second way of saying it:
 
 * an **array at the path of a base leaf** replaces that leaf (BitFit's biases, a task head);
 * a **dict at the path of a base leaf** holds leaves that live beside it (LoRA's ``a`` and ``b`` beside ``kernel``);
 * a **dict under the key** ``"+"`` holds leaves added to the module at that place (a bottleneck's ``down`` and ``up``).
 """
 
-import zlib
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
-import jax
-import jax.numpy as jnp
+from jpeft.tree.paths import Params, Path, first_few, flatten, replace, unflatten
 
-Params = Any  # a pytree of arrays
 Adapter = Any  # a nested dict of arrays that mirrors the base tree
-Path = str
 
 ADDED = "+"  # adapter key: leaves added to a module rather than to one of its parameters
 GRAFT = "jpeft"  # key inside a bound parameter tree: what a layer finds beside its own parameters
-
-
-def path_str(keys: tuple[Any, ...]) -> Path:
-    """The '/'-joined form of a JAX key path.
-
-    >>> jax.tree_util.tree_flatten_with_path({"a": [1, 2]})[0][1][0], path_str(jax.tree_util.tree_flatten_with_path({"a": [1, 2]})[0][1][0])
-    ((DictKey(key='a'), SequenceKey(idx=1)), 'a/1')
-    """
-    return jax.tree_util.keystr(keys, simple=True, separator="/")
-
-
-def flatten(tree: Params) -> dict[Path, Any]:
-    """All leaves of any pytree by path, in tree order.
-
-    >>> list(flatten({"b": {"kernel": 1, "bias": 2}, "a": 3}))
-    ['a', 'b/bias', 'b/kernel']
-    """
-    return {path_str(keys): leaf for keys, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]}
-
-
-def unflatten(flat: Mapping[Path, Any]) -> dict[str, Any]:
-    """The nested dict with these paths: the inverse of `flatten` for nested dicts.
-
-    >>> unflatten({"a": 3, "b/bias": 2})
-    {'a': 3, 'b': {'bias': 2}}
-    """
-    out: dict[str, Any] = {}
-    for path, leaf in flat.items():
-        *parents, name = path.split("/")
-        node = out
-        for key in parents:
-            node = node.setdefault(key, {})
-        node[name] = leaf
-    return out
-
-
-def replace(params: Params, leaves: Mapping[Path, Any]) -> Params:
-    """`params` with some leaves exchanged, of the same type and structure; untouched leaves are the very same objects.
-
-    >>> replace({"a": 1, "b": {"bias": 2}}, {"b/bias": 5})
-    {'a': 1, 'b': {'bias': 5}}
-    """
-    return jax.tree_util.tree_map_with_path(lambda keys, leaf: leaves.get(path_str(keys), leaf), params)
 
 
 def split(params: Params, adapter: Adapter) -> tuple[dict[Path, Any], dict[Path, dict[str, Any]], dict[Path, dict[str, Any]]]:
@@ -99,7 +48,7 @@ def split(params: Params, adapter: Adapter) -> tuple[dict[Path, Any], dict[Path,
         else:
             raise ValueError(
                 f"The adapter holds '{path}', but the parameters have neither a leaf of that name nor one that it could stand beside. "
-                f"Was it made for another model? Parameters begin with: {_some(base)}."
+                f"Was it made for another model? Parameters begin with: {first_few(base)}."
             )
     return replaced, {k: unflatten(v) for k, v in beside.items()}, {k: unflatten(v) for k, v in added.items()}
 
@@ -166,40 +115,14 @@ def pop_grafts(params: Params) -> tuple[Params, dict[Path, Any]]:
     return (stripped, found) if found else (params, found)
 
 
-def fold(params: Params, adapter: Adapter, fold_fn: Callable[[Path, Any, dict[str, Any]], Any], *, why_not: str = "") -> Params:
-    """Merge: replaced leaves take their place; ``fold_fn(path, leaf, leaves)`` gives the new value of a leaf with leaves beside it.
+def merge_leaves(params: Params, adapter: Adapter, merge_leaf: Callable[[Path, Any, dict[str, Any]], Any], *, why_not: str = "") -> Params:
+    """Merge: replaced leaves take their place; ``merge_leaf(path, leaf, leaves)`` gives the new value of a leaf with leaves beside it.
 
     Raises:
       ValueError: if the adapter adds leaves to modules, which no parameter can take up; `why_not` ends the message.
     """
     replaced, beside, added = split(params, adapter)
     if added:
-        raise ValueError(f"Cannot merge: {why_not or 'new computation was added to ' + _some(added)}.")
+        raise ValueError(f"Cannot merge: {why_not or 'new computation was added to ' + first_few(added)}.")
     base = flatten(params)
-    return replace(params, replaced | {path: fold_fn(path, base[path], leaves) for path, leaves in beside.items()})
-
-
-def fold_in(key: jax.Array, path: Path) -> jax.Array:
-    """A key of a path's own: what is drawn for a leaf does not depend on which others are drawn."""
-    return jax.random.fold_in(key, zlib.crc32(path.encode()))
-
-
-def copy(leaf: Any) -> Any:
-    """A fresh array with the leaf's value: an adapter must own its buffers, or donating it to a jitted step would delete the base's."""
-    return leaf if isinstance(leaf, jax.ShapeDtypeStruct) else jnp.array(leaf, copy=True)
-
-
-def size(tree: Params) -> int:
-    """Number of scalars in all leaves, abstract ones included."""
-    return sum(leaf.size for leaf in jax.tree.leaves(tree))
-
-
-def nbytes(tree: Params) -> int:
-    """Bytes of all leaves, abstract ones included."""
-    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
-
-
-def _some(paths: Iterable[str] | Mapping[str, Any], count: int = 5) -> str:
-    """The first few paths, for an error message."""
-    names = list(paths)
-    return ", ".join(f"'{name}'" for name in names[:count]) + (f", ... ({len(names)} in all)" if len(names) > count else "")
+    return replace(params, replaced | {path: merge_leaf(path, base[path], leaves) for path, leaves in beside.items()})

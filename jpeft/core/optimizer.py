@@ -5,8 +5,8 @@ from collections.abc import Mapping
 import jax
 import optax
 
-from .method import FREEZE, TRAIN, Group
-from .peft import Peft
+from jpeft.core.method import FREEZE, TRAIN, Group
+from jpeft.core.peft import Peft
 
 
 def optimizer(

@@ -6,8 +6,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from . import tree
-from .peft import Peft, fold
+from jpeft import tree
+from jpeft.core.peft import Peft, fold
 
 
 class Nearest(NamedTuple):

@@ -37,8 +37,10 @@ from typing import Any, ParamSpec, Protocol, runtime_checkable
 import jax
 import jax.numpy as jnp
 
-from .select import KernelAxes, head_leaves
-from .tree import ADDED, Adapter, Params, copy, flatten, graft, split, unflatten
+from jpeft.tree.adapters import ADDED, Adapter, graft, split
+from jpeft.tree.head import head_leaves
+from jpeft.tree.kernels import KernelAxes
+from jpeft.tree.paths import Params, copy, flatten, unflatten
 
 P = ParamSpec("P")
 

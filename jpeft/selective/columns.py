@@ -18,7 +18,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from ..method import Layer, Linear
+from jpeft.core.method import Layer, Linear
 
 VALUES, INDICES = "values", "indices"
 Run = Callable[[Mapping[str, Any], jax.Array], jax.Array]

@@ -9,9 +9,10 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from .. import tree
-from ..method import ADDED, Layer, Method, not_head, with_head
-from ..select import AxesRules, KernelAxes, kernel_axes, select
+from jpeft import tree
+from jpeft.core.method import ADDED, Layer, Method, not_head, with_head
+from jpeft.tree.kernels import AxesRules, axes_of, axes_rules
+from jpeft.tree.select import select
 
 # The key projections of common families. A fused projection produces queries, keys and values of equal width.
 KEY = r"(.*/)?(key|k_lin|k_proj|(Self|EncDec)Attention/k|c_attn|query_key_value|qkv)/kernel"
@@ -61,7 +62,7 @@ def prefix(
 
     The `default` length is that of a prefix which starts from no words.
     """
-    rules: AxesRules = tuple((pattern, KernelAxes(*map(tuple, geometry))) for pattern, geometry in axes or ())
+    rules = axes_rules(axes)
     if init not in INITS:
         raise ValueError(f"init={init!r} is not one of {', '.join(map(repr, INITS))}.")
     if tokens is not None and init != "tokens":
@@ -83,7 +84,7 @@ def prefix(
 
     def init_fn(key: jax.Array, params: tree.Params, *, stats: Any = None) -> tree.Adapter:
         found = sites(params, target=target, width=width, rules=rules, head=head)
-        draw = lambda name, *shape: jax.random.normal(tree.fold_in(key, name), shape)
+        draw = lambda name, *shape: jax.random.normal(tree.key_for(key, name), shape)
         given = _given(stats, found, length)
         if init == "tokens" and given is None:
             raise ValueError(
@@ -96,7 +97,7 @@ def prefix(
                 for site in found
             })  # fmt: skip
         d, out = found[0].inputs, 2 * sum(site.layers * site.width for site in found)
-        uniform = lambda name, fan, *shape: jax.random.uniform(tree.fold_in(key, name), shape, minval=-(fan**-0.5), maxval=fan**-0.5)
+        uniform = lambda name, fan, *shape: jax.random.uniform(tree.key_for(key, name), shape, minval=-(fan**-0.5), maxval=fan**-0.5)
         leaves: dict[str, Any] = {
             "embedding": draw("embedding", length, d),
             "down": {"kernel": uniform("down/kernel", d, d, mlp), "bias": uniform("down/bias", d, mlp)},
@@ -139,7 +140,7 @@ def prefix(
         return layer(query, key, value, None if mask is None else _widened(mask, length), *rest)
 
     def merge_fn(params: tree.Params, adapter: tree.Adapter) -> tree.Params:
-        return tree.fold(params, adapter, lambda path, leaf, leaves: leaf, why_not=_WHY)
+        return tree.merge_leaves(params, adapter, lambda path, leaf, leaves: leaf, why_not=_WHY)
 
     def fold_fn(params: tree.Params, adapter: tree.Adapter) -> tuple[Method, tree.Adapter]:
         return again(mlp=None, **options), prefixes(params, adapter)
@@ -171,7 +172,7 @@ def sites(
     leaves = {path: leaf.shape for path, leaf in not_head(params, head).items() if len(leaf.shape) > 1}
     found = []
     for path in sorted(select(leaves, target, params=params), key=_by_number):
-        axes, shape = kernel_axes(path, leaves[path], rules), leaves[path]
+        axes, shape = axes_of(path, leaves[path], rules), leaves[path]
         attention = path.split("/")[:-2]
         wide = width or axes.fan_out(shape) // (3 if re.fullmatch(FUSED, path) else 1)
         found.append(Site(path, "/".join([*attention, CORE]), tuple(shape[i] for i in axes.stack), axes.fan_in(shape), wide))

@@ -9,8 +9,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from .method import Method
-from .peft import Peft
+from jpeft.core.method import Method
+from jpeft.core.peft import Peft
 
 
 def stack(pefts: Sequence[Peft]) -> Peft:

@@ -2,9 +2,9 @@
 
 from typing import NamedTuple
 
-from . import tree
-from .method import FREEZE
-from .peft import Peft
+from jpeft import tree
+from jpeft.core.method import FREEZE
+from jpeft.core.peft import Peft
 
 
 class Row(NamedTuple):

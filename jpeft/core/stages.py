@@ -2,7 +2,7 @@
 
 from typing import NamedTuple
 
-from .method import Stage
+from jpeft.core.method import Stage
 
 
 class Segment(NamedTuple):
@@ -36,7 +36,7 @@ def plan(stages: tuple[Stage, ...], steps: int, *, first: str = "") -> tuple[Seg
       ValueError: if the shares leave nothing for the present stage, or there are too few steps for all.
 
     >>> import jpeft
-    >>> from jpeft.stages import plan
+    >>> from jpeft.core.stages import plan
     >>> [(s.begin, s.end, s.course) for s in plan(jpeft.diff_pruning().stages, 100)]
     [(0, 50, (0, 50)), (50, 100, (50, 100))]
     """

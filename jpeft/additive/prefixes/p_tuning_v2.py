@@ -1,8 +1,8 @@
 """P-tuning v2: deep prompts for understanding, with a task head."""
 
-from ..method import Method, factory
-from ..select import AxesRules
-from .prefix import KEY, prefix
+from jpeft.additive.prefixes.prefix import KEY, prefix
+from jpeft.core.method import Method, factory
+from jpeft.tree.kernels import AxesRules
 
 
 @factory

@@ -2,11 +2,11 @@
 
 from typing import Any
 
-from .. import tree
-from ..method import Method, factory, with_head
-from . import insertion
-from .insertion import EMBEDDING, PSEUDO, Site
-from .prompt_tuning import refuse_merge
+from jpeft import tree
+from jpeft.additive.prompts import insertion
+from jpeft.additive.prompts.insertion import EMBEDDING, PSEUDO, Site
+from jpeft.additive.prompts.prompt_tuning import refuse_merge
+from jpeft.core.method import Method, factory, with_head
 
 
 @factory
@@ -73,6 +73,6 @@ def hard_prompt(
         return insertion.bind(params, adapter, find(params), None) if words else tree.graft(params, adapter)
 
     def merge_fn(params: tree.Params, adapter: tree.Adapter) -> tree.Params:
-        return refuse_merge(params, adapter) if words else tree.fold(params, adapter, lambda path, leaf, leaves: leaf)
+        return refuse_merge(params, adapter) if words else tree.merge_leaves(params, adapter, lambda path, leaf, leaves: leaf)
 
     return Method(init=with_head(init_fn, head), bind=bind_fn, call=insertion.call(placed), merge=merge_fn)

@@ -14,12 +14,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from .. import registry, tree
-from ..distributed import from_first, within_reach
-from ..files import replace_folder
-from ..method import Method
-from ..peft import Peft
-from .fingerprint import damaged_files, file_checksums, fingerprint, leaf_table
+from jpeft import registry, tree
+from jpeft.checkpoint.files import replace_folder
+from jpeft.checkpoint.fingerprint import damaged_files, file_checksums, fingerprint, leaf_table
+from jpeft.core.method import Method
+from jpeft.core.peft import Peft
+from jpeft.distributed import from_first, within_reach
 
 _RECORD, _LEAVES, _FORMAT = "jpeft.json", "adapter", 1
 

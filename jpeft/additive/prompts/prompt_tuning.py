@@ -6,10 +6,10 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from .. import tree
-from ..method import ADDED, Method, factory, with_head
-from . import insertion
-from .insertion import EMBEDDING, PSEUDO, Block, Site
+from jpeft import tree
+from jpeft.additive.prompts import insertion
+from jpeft.additive.prompts.insertion import EMBEDDING, PSEUDO, Block, Site
+from jpeft.core.method import ADDED, Method, factory, with_head
 
 INITS = ("vocab", "uniform", "tokens", "labels")
 SKIP = 2000  # ids in front of the words: BERT's vocabularies begin with a thousand unused ones and as many characters and word pieces
@@ -115,7 +115,7 @@ def prompt_tuning(
 
     def init_fn(key: jax.Array, params: tree.Params, *, stats: Any = None) -> tree.Adapter:
         path = f"{find(params).module}/{ADDED}/prompt"
-        return tree.unflatten({path: start(tree.fold_in(key, path), params, init, stats)})
+        return tree.unflatten({path: start(tree.key_for(key, path), params, init, stats)})
 
     def bind_fn(params: tree.Params, adapter: tree.Adapter, *, rng: jax.Array | None = None) -> tree.Params:
         del rng

@@ -6,8 +6,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from . import tree
-from .method import AdvanceFn, Layer, Method, Stage
+from jpeft import tree
+from jpeft.core.method import AdvanceFn, Layer, Method, Stage
 
 
 def chain(**parts: Method) -> Method:
@@ -57,7 +57,7 @@ def chain(**parts: Method) -> Method:
         replaced: set[str] = set()
         beside: dict[str, str] = {}
         for name, part in items:
-            adapter = part.init(tree.fold_in(key, name), params, stats=stats)
+            adapter = part.init(tree.key_for(key, name), params, stats=stats)
             mine, adapts, _ = tree.split(params, adapter)
             for path in mine.keys() & beside.keys():
                 raise ValueError(
@@ -109,7 +109,7 @@ def chain(**parts: Method) -> Method:
 
     def advance(name: str, stage: Stage) -> AdvanceFn:
         def advance_fn(params: tree.Params, adapter: tree.Adapter, *, key: jax.Array, stats: Any = None) -> tuple[Method, tree.Adapter]:
-            part, moved = stage.advance(params, adapter[name], key=tree.fold_in(key, name), stats=stats)
+            part, moved = stage.advance(params, adapter[name], key=tree.key_for(key, name), stats=stats)
             return chain(**(dict(items) | {name: part})), {**adapter, name: moved}
 
         return advance_fn

@@ -14,9 +14,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Shaped
 
-from .. import tree
-from ..method import ADDED, CallFn, Layer, not_head
-from ..select import select
+from jpeft import tree
+from jpeft.core.method import ADDED, CallFn, Layer, not_head
+from jpeft.tree.select import select
 
 # The word embeddings of common families.
 EMBEDDING = r"(.*/)?(word_embeddings|wte|embed_tokens|token_embeddings?|embedder|embed|embeddings?|shared)/embedding"

@@ -6,9 +6,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from ..method import ADDED
-from ..tree import flatten, fold_in
-from .places import Place
+from jpeft.additive.bottlenecks.places import Place
+from jpeft.core.method import ADDED
+from jpeft.tree.paths import flatten, key_for
 
 Draw = Callable[[jax.Array, tuple[int, ...]], jax.Array]  # (key, shape) -> initial kernel
 
@@ -64,7 +64,7 @@ def zeros(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
 
 def init(key: jax.Array, place: Place, size: int, *names: str, down: Draw, up: Draw) -> dict[str, Any]:
     """Parameters of one bottleneck, by path: ``2 width size + size + width`` scalars in each layer, the biases zero."""
-    keys, width, stack = jax.random.split(fold_in(key, place.leaf)), place.width, place.stack
+    keys, width, stack = jax.random.split(key_for(key, place.leaf)), place.width, place.stack
     leaves = {
         "down": {"kernel": down(keys[0], (*stack, width, size)), "bias": jnp.zeros((*stack, size))},
         "up": {"kernel": up(keys[1], (*stack, size, width)), "bias": jnp.zeros((*stack, width))},

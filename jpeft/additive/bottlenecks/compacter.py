@@ -8,11 +8,11 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from .. import tree
-from ..method import ADDED, Layer, Method, factory, not_head, with_head
-from ..select import AxesRules
-from . import bottleneck
-from .places import FEED_FORWARD, NORMS, SELF_AND_FEED_FORWARD, Place, places
+from jpeft import tree
+from jpeft.additive.bottlenecks import bottleneck
+from jpeft.additive.bottlenecks.places import FEED_FORWARD, NORMS, SELF_AND_FEED_FORWARD, Place, places
+from jpeft.core.method import ADDED, Layer, Method, factory, not_head, with_head
+from jpeft.tree.kernels import AxesRules
 
 RULE = f"{ADDED}/rule"  # the shared factors A, once at the adapter's root
 
@@ -81,12 +81,12 @@ def compacter(
     def init_fn(key: jax.Array, params: tree.Params, *, stats: Any = None) -> tree.Adapter:
         del stats
         out = {path: tree.copy(leaf) for path, leaf in not_head(params, head).items() if train_norms and re.fullmatch(NORMS, path)}
-        out[RULE] = std * jax.random.normal(tree.fold_in(key, RULE), (n, n, n))
+        out[RULE] = std * jax.random.normal(tree.key_for(key, RULE), (n, n, n))
         for place in places(params, where, axes=axes, head=head):
             m = size or max(n, place.width // reduction // n * n)
             if place.width % n or m % n:
                 raise ValueError(f"division={n} must divide the width {place.width} of '{place.leaf}' and the bottleneck's {m}.")
-            out |= bottleneck.added(place, _factors(tree.fold_in(key, place.leaf), place, m, n, rank))
+            out |= bottleneck.added(place, _factors(tree.key_for(key, place.leaf), place, m, n, rank))
         return tree.unflatten(out)
 
     def bind_fn(params: tree.Params, adapter: tree.Adapter, *, rng: jax.Array | None = None) -> tree.Params:
@@ -98,7 +98,7 @@ def compacter(
         return bottleneck.on_hidden(layer(*inputs), lambda h: h + bottleneck.apply(leaves[ADDED], h, activation))
 
     def merge_fn(params: tree.Params, adapter: tree.Adapter) -> tree.Params:
-        return tree.fold(params, adapter, lambda path, leaf, leaves: leaf, why_not=bottleneck.WHY_NOT)
+        return tree.merge_leaves(params, adapter, lambda path, leaf, leaves: leaf, why_not=bottleneck.WHY_NOT)
 
     return Method(init=with_head(init_fn, head), bind=bind_fn, call=call_fn, merge=merge_fn, reduces=True)
 
@@ -107,7 +107,7 @@ def _factors(key: jax.Array, place: Place, m: int, n: int, rank: int) -> dict[st
     """S, T and bias of both kernels of an adapter."""
     out: dict[str, Any] = {}
     for side, inputs, outputs in (("down", place.width, m), ("up", m, place.width)):
-        left, right = jax.random.split(tree.fold_in(key, side))
+        left, right = jax.random.split(tree.key_for(key, side))
         out[side] = {
             "left": _glorot(left, (*place.stack, n, inputs // n, rank)),
             "right": _glorot(right, (*place.stack, n, rank, outputs // n)),

@@ -5,11 +5,11 @@ from typing import Any
 
 import jax
 
-from .. import tree
-from ..method import ADDED, Layer, Method, factory, with_head
-from ..select import AxesRules
-from . import bottleneck
-from .places import places
+from jpeft import tree
+from jpeft.additive.bottlenecks import bottleneck
+from jpeft.additive.bottlenecks.places import places
+from jpeft.core.method import ADDED, Layer, Method, factory, with_head
+from jpeft.tree.kernels import AxesRules
 
 # A feed-forward layer that is a module of its own; or, in BERT's relatives, the module that adds its output to its input: with the residual
 # x there, which in post-norm blocks is what the feed-forward layer reads, adding to the residual is adding to the output.
@@ -93,6 +93,6 @@ def parallel_adapter(
         return bottleneck.on_hidden(layer(*inputs), lambda y: y + branch.astype(y.dtype))
 
     def merge_fn(params: tree.Params, adapter: tree.Adapter) -> tree.Params:
-        return tree.fold(params, adapter, lambda path, leaf, leaves: leaf, why_not=bottleneck.WHY_NOT)
+        return tree.merge_leaves(params, adapter, lambda path, leaf, leaves: leaf, why_not=bottleneck.WHY_NOT)
 
     return Method(init=with_head(init_fn, head), call=call_fn, merge=merge_fn)

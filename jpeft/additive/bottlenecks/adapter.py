@@ -6,11 +6,11 @@ from typing import Any
 
 import jax
 
-from .. import tree
-from ..method import ADDED, Layer, Method, factory, not_head, with_head
-from ..select import AxesRules
-from . import bottleneck
-from .places import NORMS, PROJECTIONS, places
+from jpeft import tree
+from jpeft.additive.bottlenecks import bottleneck
+from jpeft.additive.bottlenecks.places import NORMS, PROJECTIONS, places
+from jpeft.core.method import ADDED, Layer, Method, factory, not_head, with_head
+from jpeft.tree.kernels import AxesRules
 
 
 @factory
@@ -71,6 +71,6 @@ def adapter(
         return h + bottleneck.apply(leaves[ADDED], h, activation)
 
     def merge_fn(params: tree.Params, adapter: tree.Adapter) -> tree.Params:
-        return tree.fold(params, adapter, lambda path, leaf, leaves: leaf, why_not=bottleneck.WHY_NOT)
+        return tree.merge_leaves(params, adapter, lambda path, leaf, leaves: leaf, why_not=bottleneck.WHY_NOT)
 
     return Method(init=with_head(init_fn, head), call=call_fn, merge=merge_fn)

@@ -6,11 +6,11 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from .. import tree
-from ..method import ADDED, Method, factory, with_head
-from . import insertion
-from .insertion import EMBEDDING, Site
-from .prompt_tuning import layout, prompt_tuning, pseudo_tokens, refuse_merge
+from jpeft import tree
+from jpeft.additive.prompts import insertion
+from jpeft.additive.prompts.insertion import EMBEDDING, Site
+from jpeft.additive.prompts.prompt_tuning import layout, prompt_tuning, pseudo_tokens, refuse_merge
+from jpeft.core.method import ADDED, Method, factory, with_head
 
 ENCODERS = ("lstm", "mlp")
 
@@ -97,10 +97,10 @@ def p_tuning(
             shapes |= {f"mlp/{name}/kernel": (inputs, d), f"mlp/{name}/bias": (d,)}
             fans |= dict.fromkeys((f"mlp/{name}/kernel", f"mlp/{name}/bias"), inputs)
         leaves = {
-            path: jax.random.uniform(tree.fold_in(key, path), shape, minval=-(fans[path] ** -0.5), maxval=fans[path] ** -0.5)
+            path: jax.random.uniform(tree.key_for(key, path), shape, minval=-(fans[path] ** -0.5), maxval=fans[path] ** -0.5)
             for path, shape in shapes.items()
         }
-        return {ADDED: tree.unflatten({"embedding": jax.random.normal(tree.fold_in(key, "embedding"), (count, d)), **leaves})}
+        return {ADDED: tree.unflatten({"embedding": jax.random.normal(tree.key_for(key, "embedding"), (count, d)), **leaves})}
 
     def bind_fn(params: tree.Params, adapter: tree.Adapter, *, rng: jax.Array | None = None) -> tree.Params:
         del rng

@@ -6,11 +6,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from .. import tree
-from ..method import ADDED, Layer, Method, factory, not_head, with_head
-from ..select import AxesRules, matches
-from . import bottleneck
-from .places import POST_NORM, places
+from jpeft import tree
+from jpeft.additive.bottlenecks import bottleneck
+from jpeft.additive.bottlenecks.places import POST_NORM, places
+from jpeft.core.method import ADDED, Layer, Method, factory, not_head, with_head
+from jpeft.tree.kernels import AxesRules
+from jpeft.tree.select import matches
 
 # In pre-norm blocks the sum is what the block returns. A kernel named by its block alone comes last: `.+?` tries the short ways first.
 BLOCK = r"(?P<block>.+?)/(mlp/(c_proj|down_proj|down|fc2|wo)|DenseReluDense/wo|(?<!attention/)output/dense|down)/kernel"
@@ -94,7 +95,7 @@ def pfeiffer(
         return bottleneck.on_hidden(layer(*inputs), lambda h: h + change(h))
 
     def merge_fn(params: tree.Params, adapter: tree.Adapter) -> tree.Params:
-        return tree.fold(params, adapter, lambda path, leaf, leaves: leaf, why_not=bottleneck.WHY_NOT)
+        return tree.merge_leaves(params, adapter, lambda path, leaf, leaves: leaf, why_not=bottleneck.WHY_NOT)
 
     return Method(init=with_head(init_fn, head), call=call_fn, merge=merge_fn)
 

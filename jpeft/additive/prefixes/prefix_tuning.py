@@ -1,8 +1,8 @@
 """Prefix-tuning: trained keys and values in front of every layer's own, made by a network in training."""
 
-from ..method import Method, factory
-from ..select import AxesRules
-from .prefix import KEY, prefix
+from jpeft.additive.prefixes.prefix import KEY, prefix
+from jpeft.core.method import Method, factory
+from jpeft.tree.kernels import AxesRules
 
 
 @factory

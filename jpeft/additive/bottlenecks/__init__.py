@@ -1,0 +1,1 @@
+"""Adapters: bottleneck layers inside the blocks of a model."""

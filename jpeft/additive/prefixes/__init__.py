@@ -1,0 +1,1 @@
+"""Prefixes: trained keys and values in front of every layer's own."""

@@ -1,0 +1,1 @@
+"""Prompts: tokens put into the text, trained or plain."""
