@@ -88,7 +88,7 @@ def _parse_words(words: Sequence[str]) -> dict[str, tuple[str, ...]]:
             raise ValueError(f"The label {label!r} is given twice in --words: list all of its words behind one {label}=.")
         out[label] = tuple(word.strip() for word in listed.split(",") if word.strip())
     if len(out) < 2:
-        raise ValueError(f"--words needs at least two labels to choose between, got {', '.join(out) or 'none'}.")
+        raise ValueError(f"To choose between labels, --words needs at least two of them, got {', '.join(out) or 'none'}.")
     return out
 
 
