@@ -5,7 +5,9 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import inspect
-from typing import Annotated, Any
+import types
+import typing
+from typing import Annotated, Any, Literal, Union
 
 import tyro
 
@@ -47,9 +49,11 @@ def method_page(info: jpeft.MethodInfo) -> str:
         "",
         f"Options, as in `jpeft train --method {info.name} NAME=VALUE` or `jpeft.{info.name}(NAME=VALUE)`:",
     ]
-    for option in inspect.signature(info.factory).parameters.values():
-        lines += ["", f"  {_declaration(option)}"]
-        lines += [f"      {line}" for line in doc.arguments.get(option.name, "").splitlines()]
+    options = inspect.signature(info.factory).parameters
+    # In the docstring's order, which puts the method's special options before those of all methods.
+    for name in dict.fromkeys([*(name for name in doc.arguments if name in options), *options]):
+        lines += ["", f"  {_declaration(options[name])}"]
+        lines += [f"      {line}" for line in doc.arguments.get(name, "").splitlines()]
     if doc.reference:
         lines += ["", doc.reference]
     # The docstrings mark code with two backticks for documentation pages; one is enough on a terminal.
@@ -67,10 +71,28 @@ def _declaration(option: inspect.Parameter) -> str:
 
 
 def _type_name(annotation: Any) -> str:
-    name = annotation if isinstance(annotation, str) else inspect.formatannotation(annotation)
-    for module in ("collections.abc.", "typing.", "jpeft.tree.kernels."):
-        name = name.replace(module, "")
-    return name
+    """Return a type as text: short names, and no metadata of `Annotated` types.
+
+    >>> from collections.abc import Mapping
+    >>> from typing import Annotated, Literal
+    >>> _type_name(Annotated[int, "at least 1"] | Mapping[str, int] | None), _type_name(Literal["lstm", "mlp"])
+    ('int | Mapping[str, int] | None', "'lstm' | 'mlp'")
+    """
+    origin, arguments = typing.get_origin(annotation), typing.get_args(annotation)
+    if origin is Annotated:
+        return _type_name(arguments[0])
+    if origin is Literal:
+        return " | ".join(map(repr, arguments))
+    if origin in (Union, types.UnionType):
+        return " | ".join(dict.fromkeys(map(_type_name, arguments)))
+    if origin is not None:
+        return f"{_type_name(origin)}[{', '.join(map(_type_name, arguments))}]"
+    if annotation in (None, types.NoneType):
+        return "None"
+    if annotation is Ellipsis:
+        return "..."
+    # Anything else is a class, or the text of an annotation.
+    return getattr(annotation, "__name__", str(annotation))
 
 
 COMMAND = Command("methods", MethodsArgs, _run)
