@@ -42,7 +42,7 @@ def main() -> None:
     parser.add_argument("--data", nargs="+", default=[*DATA], choices=[*DATA])
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--methods", nargs="+", help="rows, as for `jpeft compare`")
-    parser.add_argument("--report", action="store_true", help="train nothing: write what the finished runs say")
+    parser.add_argument("--report", action="store_true", help="do not train; write the results of finished runs")
     parser.add_argument("--epochs", type=int, default=3)
     parser.add_argument("--model", help="another decoder's folder")
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder for python_docs.md and the pictures")

@@ -36,7 +36,7 @@ def main() -> None:
     parser.add_argument("--runs", type=Path, default=ROOT / "compare-out", help="folder of the runs")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--methods", nargs="+", default=ROWS, help="rows, as for `jpeft compare`")
-    parser.add_argument("--report", action="store_true", help="train nothing: write what the finished runs say")
+    parser.add_argument("--report", action="store_true", help="do not train; write the results of finished runs")
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder for compare.md and compare.png")
     parser.add_argument("--readme", type=Path, default=ROOT / "README.md", help="file to fill between the marks")
     parser.add_argument("--model", help="folder of the encoder; by default the installed all-MiniLM-L6-v2")

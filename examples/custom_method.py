@@ -1,4 +1,4 @@
-"""A method of your own in 30 lines: (IA)3, which scales the outputs of chosen layers by learned vectors.
+"""Write your own method in 30 lines: (IA)3, which scales the outputs of chosen layers by learned vectors.
 
     python examples/custom_method.py
 
@@ -48,11 +48,11 @@ def ia3(*, target=("key", "value", "up"), head="auto"):
     return Method(init=with_head(init_fn, head), call=call_fn, merge=merge_fn)
 
 
-# --- put to use -----------------------------------------------------------------------------------------------------------------------
+# --- a model that uses it -------------------------------------------------------------------------------------------------------------
 
 
 class Block(nn.Module):
-    """One-headed attention and an MLP."""
+    """Attention with one head, and an MLP."""
 
     @nn.compact
     def __call__(self, x):
@@ -86,7 +86,7 @@ tx = jpeft.optimizer(optax.adam(1e-2), peft)
 
 @jax.jit
 def step(adapter, opt_state):
-    """One step on the one batch."""
+    """One step on the batch."""
     loss_fn = lambda a: optax.softmax_cross_entropy_with_integer_labels(forward(peft.replace(adapter=a).variables, ids), label).mean()
     loss, grads = jax.value_and_grad(loss_fn)(adapter)
     updates, opt_state = tx.update(grads, opt_state, adapter)
