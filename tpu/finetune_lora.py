@@ -5,8 +5,8 @@
 
 The flags are those of `jpeft train`, with other defaults: the weights split over all devices, layers scanned and recomputed, bfloat16.
 Start one process on every host (tpu/launch.sh, tpu/gke.sh) or for every GPU (tpu/slurm.sbatch); the processes find each other. On other
-clusters, give --coordinator, --num-processes and --process-id. The program prints what each device will hold, trains, and prints the metrics. After a
-crash or a preemption, --resume continues from the last checkpoint, also on another number of devices.
+clusters, give --coordinator, --num-processes and --process-id. The program prints what each device will hold, trains, and prints the
+metrics. After a crash or a preemption, --resume continues from the last checkpoint, also on another number of devices.
 """
 
 import dataclasses
