@@ -71,7 +71,7 @@ def main(args: Args) -> int:
     try:
         result = train(config)
     except InterruptedRun as stop:
-        say(f"{stop}; the same command with --resume goes on from there", file=sys.stderr)
+        say(f"{stop}; the same command with --resume continues from there", file=sys.stderr)
         return 128 + stop.signum
     for split in ("validation", "test"):
         if metrics := getattr(result, split):

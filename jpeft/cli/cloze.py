@@ -85,7 +85,7 @@ def _parse_words(words: Sequence[str]) -> dict[str, tuple[str, ...]]:
         if not equals or not label:
             raise ValueError(f"{argument!r} in --words is not of the form LABEL=WORD,WORD, such as positive=great,good.")
         if label in out:
-            raise ValueError(f"The label {label!r} is given twice in --words: list all of its words behind one {label}=.")
+            raise ValueError(f"The label {label!r} is given twice in --words: list all of its words after one {label}=.")
         out[label] = tuple(word.strip() for word in listed.split(",") if word.strip())
     if len(out) < 2:
         raise ValueError(f"To choose between labels, --words needs at least two of them, got {', '.join(out) or 'none'}.")

@@ -34,9 +34,9 @@ def rename_old_flags(arguments: Iterable[str], args: type) -> list[str]:
 
 
 def parse_none(arguments: Iterable[str], args: type) -> list[str]:
-    """Return the arguments with `none` as `None`, which is how the parser spells it, behind flags that may be None.
+    """Return the arguments with `none` as `None`, which is how the parser spells it, after flags that may be None.
 
-    The text `none` behind any other flag, such as a list of texts, stays as it is.
+    The text `none` after any other flag, such as a list of texts, stays as it is.
 
     >>> import dataclasses
     >>> Args = dataclasses.make_dataclass("Args", [("clip", float | None), ("text", tuple[str, ...])])

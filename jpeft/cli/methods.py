@@ -61,7 +61,7 @@ def method_page(info: jpeft.MethodInfo) -> str:
 
 
 def _declaration(option: inspect.Parameter) -> str:
-    """Return an option as it stands in a signature, such as `rank: int = 8`."""
+    """Return an option as in a signature, such as `rank: int = 8`."""
     parts = [option.name]
     if option.annotation is not option.empty:
         parts.append(f": {_type_name(option.annotation)}")
