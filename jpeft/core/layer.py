@@ -75,6 +75,7 @@ class Layer:
       cached: Whether the module continues from a cache of keys and values that an earlier call has made.
       merged: ``params -> params``: the layer's own parameters with the changes of all inner middleware written in, as `Method.merge` would
         write them; None where a change is none of a parameter. A method that looks at the kernel's value takes it from here.
+      bare: The layer without any middleware; None where there is none around it.
     """
 
     run: Callable[..., Any]
@@ -87,6 +88,7 @@ class Layer:
     method: str = "__call__"
     cached: bool = False
     merged: Callable[[Mapping[str, Any]], Mapping[str, Any] | None] = lambda params: params
+    bare: "Layer | None" = None
 
     def __call__(self, *inputs: Any, **keywords: Any) -> Any:
         """Run the layer as it is."""
@@ -95,6 +97,11 @@ class Layer:
     def with_params(self, params: Mapping[str, Any]) -> "Layer":
         """This layer with some of its parameters exchanged."""
         return dataclasses.replace(self, params={**self.params, **params})
+
+    @property
+    def innermost(self) -> "Layer":
+        """The layer without any middleware."""
+        return self.bare or self
 
     @property
     def inner_middleware(self) -> tuple[dict[str, Any], ...]:
@@ -139,7 +146,9 @@ class Layer:
         def merged(params: Mapping[str, Any]) -> Mapping[str, Any] | None:
             return method.merge_layer(below(params), params[name].leaves)
 
-        return dataclasses.replace(self, run=run, merged=merged, params={**self.params, name: MiddlewareState(leaves, rng)})
+        return dataclasses.replace(
+            self, run=run, merged=merged, bare=inner.innermost, params={**self.params, name: MiddlewareState(leaves, rng)}
+        )
 
 
 def _same(a: Mapping[str, Any], b: Mapping[str, Any]) -> bool:

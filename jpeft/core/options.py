@@ -55,6 +55,7 @@ Share = Annotated[float, Range(0, 1, open="low")]  # (0, 1]
 ShareBelowOne = Annotated[float, Range(0, 1, open="both")]  # (0, 1)
 
 Names = str | Sequence[str]  # a regex for whole paths, or a list of names
+Axes = Sequence[tuple[str, tuple[Sequence[int], ...]]]  # rules (regex, KernelAxes), as of `jpeft.kernel_axes`
 PerPath = T | Mapping[str, T] | tuple[tuple[str, T], ...]  # one value for all paths, or rules {regex: value}
 
 
@@ -127,7 +128,7 @@ def hashable(value: Any) -> Hashable:
         return KernelAxes(*map(tuple, value))
     if hasattr(value, "tolist"):  # a NumPy or JAX array, or a scalar of one
         return hashable(value.tolist())
-    if isinstance(value, (list, set)) or type(value) is tuple:
+    if isinstance(value, (list, set)) or isinstance(value, tuple):
         return tuple(hashable(item) for item in value)
     hash(value)
     return value
@@ -169,12 +170,12 @@ def _fits(value: Any, hint: Any) -> bool:
     if hint is None or hint is type(None):
         return value is None
     if origin is tuple:
-        return type(value) is tuple and _fits_tuple(value, args)
+        return isinstance(value, tuple) and _fits_tuple(value, args)
     # `hashable` has made tuples of sequences and mappings.
     if isinstance(origin, type) and issubclass(origin, Mapping):
-        return type(value) is tuple and bool(value) and all(_fits(pair, tuple[args]) for pair in value)
+        return isinstance(value, tuple) and bool(value) and all(_fits(pair, tuple[args]) for pair in value)
     if isinstance(origin, type) and issubclass(origin, Iterable):
-        return type(value) is tuple and all(_fits(item, args[0]) for item in value)
+        return isinstance(value, tuple) and all(_fits(item, args[0]) for item in value)
     return isinstance(value, hint if isinstance(hint, type) else object)
 
 

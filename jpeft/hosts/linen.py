@@ -360,8 +360,13 @@ def _einsum(module: nn.Einsum, args: tuple[Any, ...], kwargs: dict[str, Any]) ->
             shape[i] = y.shape[i]
         return y * g.transpose(sorted(range(len(order)), key=order.__getitem__)).astype(y.dtype).reshape(shape)
 
-    plain = "..." not in equation and not stack
-    return Linear("kernel", axes, branch, scale_outputs=scale_outputs if plain else None)
+    def add_bias(y: jax.Array, bias: jax.Array) -> jax.Array:
+        # nn.Einsum keeps its bias in the order of the result's axes.
+        return y + bias.astype(y.dtype).reshape([size if letter in kernel else 1 for letter, size in zip(result, y.shape, strict=True)])
+
+    if "..." in equation or stack:
+        return Linear("kernel", axes, branch)
+    return Linear("kernel", axes, branch, scale_outputs=scale_outputs, add_bias=add_bias)
 
 
 # --- watching a model -----------------------------------------------------------------------------------------------------------------

@@ -15,7 +15,7 @@ from jpeft.reparameterized.weight_method import WeightMethod
 from jpeft.tree.select import chooses, select
 
 OUT, IN = "l_out", "l_in"
-KEYS_AND_VALUES = r"(.*/)?(key|value|k_proj|v_proj|k_lin|v_lin|(SelfAttention|EncDecAttention)/[kv])/kernel"
+KEYS_AND_VALUES = r"(.*/)?(key|value|k_proj|v_proj|k_lin|v_lin|(SelfAttention|EncDecAttention)/[kv]|c_attn|query_key_value|qkv)/kernel"
 LAST_FEED_FORWARD = r"(.*/)?((?<!attention/)output/dense|lin2|mlp/c_proj|down_proj|fc2|wo|down)/kernel"
 
 

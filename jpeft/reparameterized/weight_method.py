@@ -17,7 +17,7 @@ from jaxtyping import Array, Float
 from jpeft import tree
 from jpeft.core.layer import Layer, Linear
 from jpeft.core.method import Method, with_head
-from jpeft.core.options import Names
+from jpeft.core.options import Axes, Names
 from jpeft.reparameterized.matrix_form import OUTPUTS, LeafAxes, MatrixForm
 from jpeft.tree.head import not_head
 from jpeft.tree.kernels import KernelAxes, axes_inside, axes_of, axes_rules
@@ -36,7 +36,7 @@ class WeightMethod(Method):
     """
 
     target: Names = r"(.*/)?kernel"
-    axes: Any = None
+    axes: Axes | None = None
     head: str | None = "auto"
 
     leaf_axes: ClassVar[Mapping[str, LeafAxes]]
@@ -78,9 +78,8 @@ class WeightMethod(Method):
           path: The kernel's path.
           rng: A random key, or None.
         """
-        del rng
-        del path
-        return layer.run(self._new_params(layer.params, {linear.name: leaves}, {linear.name: linear.axes}, layer.path), *inputs)
+        del path, rng
+        return self._run_on_new_params(layer, inputs, {linear.name: leaves}, {linear.name: linear.axes})
 
     def kernels(self, params: tree.Params) -> list[str]:
         """The paths of the kernels that get leaves.
@@ -120,7 +119,7 @@ class WeightMethod(Method):
         if linear is None or list(leaves) != [linear.name]:
             # All that is known of a layer of an unknown class is its parameters.
             axes = {name: self._axes_inside(layer, name, part) for name, part in leaves.items()}
-            return layer.run(self._new_params(layer.params, leaves, axes, layer.path), *inputs)
+            return self._run_on_new_params(layer, inputs, leaves, axes)
         path = f"{layer.path}/{linear.name}"
         self.check_geometry(path, MatrixForm(layer.params[linear.name].shape, linear.axes), leaves[linear.name])
         return self.call_linear(layer, linear, inputs, leaves[linear.name], path, rng)
@@ -162,6 +161,13 @@ class WeightMethod(Method):
         return self.changes_bias
 
     # --- one layer --------------------------------------------------------------------------------------------------------------------
+
+    def _run_on_new_params(self, layer: Layer, inputs: tuple[Any, ...], leaves: Mapping[str, Any], axes: Mapping[str, KernelAxes]) -> Any:
+        """Run a layer on its new parameters, made from those that other middleware leaves, as in `merge`."""
+        merged = layer.merged(layer.params) if layer.is_wrapped else None
+        if merged is not None:
+            return layer.innermost.run(self._new_params(merged, leaves, axes, layer.path), *inputs)
+        return layer.run(self._new_params(layer.params, leaves, axes, layer.path), *inputs)
 
     def _new_params(
         self, params: Mapping[str, Any], leaves: Mapping[str, Any], axes: Mapping[str, KernelAxes], module: str
