@@ -128,7 +128,7 @@ def hashable(value: Any) -> Hashable:
         return KernelAxes(*map(tuple, value))
     if hasattr(value, "tolist"):  # a NumPy or JAX array, or a scalar of one
         return hashable(value.tolist())
-    if isinstance(value, (list, set)) or isinstance(value, tuple):
+    if isinstance(value, (list, set, tuple)):
         return tuple(hashable(item) for item in value)
     hash(value)
     return value
