@@ -33,7 +33,8 @@ def factories() -> str:
     spelled: list[tuple[str, type[Method]]] = sorted(registry.classes().items(), key=lambda item: item[1].__module__)
     imports = "".join(f"from {cls.__module__} import {name} as {name}\n" for name, cls in spelled)
     names = "".join(f'    "{name}",\n' for name in sorted(registry.classes()))
-    return f'"""Every method by its public spelling. Written by `make docs` from the methods\' classes."""\n\n{imports}\n__all__ = [\n{names}]\n'
+    title = '"""Every method by its public spelling. Written by `make docs` from the methods\' classes."""'
+    return f"{title}\n\n{imports}\n__all__ = [\n{names}]\n"
 
 
 def main() -> int:
