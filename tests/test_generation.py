@@ -216,7 +216,7 @@ class Stop(SilentReporter):
 
 def test_a_resumed_run_is_the_unbroken_one(world, tmp_path):
     make_decoder(tmp_path / "model", dropout=0.1)
-    same = {"model": str(tmp_path / "model"), "steps": 6, "checkpoint_every": 3, "log_every": 1, "accumulate": 2}
+    same = {"model": str(tmp_path / "model"), "steps": 6, "checkpoint_every": 3, "log_every": 1, "grad_accum": 2}
     broken = config(world, **same, output=str(tmp_path / "broken"))
     with pytest.raises(RuntimeError, match="crash"):
         train(broken, report=Stop())

@@ -32,7 +32,7 @@ def base(tmp_path_factory):
     write_csv(folder / "data.csv", make_rows(150))
     flags = ["train", "--model", str(folder / "model"), "--data", str(folder / "data.csv"), "--max-length", "8"]
     flags += ["--method", "lora", "--batch-size", "8", "--steps", str(STEPS), "--eval-every", "25", "--log-every", "7"]
-    flags += ["--checkpoint-every", "5", "--keep-best", "--accumulate", "2"]
+    flags += ["--checkpoint-every", "5", "--keep-best", "--grad-accum", "2"]
     finish([*flags, "--output", str(folder / "unbroken")])
     return flags, folder / "unbroken"
 

@@ -76,10 +76,10 @@ def test_bad_options(pairs, message):
     ("changes", "message"),
     [
         ({"batch_size": 0}, "batch_size must be at least 1"),
-        ({"batch_size": 8, "accumulate": 3}, "does not divide"),
+        ({"batch_size": 8, "grad_accum": 3}, "does not divide"),
         ({"warmup": 1.5}, "between 0 and 1"),
         ({"learning_rate": 0.0}, "learning_rate must be positive"),
-        ({"head_rate": 0.0}, "head_rate must be positive"),
+        ({"head_lr_scale": 0.0}, "head_lr_scale must be positive"),
         ({"resume": True, "overwrite": True}, "give one of them"),
     ],
 )
@@ -211,9 +211,9 @@ def test_every_method_learns(config, tmp_path, method):
 def test_default_learning_rates_are_the_methods_own(config, method):
     config = dataclasses.replace(config, options=TINY.get(method, ()), method=method)
     setup, usual = prepare(config), jpeft.methods()[method]
-    assert (setup.learning_rate, setup.head_rate) == (usual.learning_rate, usual.head_rate)
-    given = prepare(dataclasses.replace(config, learning_rate=0.5, head_rate=3.0))
-    assert (given.learning_rate, given.head_rate) == (0.5, 3.0)
+    assert (setup.learning_rate, setup.head_lr_scale) == (usual.learning_rate, usual.head_rate)
+    given = prepare(dataclasses.replace(config, learning_rate=0.5, head_lr_scale=3.0))
+    assert (given.learning_rate, given.head_lr_scale) == (0.5, 3.0)
 
 
 def test_what_a_run_leaves(config):

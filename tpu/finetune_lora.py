@@ -88,7 +88,7 @@ def _print_plan(config: TrainConfig, mesh: jax.sharding.Mesh | None) -> None:
         mesh="data=1" if mesh is None else ",".join(f"{name}={size}" for name, size in mesh.shape.items()),
         method=config.method,
         options=config.options,
-        batch=config.batch_size // config.accumulate,
+        batch=config.batch_size // config.grad_accum,
         length=config.max_length,
         dtype=config.dtype,
         weights="float32",

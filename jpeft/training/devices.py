@@ -68,8 +68,8 @@ def find_mesh(settings: Settings) -> Mesh | None:
         return None
     sizes: dict[str, Any] = sharding.parse_mesh(settings.mesh)
     mesh = sharding.make_mesh(**sizes)
-    parts, rows = mesh.size // mesh.shape["tensor"], settings.batch_size // settings.accumulate
+    parts, rows = mesh.size // mesh.shape["tensor"], settings.batch_size // settings.grad_accum
     if rows % parts:
-        what = "batch_size" if settings.accumulate == 1 else "batch_size / accumulate"
+        what = "batch_size" if settings.grad_accum == 1 else "batch_size / grad_accum"
         raise ValueError(f"{what}={rows} cannot be split over data * fsdp = {parts} devices of the mesh {settings.mesh!r}")
     return mesh

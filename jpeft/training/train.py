@@ -76,7 +76,7 @@ class Result:
     # Seconds a step: the median over the lines of metrics.jsonl, of the whole run, without evaluations and checkpoints between them.
     step_seconds: float | None = None
     # Floating point operations of a compiled step, and the peak of its temporary memory; of the last stage, if the method has several.
-    # No FLOPs with accumulate or scan, because XLA counts the body of a loop once.
+    # No FLOPs with grad_accum or scan, because XLA counts the body of a loop once.
     flops: float | None = None
     temporary_bytes: int | None = None
     # Where it ran, as JAX names it.
@@ -99,7 +99,7 @@ class Setup:
     loaded: models.Loaded
     peft: Peft
     learning_rate: float
-    head_rate: float
+    head_lr_scale: float
     steps: int
     steps_per_epoch: int
 
@@ -111,7 +111,7 @@ class Setup:
             "method": self.peft.method.config(),
             "labels": list(self.labels),
             "learning_rate": self.learning_rate,
-            "head_rate": self.head_rate,
+            "head_lr_scale": self.head_lr_scale,
             "steps": self.steps,
             "base": fingerprint(self.peft.params),
             "data": {name: fingerprint(arrays) for name, arrays in self.splits.items()},
@@ -168,7 +168,7 @@ def prepare(config: TrainConfig) -> Setup:
         loaded=loaded,
         peft=peft,
         learning_rate=config.learning_rate or usual.learning_rate,
-        head_rate=config.head_rate or usual.head_rate,
+        head_lr_scale=config.head_lr_scale or usual.head_rate,
         # A frozen base without a head is evaluated as it is.
         steps=(config.steps or config.epochs * per_epoch) if jax.tree.leaves(peft.adapter) else 0,
         steps_per_epoch=per_epoch,
@@ -208,7 +208,7 @@ def make_step(
     tx: optax.GradientTransformation,
     task: Task,
     peft: Peft,
-    accumulate: int = 1,
+    grad_accum: int = 1,
 ) -> Callable[..., Any]:
     """The training step, to be jitted with its first two arguments donated.
 
@@ -219,7 +219,7 @@ def make_step(
         tx: `jpeft.optimizer(..., peft)`.
         task: Gives the loss of each example.
         peft: For its method and structure; its arrays are not used.
-        accumulate: Micro-batches the batch is split into; the gradient is that of the whole batch's mean loss. The mean is over all that is
+        grad_accum: Micro-batches the batch is split into; the gradient is that of the whole batch's mean loss. The mean is over all that is
             predicted in the batch (rows of a classifier, tokens of a text), each counting once, however they fall into micro-batches.
 
     Returns:
@@ -229,20 +229,20 @@ def make_step(
     def loss_fn(adapter: PyTree, params: PyTree, batch: dict[str, Array], key: Array, count: Array) -> Array:
         bound = peft.replace(params=params, adapter=adapter)
         logits = forward(bound.variables, **model_inputs(batch), deterministic=False, rngs={"dropout": key})
-        return task.losses(logits, batch).sum() / count + jpeft.penalty(bound) / accumulate
+        return task.losses(logits, batch).sum() / count + jpeft.penalty(bound) / grad_accum
 
     def step(adapter: PyTree, opt_state: PyTree, params: PyTree, batch: dict[str, Array], key: Array, step: Array) -> Any:
         key = jax.random.fold_in(key, step)
         count = task.counts(batch).sum()
-        # [batch, ...] -> [accumulate, batch / accumulate, ...]
-        micro = jax.tree.map(lambda x: x.reshape(accumulate, -1, *x.shape[1:]), batch)
+        # [batch, ...] -> [grad_accum, batch / grad_accum, ...]
+        micro = jax.tree.map(lambda x: x.reshape(grad_accum, -1, *x.shape[1:]), batch)
 
         def add(total: PyTree, part: tuple[dict[str, Array], Array]) -> tuple[PyTree, None]:
             one = jax.value_and_grad(loss_fn)(adapter, params, *part, count)
             return jax.tree.map(jnp.add, total, one), None
 
         zero = (jnp.zeros(()), jax.tree.map(jnp.zeros_like, adapter))
-        (loss, grads), _ = jax.lax.scan(add, zero, (micro, jax.random.split(key, accumulate)))
+        (loss, grads), _ = jax.lax.scan(add, zero, (micro, jax.random.split(key, grad_accum)))
         updates, opt_state = tx.update(grads, opt_state, adapter)
         return optax.apply_updates(adapter, updates), opt_state, loss
 
@@ -293,7 +293,11 @@ def _check_same(folder: RunFolder, about: dict[str, Any]) -> None:
     if not folder.in_use:
         return
     before, now = folder.about(), json.loads(json.dumps(about))
-    changed = [name for name in ("method", "labels", "learning_rate", "head_rate", "steps", "base", "data") if before[name] != now[name]]
+    # Earlier versions wrote the head's scale under another name.
+    before.setdefault("head_lr_scale", before.get("head_rate"))
+    changed = [
+        name for name in ("method", "labels", "learning_rate", "head_lr_scale", "steps", "base", "data") if before[name] != now[name]
+    ]
     if changed:
         raise ValueError(f"cannot resume {folder.path}: since it began, its {', '.join(changed)} changed")
 
@@ -329,7 +333,7 @@ class _Trainer:
         # The optimizer counts its own steps, which are those of the stage.
         self.schedule = lambda count: course(count + now.begin - begin)
         tx = jpeft.optimizer(optimizer(self.schedule, weight_decay=config.weight_decay, clip=config.clip), peft)
-        self.tx = faster(tx, peft.adapter, self.setup.loaded.new, self.setup.head_rate)
+        self.tx = faster(tx, peft.adapter, self.setup.loaded.new, self.setup.head_lr_scale)
         self.forward = devices.forward(jpeft.wrap(self.setup.loaded.model.apply, peft.method))
         self.evaluator = Evaluator(self.forward, self.setup.task, config.batch_size, self.setup.labels, put=devices.batch)
 
@@ -371,7 +375,7 @@ class _Trainer:
     def _compile(self) -> None:
         """The step, compiled ahead for the shapes it will see: another shape is an error, not a recompilation."""
         begun = time.perf_counter()
-        step = make_step(self.forward, self.tx, self.setup.task, self.peft, self.config.accumulate)
+        step = make_step(self.forward, self.tx, self.setup.task, self.peft, self.config.grad_accum)
         batch, places = self._batch(0), self.setup.devices.places(self.adapter, self.opt_state)
         arguments = (self.adapter, self.opt_state, self.peft.params, batch, self.key, np.int32(0))
         self.step = jax.jit(step, donate_argnums=(0, 1), out_shardings=places).lower(*arguments).compile()
@@ -545,7 +549,7 @@ class _Trainer:
             changed=summary.changed,
             adapter_bytes=from_first(lambda: size_on_disk(self.folder.adapter)),
             step_seconds=from_first(self._step_seconds),
-            flops=None if self.config.scan or self.config.accumulate > 1 else self.cost.flops,
+            flops=None if self.config.scan or self.config.grad_accum > 1 else self.cost.flops,
             temporary_bytes=self.cost.temporary_bytes,
             device=jax.devices()[0].device_kind,
         )
