@@ -29,11 +29,14 @@ from jpeft.checkpoint.files import write_atomically
 from jpeft.comparison.compare import compare
 from jpeft.comparison.report import Comparison, collect, run_folders
 from jpeft.tasks.cloze import Cloze
-from jpeft.tasks.task import SEQUENCE_CLASSIFICATION, Decoding
+from jpeft.tasks.sequence_classification import SequenceClassification
+from jpeft.tasks.task import Decoding
+from jpeft.training.build import attach, load_base, read_columns
 from jpeft.training.config import CompareConfig, Settings, TaskName, TrainConfig
 from jpeft.training.evaluate import Evaluator
 from jpeft.training.interrupt import InterruptedRun
-from jpeft.training.run import Run, RunFolder, attach, columns, load_base, open_run, save_merged
+from jpeft.training.run import Run, open_run, save_merged
+from jpeft.training.run_folder import RunFolder
 from jpeft.training.train import train
 
 DESCRIPTION = """Parameter-efficient fine-tuning for JAX: train a small part of a pretrained model, or a small addition to it.
@@ -288,7 +291,7 @@ def _eval(args: EvalArgs) -> None:
 
 
 def _eval_table(run: Run, args: EvalArgs) -> data.Table:
-    names = columns(run.config, run.task)
+    names = read_columns(run.config, run.task)
     if args.data is not None and Path(args.data).is_file():
         return data.read(args.data, **names)
     return _split(args.data or run.config.data, args.split, **names)
@@ -361,9 +364,9 @@ def _cloze(args: ClozeArgs) -> None:
     if args.data is not None and table.label is not None:
         expected = np.array([cloze.labels.index(label) for label in table.label], np.int32)
         name = args.data if Path(args.data).is_file() else args.split
-        _print_metrics({name: SEQUENCE_CLASSIFICATION.metrics(scores, {"label": expected}, cloze.labels)})
+        _print_metrics({name: SequenceClassification().metrics(scores, {"label": expected}, cloze.labels)})
     if table.label is None or args.output is not None:
-        _write_predictions(args, table, SEQUENCE_CLASSIFICATION.predictions(scores, cloze.labels, loaded.tokenizer))
+        _write_predictions(args, table, SequenceClassification().predictions(scores, cloze.labels, loaded.tokenizer))
 
 
 def _verbaliser(words: Sequence[str]) -> dict[str, tuple[str, ...]]:
@@ -427,7 +430,7 @@ def _summary(args: SummaryArgs) -> None:
     elif args.model is not None and not runs:
         config = TrainConfig(model=args.model, data="", output="", task=args.task, method=args.method, options=options, max_length=1)
         loaded = load_base(config, tuple(f"LABEL_{i}" for i in range(args.labels)))
-        peft = attach(config, loaded.params, loaded.new, tokenizer=loaded.tokenizer)
+        peft = attach(config, loaded)
     else:
         raise ValueError("give the folder of one run, or --model with --method and its options as NAME=VALUE")
     print(jpeft.summary(peft))

@@ -20,7 +20,7 @@ from jpeft.cli import main
 from jpeft.data import Table
 from jpeft.tasks import generation
 from jpeft.tasks.generation import IGNORE
-from jpeft.tasks.task import GENERATION, Decoding
+from jpeft.tasks.task import Decoding
 from jpeft.training.config import TrainConfig
 from jpeft.training.evaluate import Evaluator
 from jpeft.training.progress import SilentReporter
@@ -167,7 +167,7 @@ def test_perplexity_and_step_loss_are_torchs(world, plain):
     arrays = setup.splits["train"]
     whole, first = torch_losses(world / "model", arrays)
     forward = jpeft.wrap(setup.loaded.model.apply, setup.peft.method)
-    metrics = Evaluator(forward, GENERATION, 7).metrics(setup.peft, arrays)
+    metrics = Evaluator(forward, generation.Generation(), 7).metrics(setup.peft, arrays)
     assert metrics["loss"] == pytest.approx(whole, rel=1e-5)
     assert metrics["perplexity"] == pytest.approx(math.exp(whole), rel=1e-5)
     steps = [one_step(setup, accumulate, optax.sgd(1.0)) for accumulate in (1, 8)]
@@ -182,7 +182,7 @@ def test_exact_match_is_what_greedy_generation_gives(world):
     run = open_run(world / "pairs")
     rows = [json.loads(line) for line in (world / "pairs.jsonl").read_text().splitlines()]
     table = Table(text=[row["text"] for row in rows], target=[row["target"] for row in rows])
-    evaluator = Evaluator(jpeft.wrap(run.loaded.model.apply, run.peft.method), GENERATION, 40)
+    evaluator = Evaluator(jpeft.wrap(run.loaded.model.apply, run.peft.method), generation.Generation(), 40)
     arrays = generation.encode(table, run.loaded.tokenizer, labels=(), max_length=12)
     prompts = generation.encode(table, run.loaded.tokenizer, labels=None, max_length=12)
     answers = evaluator.answers(run.peft, prompts, Decoding(**ENDS))

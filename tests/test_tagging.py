@@ -12,8 +12,8 @@ from transformers import PreTrainedTokenizerFast
 from jpeft.cli import main
 from jpeft.data import Table, read
 from jpeft.tasks import tagging
+from jpeft.tasks.cross_entropy import IGNORE
 from jpeft.tasks.tagging import spans
-from jpeft.tasks.token_loss import IGNORE
 from jpeft.training.run import open_run
 
 KIND = {word: f"B-{kind}" for kind, words in WORDS.items() for word in words}

@@ -17,7 +17,7 @@ from jpeft.comparison.scatter import Line, Point, plot_scatter
 from jpeft.core.summary import readable_bytes
 from jpeft.tasks.task import Task, find_task
 from jpeft.training.config import TrainConfig, changed_fields, from_json, to_json
-from jpeft.training.run import RunFolder
+from jpeft.training.run_folder import RunFolder
 from jpeft.training.setting import names_where
 
 # Settings that may differ between the rows of a comparison.
@@ -250,7 +250,7 @@ def collect(
     names: dict[Row, dict[int, str]] = {}
     first: TrainConfig | None = None
     for folder in map(RunFolder, folders):
-        about = folder.about()
+        about = folder.read_config()
         config = from_json(about["run"])
         first = first or config
         changed = changed_fields(to_json(first), to_json(config))

@@ -6,12 +6,17 @@ A flag is one field here: its help text, range and rules are arguments of `setti
 import dataclasses
 import os
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
+from jpeft.tasks.registry import TASKS
 from jpeft.training.options import parse_options as parse_options
 from jpeft.training.setting import check_ranges, configuration, names_where, renamed, setting
 
-TaskName = Literal["sequence-classification", "token-classification", "generation"]
+# The names of all tasks, so that the command line lists them.
+if TYPE_CHECKING:
+    TaskName = str
+else:
+    TaskName = Literal[tuple(TASKS)]
 
 
 @configuration
@@ -61,6 +66,13 @@ class Settings:
     )
     warmup: float = setting("Share of all steps over which the learning rate rises linearly.", default=0.06, at_least=0, at_most=1)
     weight_decay: float = setting("Decoupled weight decay of the trained parameters; frozen ones never decay.", default=0.01, at_least=0)
+    label_smoothing: float = setting(
+        "Share of the target probability that the training loss spreads evenly over all classes (all tokens of the vocabulary, for "
+        "generation).",
+        default=0.0,
+        at_least=0,
+        at_most=1,
+    )
     clip: float | None = setting(
         "Largest global norm of the gradient over the trained parameters; none for no clipping.", default=1.0, above=0
     )
@@ -82,6 +94,13 @@ class Settings:
         default=None,
         # Another mesh changes the adapter by rounding errors only.
         resume_safe=True,
+    )
+
+    movement_steps: int | None = setting(
+        "Steps of full fine-tuning that measure how far each weight moves, for methods that start from that (far stage=learners, "
+        "diff_pruning stage=mask); none for a tenth of the run's steps.",
+        default=None,
+        at_least=1,
     )
 
     # --- evaluation, logging, checkpoints ---------------------------------------------------------

@@ -1,0 +1,125 @@
+"""Statistics of model and data that some methods start from, one maker for each kind, all in one table."""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from jaxtyping import Array, PyTree
+
+from jpeft import data, models, stats
+from jpeft.tasks.task import Arrays, Batch, Task
+from jpeft.training.build import method_options
+from jpeft.training.config import TrainConfig
+from jpeft.training.keys import keys
+from jpeft.tree.paths import Params
+
+# Learning rate of full fine-tuning, which is smaller than that of any method: all weights move.
+FULL_LEARNING_RATE = 2e-4
+# Share of the run's steps that measure movement, unless the configuration gives a number of steps.
+MOVEMENT_SHARE = 0.1
+# Examples that Fisher information is averaged over.
+FISHER_EXAMPLES = 1024
+
+
+@dataclasses.dataclass(frozen=True)
+class Source:
+    """What statistics are made of.
+
+    Attributes:
+      config: Seed and order of the examples, number of steps.
+      task: The loss.
+      labels: Names of the classes.
+      arrays: The training split.
+      loaded: The pretrained model.
+      forward: `(params, inputs) -> logits` of the model as it stands, with its adapter if it has one, without dropout.
+      params: The base.
+    """
+
+    config: TrainConfig
+    task: Task
+    labels: tuple[str, ...]
+    arrays: Arrays
+    loaded: models.Loaded
+    forward: Callable[[Params, dict[str, Array]], Array]
+    params: Params
+
+    def losses(self, params: Params, batch: Batch) -> Array:
+        """Return the negative log-likelihood of each row."""
+        return self.task.losses(self.forward(params, self.task.model_inputs(batch)), batch)
+
+
+def make_fisher(source: Source) -> Params:
+    """Return the empirical Fisher information over the first examples of the training order."""
+    examples = len(next(iter(source.arrays.values())))
+    ds = data.batches(source.arrays, source.config.batch_size, seed=keys(source.config.seed).data)
+    return stats.fisher(source.losses, source.params, iter(ds), num_samples=min(FISHER_EXAMPLES, examples))
+
+
+def make_movement(source: Source) -> Params:
+    """Return how far each weight moves in a short full fine-tuning of the base on the training data.
+
+    The fine-tuning uses Adam at a constant learning rate, without dropout. It is a function of seed and data, as all of a run is.
+    """
+    config, task = source.config, source.task
+    ds = data.batches(source.arrays, config.batch_size, seed=keys(config.seed).data)
+    tx = optax.adam(FULL_LEARNING_RATE)
+
+    def loss(params: Params, batch: Batch) -> Array:
+        return source.losses(params, batch).sum() / task.counts(batch).sum()
+
+    @functools.partial(jax.jit, donate_argnums=(0, 1))
+    def step(params: Params, opt_state: PyTree, batch: Batch) -> tuple[Params, PyTree]:
+        updates, opt_state = tx.update(jax.grad(loss)(params, batch), opt_state, params)
+        return optax.apply_updates(params, updates), opt_state
+
+    # A copy, because the step overwrites its arguments.
+    params = jax.tree.map(jnp.copy, source.params)
+    opt_state = jax.jit(tx.init)(params)
+    for index in range(movement_steps(config, source.arrays)):
+        params, opt_state = step(params, opt_state, ds[index])
+    return stats.movement(source.params, params)
+
+
+def movement_steps(config: TrainConfig, arrays: Arrays) -> int:
+    """Return the number of steps of full fine-tuning that measure movement."""
+    return config.movement_steps or max(1, round(MOVEMENT_SHARE * count_steps(config, arrays)))
+
+
+def make_key_values(source: Source) -> PyTree:
+    """Return the keys and values of the text in the method's option `tokens`."""
+    tokens = method_options(source.config, source.loaded.tokenizer)["tokens"]
+    return jax.jit(functools.partial(stats.key_values, source.loaded.model))(source.params, jnp.array([tokens]))
+
+
+def make_label_tokens(source: Source) -> list[list[int]]:
+    """Return the token ids of each label's name."""
+    tokenizer = source.loaded.tokenizer
+    return [tokenizer(label, add_special_tokens=False)["input_ids"] for label in source.labels]
+
+
+MAKERS: dict[str, Callable[[Source], Any]] = {
+    "fisher": make_fisher,
+    "movement": make_movement,
+    "key_values": make_key_values,
+    "labels": make_label_tokens,
+}
+
+
+def make_statistics(kind: str, source: Source) -> Any:
+    """Make the statistics of one kind.
+
+    Raises:
+      ValueError: for a kind without a maker.
+    """
+    if kind not in MAKERS:
+        raise ValueError(f"The trainer cannot make the statistics {kind!r}; it makes {', '.join(MAKERS)}.")
+    return MAKERS[kind](source)
+
+
+def count_steps(config: TrainConfig, arrays: Arrays) -> int:
+    """Return the number of optimizer steps that the configuration asks for."""
+    return config.steps or config.epochs * data.steps_per_epoch(arrays, config.batch_size)
