@@ -1,4 +1,4 @@
-"""Old names that still work: constructor keywords, attributes and module members, each with a `DeprecationWarning`."""
+"""Old spellings that keep working, with a warning."""
 
 import functools
 import sys
@@ -6,77 +6,68 @@ import warnings
 from collections.abc import Callable
 from typing import Any, TypeVar
 
-T = TypeVar("T")
+C = TypeVar("C", bound=type)
 
 
-def renamed_fields(**renames: str) -> Callable[[type[T]], type[T]]:
-    """Decorate a class whose fields or methods got new names: the old ones are accepted as keywords and readable as attributes.
+def warn_renamed(old: str, new: str, *, stacklevel: int = 3) -> None:
+    """Warn that a name has changed."""
+    warnings.warn(f"{old} is now called {new}; the old name will be removed.", DeprecationWarning, stacklevel=stacklevel)
 
-    Put the decorator above `dataclasses.dataclass`, on every class that has a constructor of its own. Where both spellings are given, the
-    old one counts, because `dataclasses.replace(config, old=1)` passes the present value under the new name as well.
 
-    Args:
-      **renames: New name of each old name.
+def renamed_fields(**names: str) -> Callable[[C], C]:
+    """Decorate a dataclass some of whose fields have new names, ``old="new"``.
 
-    Returns:
-      A class decorator.
+    The old names keep working as keyword arguments and as attributes, each with a `DeprecationWarning`.
 
     >>> import dataclasses, warnings
     >>> @renamed_fields(rate="lr_scale")
     ... @dataclasses.dataclass
-    ... class Options:
-    ...   lr_scale: float
-    >>> with warnings.catch_warnings():
-    ...   warnings.simplefilter("ignore")
-    ...   (Options(rate=2.0), Options(lr_scale=3.0).rate)
-    (Options(lr_scale=2.0), 3.0)
+    ... class Group:
+    ...     lr_scale: float = 1.0
+    >>> with warnings.catch_warnings(record=True):
+    ...     warnings.simplefilter("always")
+    ...     Group(rate=0.5).lr_scale
+    0.5
     """
 
-    def decorate(cls: type[T]) -> type[T]:
-        if renames:
-            cls.__init__ = _accepting(cls.__init__, cls.__name__, renames)
-        for old, new in renames.items():
-            setattr(cls, old, property(functools.partial(_read, old=old, new=new)))
+    def decorate(cls: C) -> C:
+        init = cls.__init__
+
+        @functools.wraps(init)
+        def accept_old(self: Any, *args: Any, **options: Any) -> None:
+            for old, new in names.items():
+                if old in options:
+                    warn_renamed(f"{cls.__name__}({old}=...)", f"{new}=")
+                    options[new] = options.pop(old)
+            init(self, *args, **options)
+
+        cls.__init__ = accept_old
+        for old, new in names.items():
+            setattr(cls, old, property(functools.partial(_read, cls.__name__, old, new)))
         return cls
 
     return decorate
 
 
-def renamed_members(module: str, **renames: str) -> Callable[[str], Any]:
-    """Return a module's `__getattr__` that finds functions and classes under their old names.
+def renamed_members(module: str, **names: str) -> Callable[[str], Any]:
+    """Return a module's `__getattr__` that finds its functions and classes under their old names, ``old="new"``.
 
     Args:
       module: `__name__` of the module.
-      **renames: New name of each old name.
+      **names: New name of each old name.
 
     Example: `__getattr__ = renamed_members(__name__, from_first="on_first_process")`.
     """
 
     def __getattr__(name: str) -> Any:
-        if name not in renames:
+        if name not in names:
             raise AttributeError(f"module {module!r} has no attribute {name!r}")
-        warnings.warn(f"{module}.{name} is now called {renames[name]}.", DeprecationWarning, stacklevel=2)
-        return getattr(sys.modules[module], renames[name])
+        warn_renamed(f"{module}.{name}", f"{module}.{names[name]}")
+        return getattr(sys.modules[module], names[name])
 
     return __getattr__
 
 
-def _accepting(init: Callable[..., None], owner: str, renames: dict[str, str]) -> Callable[..., None]:
-    """Return `init` with its keywords translated from the old names."""
-
-    @functools.wraps(init)
-    def wrapped(self: Any, *args: Any, **keywords: Any) -> None:
-        for old, new in renames.items():
-            if old in keywords:
-                warnings.warn(f"{owner}({old}=...) is now spelled {owner}({new}=...).", DeprecationWarning, stacklevel=2)
-                keywords[new] = keywords.pop(old)
-        init(self, *args, **keywords)
-
-    return wrapped
-
-
-def _read(self: Any, *, old: str, new: str) -> Any:
-    """Return the attribute that `old` named."""
-    owner = type(self).__name__
-    warnings.warn(f"{owner}.{old} is now called {owner}.{new}.", DeprecationWarning, stacklevel=2)
+def _read(cls: str, old: str, new: str, self: Any) -> Any:
+    warn_renamed(f"{cls}.{old}", f"{cls}.{new}")
     return getattr(self, new)

@@ -19,7 +19,7 @@ import jpeft.models
 from jpeft.cli import main
 from jpeft.data import Table
 from jpeft.tasks import generation
-from jpeft.tasks.generation import IGNORE
+from jpeft.tasks.cross_entropy import IGNORE, token_counts, token_losses
 from jpeft.tasks.task import Decoding
 from jpeft.training.config import TrainConfig
 from jpeft.training.evaluate import Evaluator
@@ -110,7 +110,7 @@ def test_texts_that_leave_no_room_are_named():
     with pytest.raises(ValueError, match=r"1 of 3 .*nothing to continue"):
         generation.encode(table, tokenizer(), labels=None, max_length=4)
     assert generation.encode(table, tokenizer(), labels=(), max_length=5)["label"].shape == (3, 5)
-    with pytest.raises(ValueError, match=r"no end-of-text token; set one"):
+    with pytest.raises(ValueError, match=r"no end-of-text token: set one"):
         generation.encode(table, tokenizer(eos_token=None), labels=(), max_length=9)
 
 
@@ -129,8 +129,8 @@ def test_losses_and_metrics_are_those_of_a_few_lines_of_numpy():
     expected = [sum(-log_p[i, t, label[i, t]] for t in range(4) if label[i, t] != IGNORE) for i in range(3)]
 
     batch = {"label": label}
-    np.testing.assert_allclose(generation.losses(jax.numpy.asarray(logits), batch), expected, rtol=1e-5)
-    assert generation.counts(batch).tolist() == [2, 4, 1]
+    np.testing.assert_allclose(token_losses(jax.numpy.asarray(logits), batch), expected, rtol=1e-5)
+    assert token_counts(batch).tolist() == [2, 4, 1]
     scores = jax.device_get(generation.scores(jax.numpy.asarray(logits), batch))
     found = generation.metrics(scores, {"complete": np.array([1, 1, 1])})
     assert found["loss"] == pytest.approx(sum(expected) / 7, rel=1e-5)
@@ -291,7 +291,7 @@ def test_bad_input_leaves_nothing(world, tmp_path, fails):  # noqa: F811
     pairs = [*flags(world, "pairs.jsonl", tmp_path / "run"), "--steps", "1"]
     assert "no column 'answer'" in fails(*pairs, "--target", "answer")
     assert "longer than max_length=3 tokens, which leaves nothing of the target" in fails(*pairs, "--target", "target", "--max-length", "3")
-    assert "the task generation has no use for pair='x'; it reads text, target" in fails(*pairs, "--pair", "x")
+    assert "The task generation has no use for pair='x'; it reads text, target" in fails(*pairs, "--pair", "x")
     assert "no use for target='x'" in fails(*pairs, "--target", "x", "--task", "sequence-classification")
     assert "max_length=33 is more than the model's 32" in fails(*pairs, "--target", "target", "--max-length", "33")
     for content, message in (("", "no rows"), ('{"text": "a", "target": " "}\n', "no text in column 'target' of row 1")):

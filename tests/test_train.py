@@ -235,7 +235,7 @@ def test_every_method_learns(config, tmp_path, method):
 def test_default_learning_rates_are_the_methods_own(config, method):
     config = dataclasses.replace(config, options=TINY.get(method, ()), method=method)
     setup, usual = prepare(config), jpeft.methods()[method]
-    assert (setup.learning_rate, setup.head_lr_scale) == (usual.learning_rate, usual.head_rate)
+    assert (setup.learning_rate, setup.head_lr_scale) == (usual.learning_rate, usual.head_lr_scale)
     given = prepare(dataclasses.replace(config, learning_rate=0.5, head_lr_scale=3.0))
     assert (given.learning_rate, given.head_lr_scale) == (0.5, 3.0)
 

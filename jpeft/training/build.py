@@ -10,14 +10,13 @@ import jpeft
 from jpeft import models
 from jpeft.core.method import Method
 from jpeft.core.peft import Peft
-from jpeft.distributed import gather_to_host
 from jpeft.tasks.task import Task, find_task
 from jpeft.training.config import TrainConfig, parse_options
 from jpeft.training.keys import keys
 from jpeft.tree.head import HEAD
 
 
-def read_columns(config: TrainConfig, task: Task) -> dict[str, str | None]:
+def read_columns(config: TrainConfig, task: Task) -> dict[str, Any]:
     """Return the columns that the task reads, as arguments of `jpeft.data.read` and `splits`.
 
     Raises:
@@ -75,21 +74,22 @@ def make_method(config: TrainConfig, loaded: models.Loaded) -> Method:
     return jpeft.make(config.method, **options)
 
 
-def attach(config: TrainConfig, loaded: models.Loaded, make_statistics: Callable[[Any], Any] | None = None) -> Peft:
+def attach(config: TrainConfig, loaded: models.Loaded, make_statistics: Callable[[Method], Any] | None = None) -> Peft:
     """Return the base with a newly initialised adapter of the configured method.
 
     Args:
       config: Names the method.
       loaded: The base.
-      make_statistics: Makes what the method requires of model and data; see `jpeft.training.statistics`. None where no data is at hand.
+      make_statistics: Makes the statistics that the method requires; see `jpeft.training.statistics`. None where there is no data.
 
     Raises:
       ValueError: if the method requires statistics and they cannot be made.
     """
     method = make_method(config, loaded)
     stats = None
-    if method.needs:
+    if method.requires_stats:
         if make_statistics is None:
-            raise ValueError(f"{config.method} needs statistics ({method.needs}) of a model and its data, and there is no data here.")
-        stats = gather_to_host(make_statistics(method.needs))
+            kinds = ", ".join(kind.__name__ for kind in method.requires_stats)
+            raise ValueError(f"{config.method} requires the statistics {kinds} of a model and its data, and there is no data here.")
+        stats = make_statistics(method)
     return jpeft.apply(loaded.params, method=method, key=keys(config.seed).adapter, stats=stats)

@@ -118,7 +118,7 @@ class Loop:
         stage, index, step = self.state.peft.method.stages[0], self.progress.stage + 1, self.progress.step
         # The stage may choose on the host what it trains.
         peft = self.state.peft.replace(adapter=gather_to_host(self.state.adapter))
-        stats = None if stage.needs is None else gather_to_host(self.setup.statistics(stage.needs, peft, self.state.forward))
+        stats = self.setup.statistics(stage.requires_stats, peft, self.state.forward)
         peft = jpeft.advance(peft, key=jax.random.fold_in(keys(self.config.seed).adapter, index), stats=stats)
         self.state = begin_stage(self.setup, peft, index)
         self.compile_seconds += self.state.compile_seconds

@@ -12,6 +12,7 @@ from jaxtyping import Array, PyTree
 import jpeft
 from jpeft import data, models, registry
 from jpeft.checkpoint.fingerprint import fingerprint
+from jpeft.core.method import Method
 from jpeft.core.peft import Peft
 from jpeft.core.stages import Segment, plan
 from jpeft.tasks.task import Arrays, Task, find_task
@@ -19,7 +20,7 @@ from jpeft.training.build import attach, load_base, read_columns
 from jpeft.training.config import TrainConfig, to_json
 from jpeft.training.devices import Devices, find_mesh
 from jpeft.training.keys import keys
-from jpeft.training.statistics import MAKERS, Source, count_steps, make_statistics
+from jpeft.training.statistics import Kinds, Source, check_statistics, count_steps, make_statistics
 from jpeft.tree.paths import Params
 
 
@@ -66,13 +67,13 @@ class Setup:
         """Return the training batch of a step, on its devices."""
         return self.devices.rows(self.splits["train"], np.asarray(self.rows[step]))
 
-    def statistics(self, kind: Any, peft: Peft, forward: Callable[..., Any]) -> Any:
-        """Make statistics of a model that is being trained: `peft`, run by `forward`."""
+    def statistics(self, kinds: Kinds, peft: Peft, forward: Callable[..., Any]) -> Any:
+        """Make statistics of a model in training: `peft`, run by `forward`."""
 
         def run(params: Params, inputs: dict[str, Array]) -> Array:
             return forward(peft.replace(params=params).variables, **inputs, deterministic=True)
 
-        return make_statistics(kind, Source(self.config, self.task, self.labels, self.splits["train"], self.loaded, run, peft.params))
+        return make_statistics(kinds, Source(self.config, self.task, self.labels, self.splits["train"], self.loaded, run, peft.params))
 
     def to_json(self) -> dict[str, Any]:
         """Return what config.json records."""
@@ -114,7 +115,7 @@ def prepare(config: TrainConfig) -> Setup:
         loaded=loaded,
         peft=peft,
         learning_rate=config.learning_rate or defaults.learning_rate,
-        head_lr_scale=config.head_lr_scale or defaults.head_rate,
+        head_lr_scale=config.head_lr_scale or defaults.head_lr_scale,
         steps=steps,
         steps_per_epoch=data.steps_per_epoch(splits["train"], config.batch_size),
         segments=plan(peft.method.stages, steps),
@@ -148,10 +149,14 @@ def _attach(config: TrainConfig, task: Task, labels: tuple[str, ...], arrays: Ar
         return apply({"params": params}, **inputs, deterministic=True)
 
     source = Source(config, task, labels, arrays, loaded, forward, loaded.params)
-    peft = attach(config, loaded, lambda kind: make_statistics(kind, source))
+
+    def statistics(method: Method) -> Any:
+        check_statistics(method.requires_stats, config.method)
+        return make_statistics(method.requires_stats, source)
+
+    peft = attach(config, loaded, statistics)
     for stage in peft.method.stages:
-        if stage.needs is not None and stage.needs not in MAKERS:
-            raise ValueError(f"The stage {stage.name!r} of {config.method} needs {stage.needs!r}; the trainer makes {', '.join(MAKERS)}.")
+        check_statistics(stage.requires_stats, f"The stage {stage.name!r} of {config.method}")
     if config.export:
         # A method that cannot merge says so now rather than after hours of training.
         jpeft.merge(peft)

@@ -159,5 +159,5 @@ def check_ranges(config: Any) -> None:
 
 def _markers(about: Setting) -> tuple[Any, ...]:
     """Return what tyro is told about a field."""
-    text = {"help": about.help} | ({} if about.metavar is None else {"metavar": about.metavar})
-    return (*((tyro.conf.Positional,) if about.positional else ()), tyro.conf.arg(**text))
+    positional = (tyro.conf.Positional,) if about.positional else ()
+    return (*positional, tyro.conf.arg(help=about.help, metavar=about.metavar))

@@ -124,6 +124,6 @@ def begin_stage_of_checkpoint(setup: Setup, progress: Progress) -> StageState:
 
 def _schedule(setup: Setup, segment: Segment) -> optax.Schedule:
     """Return the learning rate by the number of updates in the stage, which is what the optimizer counts."""
-    begin, end = segment.course
-    course = learning_rate_schedule(setup.config.schedule, setup.learning_rate, end - begin, setup.config.warmup)
-    return lambda count: course(count + segment.begin - begin)
+    begin, end = segment.schedule_span
+    schedule = learning_rate_schedule(setup.config.schedule, setup.learning_rate, end - begin, setup.config.warmup)
+    return lambda count: schedule(count + segment.begin - begin)

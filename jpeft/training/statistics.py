@@ -3,7 +3,6 @@
 import dataclasses
 import functools
 from collections.abc import Callable
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -11,11 +10,16 @@ import optax
 from jaxtyping import Array, PyTree
 
 from jpeft import data, models, stats
+from jpeft.core.statistics import Fisher, KeyValues, LabelTokens, Movement, Statistic
+from jpeft.distributed import gather_to_host
 from jpeft.tasks.task import Arrays, Batch, Task
 from jpeft.training.build import method_options
 from jpeft.training.config import TrainConfig
 from jpeft.training.keys import keys
 from jpeft.tree.paths import Params
+
+# As in `Method.requires_stats`.
+Kinds = tuple[type[Statistic], ...]
 
 # Learning rate of full fine-tuning, which is smaller than that of any method: all weights move.
 FULL_LEARNING_RATE = 2e-4
@@ -52,15 +56,15 @@ class Source:
         return self.task.losses(self.forward(params, self.task.model_inputs(batch)), batch)
 
 
-def make_fisher(source: Source) -> Params:
+def make_fisher(source: Source) -> Fisher:
     """Return the empirical Fisher information over the first examples of the training order."""
     examples = len(next(iter(source.arrays.values())))
     ds = data.batches(source.arrays, source.config.batch_size, seed=keys(source.config.seed).data)
-    return stats.fisher(source.losses, source.params, iter(ds), num_samples=min(FISHER_EXAMPLES, examples))
+    return Fisher(stats.fisher(source.losses, source.params, iter(ds), num_samples=min(FISHER_EXAMPLES, examples)))
 
 
-def make_movement(source: Source) -> Params:
-    """Return how far each weight moves in a short full fine-tuning of the base on the training data.
+def make_movement(source: Source) -> Movement:
+    """Return how far each parameter moves in a short full fine-tuning of the base on the training data.
 
     The fine-tuning uses Adam at a constant learning rate, without dropout. It is a function of seed and data, as all of a run is.
     """
@@ -81,7 +85,7 @@ def make_movement(source: Source) -> Params:
     opt_state = jax.jit(tx.init)(params)
     for index in range(movement_steps(config, source.arrays)):
         params, opt_state = step(params, opt_state, ds[index])
-    return stats.movement(source.params, params)
+    return Movement(stats.movement(source.params, params))
 
 
 def movement_steps(config: TrainConfig, arrays: Arrays) -> int:
@@ -89,35 +93,48 @@ def movement_steps(config: TrainConfig, arrays: Arrays) -> int:
     return config.movement_steps or max(1, round(MOVEMENT_SHARE * count_steps(config, arrays)))
 
 
-def make_key_values(source: Source) -> PyTree:
+def make_key_values(source: Source) -> KeyValues:
     """Return the keys and values of the text in the method's option `tokens`."""
     tokens = method_options(source.config, source.loaded.tokenizer)["tokens"]
-    return jax.jit(functools.partial(stats.key_values, source.loaded.model))(source.params, jnp.array([tokens]))
+    return KeyValues(jax.jit(functools.partial(stats.key_values, source.loaded.model))(source.params, jnp.array([tokens])))
 
 
-def make_label_tokens(source: Source) -> list[list[int]]:
+def make_label_tokens(source: Source) -> LabelTokens:
     """Return the token ids of each label's name."""
     tokenizer = source.loaded.tokenizer
-    return [tokenizer(label, add_special_tokens=False)["input_ids"] for label in source.labels]
+    return LabelTokens(tuple(tuple(tokenizer(label, add_special_tokens=False)["input_ids"]) for label in source.labels))
 
 
-MAKERS: dict[str, Callable[[Source], Any]] = {
-    "fisher": make_fisher,
-    "movement": make_movement,
-    "key_values": make_key_values,
-    "labels": make_label_tokens,
+MAKERS: dict[type[Statistic], Callable[[Source], Statistic]] = {
+    Fisher: make_fisher,
+    Movement: make_movement,
+    KeyValues: make_key_values,
+    LabelTokens: make_label_tokens,
 }
 
 
-def make_statistics(kind: str, source: Source) -> Any:
-    """Make the statistics of one kind.
+def check_statistics(kinds: Kinds, what: str) -> None:
+    """Raise an error for kinds of statistics that the trainer cannot make.
+
+    Args:
+      kinds: `Method.requires_stats` or `Stage.requires_stats`.
+      what: The method or stage, for the message.
 
     Raises:
-      ValueError: for a kind without a maker.
+      ValueError: naming the kind.
     """
-    if kind not in MAKERS:
-        raise ValueError(f"The trainer cannot make the statistics {kind!r}; it makes {', '.join(MAKERS)}.")
-    return MAKERS[kind](source)
+    unknown = [kind.__name__ for kind in kinds if kind not in MAKERS]
+    if unknown:
+        made = ", ".join(kind.__name__ for kind in MAKERS)
+        raise ValueError(f"{what} requires the statistics {unknown[0]}, which the trainer cannot make; it makes {made}.")
+
+
+def make_statistics(kinds: Kinds, source: Source) -> list[Statistic] | None:
+    """Make statistics of each kind, as `jpeft.apply` and `jpeft.advance` take them; None if there are none to make.
+
+    On several processes the arrays are whole in each of them, because methods may choose on the host what they train.
+    """
+    return [gather_to_host(MAKERS[kind](source)) for kind in kinds] or None
 
 
 def count_steps(config: TrainConfig, arrays: Arrays) -> int:
