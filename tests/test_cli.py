@@ -235,7 +235,7 @@ def test_overwrite_starts_anew(world, tmp_path):
         (["--data", "nothere.csv"], "no such file"),
         (["--model", "/no/where"], "no folder /no/where"),
         (["--max-length", "64"], "max_length=64"),
-        (["--batch-size", "8", "--accumulate", "3"], "does not divide"),
+        (["--batch-size", "8", "--grad-accum", "3"], "does not divide"),
     ],
 )
 def test_bad_flags_leave_nothing(world, tmp_path, fails, flags, message):

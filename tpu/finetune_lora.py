@@ -23,7 +23,7 @@ from jpeft import distributed
 from jpeft.training.config import TaskName, TrainConfig, check_values
 from jpeft.training.devices import find_mesh
 from jpeft.training.interrupt import InterruptedRun
-from jpeft.training.run import RunFolder
+from jpeft.training.run_folder import RunFolder
 from jpeft.training.train import train
 
 
@@ -61,13 +61,13 @@ def main(args: Args) -> int:
     if config.task != "generation":
         raise ValueError(f"task {config.task!r}: this script fine-tunes decoders; `jpeft train` does the others, with --mesh as well")
     say = print if distributed.is_first() else lambda *_, **__: None
-    if config.resume and distributed.from_first(RunFolder(config.output).result.exists):
-        # The plan does not load the model, for which a single host may have too little memory.
+    if config.resume and distributed.on_first_process(RunFolder(config.output).result.exists):
+        # Checked before the model is loaded, for which a single host may have too little memory.
         say(f"the run in {config.output} is finished")
         return 0
     mesh = find_mesh(config)
     say(f"{jax.process_count()} processes, {jax.device_count()} devices ({jax.devices()[0].device_kind})\n")
-    distributed.from_first(lambda: _print_plan(config, mesh))
+    distributed.on_first_process(lambda: _print_plan(config, mesh))
     try:
         result = train(config)
     except InterruptedRun as stop:
@@ -88,7 +88,7 @@ def _print_plan(config: TrainConfig, mesh: jax.sharding.Mesh | None) -> None:
         mesh="data=1" if mesh is None else ",".join(f"{name}={size}" for name, size in mesh.shape.items()),
         method=config.method,
         options=config.options,
-        batch=config.batch_size // config.accumulate,
+        batch=config.batch_size // config.grad_accum,
         length=config.max_length,
         dtype=config.dtype,
         weights="float32",

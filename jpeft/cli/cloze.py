@@ -16,7 +16,7 @@ from jpeft.cli.predictions import check_output, write_predictions
 from jpeft.cli.tables import print_metrics
 from jpeft.cli.texts import check_one_source, read_file_or_split, texts_table
 from jpeft.tasks.cloze import Cloze
-from jpeft.tasks.task import SEQUENCE_CLASSIFICATION
+from jpeft.tasks.sequence_classification import SequenceClassification
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,9 +72,9 @@ def _run(args: ClozeArgs) -> None:
     if args.data is not None and table.label is not None:
         expected = np.array([cloze.labels.index(label) for label in table.label], np.int32)
         name = args.data if Path(args.data).is_file() else args.split
-        print_metrics({name: SEQUENCE_CLASSIFICATION.metrics(scores, {"label": expected}, cloze.labels)})
+        print_metrics({name: SequenceClassification().metrics(scores, {"label": expected}, cloze.labels)})
     if table.label is None or args.output is not None:
-        write_predictions(args.output, table, SEQUENCE_CLASSIFICATION.predictions(scores, cloze.labels, loaded.tokenizer))
+        write_predictions(args.output, table, SequenceClassification().predictions(scores, cloze.labels, loaded.tokenizer))
 
 
 def _parse_words(words: Sequence[str]) -> dict[str, tuple[str, ...]]:

@@ -11,8 +11,9 @@ import jpeft
 from jpeft.cli.command import Command
 from jpeft.cli.tables import print_metrics
 from jpeft.cli.texts import read_file_or_split, read_split
+from jpeft.training.build import read_columns
 from jpeft.training.evaluate import Evaluator
-from jpeft.training.run import Run, columns, open_run
+from jpeft.training.run import Run, open_run
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,7 +32,7 @@ class EvalArgs:
 
 def _run(args: EvalArgs) -> None:
     run = open_run(args.run)
-    names = columns(run.config, run.task)
+    names = read_columns(run.config, run.task)
     if args.data is None:
         # A file is split here as it was in training.
         table = read_split(run.config.data, args.split, **names)

@@ -9,8 +9,9 @@ import tyro
 
 import jpeft
 from jpeft.cli.command import Command
+from jpeft.training.build import attach, load_base
 from jpeft.training.config import TaskName, TrainConfig
-from jpeft.training.run import attach, load_base, open_run
+from jpeft.training.run import open_run
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,7 +38,7 @@ def _run(args: SummaryArgs) -> None:
     elif args.model is not None and not runs:
         config = TrainConfig(model=args.model, data="", output="", task=args.task, method=args.method, options=options, max_length=1)
         loaded = load_base(config, tuple(f"LABEL_{i}" for i in range(args.labels)))
-        peft = attach(config, loaded.params, loaded.new, tokenizer=loaded.tokenizer)
+        peft = attach(config, loaded)
     else:
         raise ValueError("Give the folder of one run, or --model with --method and its options as NAME=VALUE.")
     print(jpeft.summary(peft))

@@ -5,7 +5,7 @@ from __future__ import annotations
 from jpeft.cli.command import Command
 from jpeft.cli.tables import print_metrics
 from jpeft.training.config import TrainConfig
-from jpeft.training.run import RunFolder
+from jpeft.training.run_folder import RunFolder
 from jpeft.training.train import train
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from jpeft.comparison.report import Comparison, Failure, collect
 from jpeft.comparison.rows import ALL, Row, parse_rows
 from jpeft.training.config import CompareConfig, Settings, TrainConfig, check_values, resolved
-from jpeft.training.run import RunFolder
+from jpeft.training.run_folder import RunFolder
 from jpeft.training.train import train
 
 

@@ -17,10 +17,11 @@ from jpeft.comparison.scatter import Line, Point, plot_scatter
 from jpeft.core.summary import readable_bytes
 from jpeft.tasks.task import Task, find_task
 from jpeft.training.config import TrainConfig, changed_fields, from_json, to_json
-from jpeft.training.run import RunFolder
+from jpeft.training.run_folder import RunFolder
+from jpeft.training.setting import names_where
 
-# What may differ between the rows of a comparison.
-_OF_THE_ROW = ("method", "options", "learning_rate", "seed")
+# Settings that may differ between the rows of a comparison.
+PER_ROW = names_where(TrainConfig, lambda about: about.per_row)
 
 
 class Failure(NamedTuple):
@@ -171,7 +172,7 @@ class Comparison:
             "metric": self.task.metric,
             "split": self.split,
             "higher_is_better": self.task.higher_is_better,
-            "settings": {name: value for name, value in to_json(self.config).items() if name not in (*_OF_THE_ROW, "output")},
+            "settings": {name: value for name, value in to_json(self.config).items() if name not in PER_ROW | {"output"}},
             "seeds": self.seeds,
             "rows": [self._row_json(entry) for entry in self.entries],
             "left_out": [{"label": row.label, "error": message} for row, message in self.left_out.items()],
@@ -249,11 +250,11 @@ def collect(
     names: dict[Row, dict[int, str]] = {}
     first: TrainConfig | None = None
     for folder in map(RunFolder, folders):
-        about = folder.about()
+        about = folder.read_config()
         config = from_json(about["run"])
         first = first or config
         changed = changed_fields(to_json(first), to_json(config))
-        different = {name: values for name, values in changed.items() if name not in _OF_THE_ROW}
+        different = {name: values for name, values in changed.items() if name not in PER_ROW}
         if different:
             fields = ", ".join(f"{name} ({old!r} and {new!r})" for name, (old, new) in different.items())
             raise ValueError(f"{first.output} and {folder.path} cannot be compared: they differ in {fields}")
