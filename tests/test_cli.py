@@ -1,6 +1,5 @@
 """The command line, in this process: what each subcommand prints, and one clear line for each bad input."""
 
-import dataclasses
 import inspect
 import json
 import pkgutil
@@ -18,6 +17,8 @@ from jpeft.cli import main
 from jpeft.cli.docstrings import parse_docstring
 from jpeft.cli.flags import rename_old_flags
 from jpeft.cli.main import COMMANDS
+from jpeft.cli.predict import PredictArgs
+from jpeft.training.config import TrainConfig
 from jpeft.training.run import open_run
 
 
@@ -78,7 +79,7 @@ def test_a_page_for_each_method(capfd):
     assert main(["methods", "lora"]) == 0
     out = capfd.readouterr().out
     assert "W' = W + s a b" in out
-    assert "  rslora: bool = False\n      `s = alpha / sqrt(r)`" in out
+    assert "  rslora = False  (True or False)\n      `s = alpha / sqrt(r)`" in out
     assert "Reference: Hu et al." in out
 
 
@@ -101,18 +102,19 @@ def test_every_command_is_in_a_file_of_its_name():
     assert with_command == {command.name for command in COMMANDS}
 
 
-def test_old_flags_work_with_a_warning(capfd):
-    args = dataclasses.make_dataclass("Args", [("head_lr_scale", float), ("grad_accum", int)])
-    old = ["train", "--head-rate", "2", "--accumulate=4", "--text", "accumulate"]
-    assert rename_old_flags(old, args) == ["train", "--head-lr-scale", "2", "--grad-accum=4", "--text", "accumulate"]
-    assert rename_old_flags(["train", "--head_rate", "2"], args) == ["train", "--head-lr-scale", "2"]
-    assert capfd.readouterr().err.splitlines() == [
-        "warning: --head-rate is now called --head-lr-scale",
+def test_old_flags_work_with_a_warning(world, tmp_path, capfd):
+    flags = train_flags(world, tmp_path / "run", "--accumulate=4", "--head_rate", "2")
+    capfd.readouterr()
+    assert main(flags) == 0
+    assert [line for line in capfd.readouterr().err.splitlines() if line.startswith("warning")] == [
         "warning: --accumulate is now called --grad-accum",
         "warning: --head_rate is now called --head-lr-scale",
     ]
-    # A command without the new flag leaves the old one to the parser.
-    assert rename_old_flags(old, dataclasses.make_dataclass("Args", [])) == old
+    run = json.loads((tmp_path / "run" / "config.json").read_text())["run"]
+    assert (run["grad_accum"], run["head_lr_scale"]) == (4, 2.0)
+    # Only flags are renamed, and only those of commands that have the new one.
+    assert rename_old_flags(["train", "--text", "accumulate"], TrainConfig) == ["train", "--text", "accumulate"]
+    assert rename_old_flags(["predict", "--accumulate"], PredictArgs) == ["predict", "--accumulate"]
     assert capfd.readouterr().err == ""
 
 

@@ -5,9 +5,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import inspect
-import types
-import typing
-from typing import Annotated, Any, Literal, Union
+from typing import Annotated
 
 import tyro
 
@@ -15,6 +13,7 @@ import jpeft
 from jpeft.cli.command import Command
 from jpeft.cli.docstrings import parse_docstring
 from jpeft.cli.tables import print_table
+from jpeft.core.options import describe
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,38 +60,9 @@ def method_page(info: jpeft.MethodInfo) -> str:
 
 
 def _declaration(option: inspect.Parameter) -> str:
-    """Return an option as in a signature, such as `rank: int = 8`."""
-    parts = [option.name]
-    if option.annotation is not option.empty:
-        parts.append(f": {_type_name(option.annotation)}")
-    if option.default is not option.empty:
-        parts.append(f" = {option.default!r}")
-    return "".join(parts)
-
-
-def _type_name(annotation: Any) -> str:
-    """Return a type as text: short names, and no metadata of `Annotated` types.
-
-    >>> from collections.abc import Mapping
-    >>> from typing import Annotated, Literal
-    >>> _type_name(Annotated[int, "at least 1"] | Mapping[str, int] | None), _type_name(Literal["lstm", "mlp"])
-    ('int | Mapping[str, int] | None', "'lstm' | 'mlp'")
-    """
-    origin, arguments = typing.get_origin(annotation), typing.get_args(annotation)
-    if origin is Annotated:
-        return _type_name(arguments[0])
-    if origin is Literal:
-        return " | ".join(map(repr, arguments))
-    if origin in (Union, types.UnionType):
-        return " | ".join(dict.fromkeys(map(_type_name, arguments)))
-    if origin is not None:
-        return f"{_type_name(origin)}[{', '.join(map(_type_name, arguments))}]"
-    if annotation in (None, types.NoneType):
-        return "None"
-    if annotation is Ellipsis:
-        return "..."
-    # Anything else is a class, or the text of an annotation.
-    return getattr(annotation, "__name__", str(annotation))
+    """Return an option with its default and what it may be, such as `rank = 8 (a whole number of at least 1)`."""
+    default = "" if option.default is option.empty else f" = {option.default!r}"
+    return f"{option.name}{default}" + ("" if option.annotation is option.empty else f"  ({describe(option.annotation)})")
 
 
 COMMAND = Command("methods", MethodsArgs, _run)
