@@ -5,7 +5,10 @@ import json
 import pkgutil
 import re
 import shutil
+import sys
 from importlib import import_module
+from importlib.util import module_from_spec, spec_from_file_location
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -100,6 +103,27 @@ def test_every_command_is_in_a_file_of_its_name():
     files = {module.name for module in pkgutil.iter_modules(jpeft.cli.__path__)}
     with_command = {name for name in files if hasattr(import_module(f"jpeft.cli.{name}"), "COMMAND")}
     assert with_command == {command.name for command in COMMANDS}
+
+
+def test_the_skeleton_of_a_command(tmp_path, monkeypatch, capfd, fails):
+    spec = spec_from_file_location("command_skeleton", Path(__file__).parents[1] / "docs" / "skeletons" / "command.py")
+    assert spec is not None
+    assert spec.loader is not None
+    skeleton = module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, spec.name, skeleton)  # the parser reads the help texts from the source
+    spec.loader.exec_module(skeleton)
+    monkeypatch.setattr(import_module("jpeft.cli.main"), "COMMANDS", (*COMMANDS, skeleton.COMMAND))
+    path = str(write_csv(tmp_path / "data.csv", make_rows(90)))
+    capfd.readouterr()
+    for label in ("label", "none"):
+        assert main(["rows", path, "--label", label]) == 0
+        head, *rows = capfd.readouterr().out.splitlines()
+        assert head.split() == ["split", "rows"]
+        assert sum(int(row.split()[1]) for row in rows) == 90
+    assert "no column 'body'" in fails("rows", path, "--text", "body")
+    assert "The data has no split 'tset'" in fails("rows", path, "--split", "tset")
+    assert main(["rows", "--help"]) == 0
+    assert "Label column; none for data without labels." in " ".join(capfd.readouterr().out.replace("│", " ").split())
 
 
 def test_old_flags_work_with_a_warning(world, tmp_path, capfd):
