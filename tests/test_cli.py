@@ -321,7 +321,7 @@ def test_bad_input_deletes_nothing_with_overwrite(world, tmp_path, fails):
 def test_eval_errors(world, tmp_path, fails):
     rows = [*make_rows(6, seed=3), ("the cow", "animal")]
     path = write_csv(tmp_path / "data.csv", rows)
-    assert "unknown label 'animal'" in fails("eval", world / "lora", "--data", path)
+    assert "Unknown label 'animal'" in fails("eval", world / "lora", "--data", path)
     assert "no split 'tset'" in fails("eval", world / "lora", "--split", "tset")
     assert "not the folder of a training run" in fails("eval", tmp_path)
     assert "was a model's folder given" in fails("eval", world / "model")
