@@ -9,7 +9,7 @@ import pytest
 
 PACKAGE = Path(__file__).parents[1] / "jpeft"
 # Folders and files that keep the dialect of errors and docstrings; the rest of the package follows. Imports are checked everywhere.
-ROOMS = ("cli",)
+ROOMS = ("checkpoint", "cli", "comparison", "core", "hosts", "reparameterized", "sharding", "tasks", "training", "tree")
 SECTIONS = ("Args", "Returns", "Raises", "Attributes", "Yields", "Example", "Examples")
 
 
@@ -21,9 +21,11 @@ def files(*rooms: str) -> list[Path]:
 def errors_of_dialect(source: str) -> list[str]:
     """What is wrong with the error messages and docstrings of a file."""
     wrong = []
-    for node in ast.walk(ast.parse(source)):
+    tree = ast.parse(source)
+    names = names_of_code(tree)
+    for node in ast.walk(tree):
         if isinstance(node, ast.Raise) and (message := literal_message(node)) is not None:
-            wrong += [f"line {node.lineno}: {fault}: {message}" for fault in faults_of_message(message)]
+            wrong += [f"line {node.lineno}: {fault}: {message}" for fault in faults_of_message(message, names)]
         if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)):
             doc = ast.get_docstring(node) or ""
             wrong += [f"{getattr(node, 'name', 'module')}: {fault}" for fault in faults_of_sections(doc)]
@@ -43,13 +45,20 @@ def literal_message(node: ast.Raise) -> str | None:
     return None
 
 
-def faults_of_message(message: str) -> list[str]:
+def names_of_code(tree: ast.Module) -> set[str]:
+    """The names of functions, classes, arguments and fields in a file, with which a message may begin: "seeds must be ..."."""
+    defined = {node.name for node in ast.walk(tree) if isinstance(node, (ast.FunctionDef, ast.ClassDef))}
+    arguments = {node.arg for node in ast.walk(tree) if isinstance(node, (ast.arg, ast.keyword)) and node.arg}
+    return defined | arguments | {node.attr for node in ast.walk(tree) if isinstance(node, ast.Attribute)}
+
+
+def faults_of_message(message: str, names: set[str]) -> list[str]:
     """A message begins with a capital letter, a quote, a flag, a value or a name of the code, and ends with a full stop."""
     first = message.split()[0] if message.split() else ""
-    names_code = re.match(r"""[A-Z`'"\[({]|--""", first) or re.search(r"[_=({`.\[\]]", first.rstrip(".,:;"))
-    begins = [] if names_code else ["begins in lower case"]
-    ends = re.search(r"[.?]$", message) or re.fullmatch(r"({}\s*)+", message)
-    return begins + ([] if ends else ["has no full stop"])
+    begins = re.match(r"""[A-Z`'"\[({]|--""", first) or re.search(r"[_=({`\[\]]", first) or first.rstrip(".,:;") in names
+    # A message may quote another one, or end with a sentence from elsewhere: "...: {error}", "... . {hint}".
+    ends = re.search(r"[.?]$|[.:] {}$", message) or re.fullmatch(r"({}\s*)+", message)
+    return ([] if begins else ["begins in lower case"]) + ([] if ends else ["has no full stop"])
 
 
 def faults_of_sections(doc: str) -> list[str]:
@@ -103,6 +112,8 @@ def test_faults_are_found(source, fault):
         'raise ValueError(f"{reason}")',
         'raise ValueError(f"rank={rank}: at least 1.")',
         'raise ValueError("batch_size must be at least 1.")',
+        'def f(seeds):\n    raise ValueError("seeds must be different numbers.")',
+        'raise ValueError(f"The adapter is damaged: {error}")',
         'raise ValueError("--words needs two labels.")',
         "raise ValueError(\"'mean' is not a rule.\")",
         "raise ValueError(message)",
