@@ -334,8 +334,8 @@ def test_too_long_input_is_refused(family):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"model_type": "gpt2"}, "unknown model_type 'gpt2'; supported: bert, roberta, distilbert"),
-        ({"hidden_act": "mish"}, "unknown hidden_act 'mish'"),
+        ({"model_type": "gpt2"}, "Unknown model_type 'gpt2'; supported: bert, roberta, distilbert"),
+        ({"hidden_act": "mish"}, "Unknown hidden_act 'mish'"),
         ({"num_attention_heads": 5}, "hidden_size 768 is not a multiple of num_attention_heads 5"),
     ],
 )
@@ -352,7 +352,7 @@ def test_config_from_and_to_hf(family):
     hf = transformers.AutoConfig.for_model(family, **config.to_hf())
     assert BertConfig.from_hf(hf) == config
     assert BertConfig.from_hf(hf, scan=True, dtype=jnp.bfloat16) == dataclasses.replace(config, scan=True, dtype=jnp.bfloat16)
-    with pytest.raises(ValueError, match="unsupported model_type 'gpt2'"):
+    with pytest.raises(ValueError, match="Unsupported model_type 'gpt2'"):
         BertConfig.from_hf(transformers.GPT2Config())
     if family == "bert":
         with pytest.raises(ValueError, match="is_decoder"):
@@ -364,7 +364,7 @@ def test_activations_equal_torch(activation):
     import torch
     from transformers import activations
 
-    from jpeft.models.activations import ACTIVATIONS
+    from jpeft.models.common.activations import ACTIVATIONS
 
     x = np.linspace(-4, 4, 41, dtype=np.float32)
     expected = activations.ACT2FN[activation](torch.tensor(x)).numpy()

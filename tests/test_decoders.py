@@ -258,11 +258,11 @@ def test_gpt2_errors():
 
     with pytest.raises(ValueError, match="hidden_size 768 is not a multiple of num_attention_heads 5"):
         GPT2Config(num_attention_heads=5)
-    with pytest.raises(ValueError, match="unknown hidden_act 'mish'"):
+    with pytest.raises(ValueError, match="Unknown hidden_act 'mish'"):
         GPT2Config(hidden_act="mish")
-    with pytest.raises(ValueError, match="unknown model_type 'bert'; supported: gpt2"):
+    with pytest.raises(ValueError, match="Unknown model_type 'bert'; supported: gpt2"):
         GPT2Config(model_type="bert")
-    with pytest.raises(ValueError, match="unsupported model_type 'bert'"):
+    with pytest.raises(ValueError, match="Unsupported model_type 'bert'"):
         GPT2Config.from_hf(transformers.BertConfig())
     for name in ("add_cross_attention", "scale_attn_by_inverse_layer_idx"):
         with pytest.raises(ValueError, match=f"{name}=True; only {name}=False is supported"):
@@ -280,10 +280,10 @@ def test_llama_errors():
     for message, options in {
         "hidden_size 16 is not a multiple of num_attention_heads 3": {"num_attention_heads": 3},
         "num_attention_heads 4 is not a multiple of num_key_value_heads 3": {"num_key_value_heads": 3},
-        "heads of width 5": {"head_dim": 5},
+        "Heads of width 5": {"head_dim": 5},
         "1 layer_types for num_hidden_layers=2": {"model_type": "qwen2", "layer_types": ("full_attention",)},
-        "unknown layer_types": {"model_type": "qwen2", "layer_types": ("full_attention", "chunked_attention")},
-        "unknown model_type 'gemma'; supported: llama, mistral, qwen2, qwen3": {"model_type": "gemma"},
+        "Unknown layer_types": {"model_type": "qwen2", "layer_types": ("full_attention", "chunked_attention")},
+        "Unknown model_type 'gemma'; supported: llama, mistral, qwen2, qwen3": {"model_type": "gemma"},
         "sliding_window=4: the config.json of a llama cannot say so; that of mistral, qwen2, qwen3 can": {"sliding_window": 4},
         "layer_types=.*: the config.json of a llama cannot": {"layer_types": SLIDES},
         "layer_types=.*: the config.json of a mistral cannot": {"model_type": "mistral", "sliding_window": 4, "layer_types": SLIDES},
@@ -295,7 +295,7 @@ def test_llama_errors():
     }.items():
         with pytest.raises(ValueError, match=message):
             LlamaConfig(**small | options)
-    with pytest.raises(ValueError, match="unknown rope_type 'longrope'; supported: default, linear, dynamic, llama3, yarn"):
+    with pytest.raises(ValueError, match="Unknown rope_type 'longrope'; supported: default, linear, dynamic, llama3, yarn"):
         Rope.from_hf({"rope_theta": 1e4, "rope_type": "longrope", "factor": 2.0})
     with pytest.raises(ValueError, match="needs a factor"):
         Rope.from_hf({"rope_theta": 1e4, "rope_type": "linear"})
@@ -373,7 +373,7 @@ def test_a_mask_of_other_tokens_is_refused():
     _, cache = model.apply(variables, ids[:, :8], mask[:, :8], cache_length=9, mutable=["cache"])
     jaxtyping.config.update("jaxtyping_disable", True)  # only tests check the annotated shapes, and users are to be told too
     try:
-        with pytest.raises(ValueError, match=r"the mask has the shape \(2, 9\), but the ids \(2, 1\)"):
+        with pytest.raises(ValueError, match=r"The mask has the shape \(2, 9\), but the ids \(2, 1\)"):
             model.apply(variables | cache, ids[:, 8:], mask, mutable=["cache"])
     finally:
         jaxtyping.config.update("jaxtyping_disable", False)

@@ -13,7 +13,7 @@ from test_decoders import language_model
 
 import jpeft
 from jpeft.models import abstract_params, generate, save
-from jpeft.models.generate import warp
+from jpeft.models.generation.sampling import filter_logits
 
 NEW = 12
 SIDES = ("left", "right")
@@ -183,7 +183,7 @@ def test_warped_logits_equal_those_of_transformers(options):
     for name, cls in {"temperature": "TemperatureLogitsWarper", "top_k": "TopKLogitsWarper", "top_p": "TopPLogitsWarper"}.items():
         if name in options:
             want = getattr(process, cls)(options[name])(torch.zeros(6, 1).long(), want)
-    np.testing.assert_allclose(jax.jit(lambda x: warp(x, **options))(logits), want.numpy(), rtol=1e-5)
+    np.testing.assert_allclose(jax.jit(lambda x: filter_logits(x, **options))(logits), want.numpy(), rtol=1e-5)
 
 
 def test_samples_follow_the_distribution():
@@ -191,13 +191,13 @@ def test_samples_follow_the_distribution():
     prompt, options = np.array([[7, 8, 9]], np.int32), {"temperature": 1.5, "top_k": 6}
     n = 4000
     drawn = generate(model.apply, {"params": params}, np.repeat(prompt, n, 0), max_new_tokens=2, key=jax.random.key(3), **options).tokens
-    share = jax.nn.softmax(warp(run(model, params, prompt)[:, -1], **options))[0]
+    share = jax.nn.softmax(filter_logits(run(model, params, prompt)[:, -1], **options))[0]
     counts = np.bincount(np.asarray(drawn[:, 0]), minlength=50)
     assert counts[share == 0].sum() == 0
     chi2 = ((counts - n * share) ** 2 / (n * share))[share > 0].sum()
     assert chi2 < 25  # 99.98 % quantile for 5 degrees of freedom
     likely = int(counts.argmax())  # the second word, given the first
-    share = jax.nn.softmax(warp(run(model, params, np.append(prompt, [[likely]], 1))[:, -1], **options))[0]
+    share = jax.nn.softmax(filter_logits(run(model, params, np.append(prompt, [[likely]], 1))[:, -1], **options))[0]
     second = np.asarray(drawn[drawn[:, 0] == likely, 1])
     expected = len(second) * share
     chi2 = ((np.bincount(second, minlength=50) - expected) ** 2 / expected)[expected > 0].sum()
@@ -294,7 +294,7 @@ def test_errors():
         go(top_p=1.5, key=key)
     with pytest.raises(ValueError, match="beams=1, length_penalty=0.5"):
         go(length_penalty=0.5)
-    with pytest.raises(ValueError, match="beams=2 looks for the most likely"):
+    with pytest.raises(ValueError, match="beams=2 searches for the most likely"):
         go(beams=2, key=key)
     with pytest.raises(ValueError, match="early_stopping='always'"):
         go(beams=2, early_stopping="always")

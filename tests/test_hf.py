@@ -254,7 +254,7 @@ def test_two_unnamed_labels_are_the_default(tmp_path):
         ({"labels": ()}, "at least one"),
         ({"labels": ("a", "b", "c"), "num_labels": 2}, "num_labels=2, but there are 3 labels: a, b, c"),
         ({"num_labels": 0}, "num_labels must be at least 1, not 0"),
-        ({"task": "translation"}, "unknown task 'translation'; there are encoder, sequence-classification"),
+        ({"task": "translation"}, "Unknown task 'translation'; there are encoder, sequence-classification"),
     ],
 )
 def test_label_and_task_errors(folder, options, message):
@@ -320,7 +320,7 @@ def test_damaged_weights(folder, content):
         (lambda f: edit_config(f, model_type=None), "model_type None; supported"),
         (lambda f: edit_config(f, hidden_size="wide"), "config.json: .*hidden_size"),
         (lambda f: (f / "model.safetensors").unlink(), "neither model.safetensors nor model.safetensors.index.json"),
-        (lambda f: shutil.rmtree(f), "there is no folder .* and it does not look like a hub id"),
+        (lambda f: shutil.rmtree(f), "There is no folder .* and it does not look like a hub id"),
     ],
 )
 def test_folder_errors(folder, break_it, message):

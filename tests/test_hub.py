@@ -55,7 +55,7 @@ def test_a_model_and_a_data_set_of_the_hub(served, tmp_path):
 @pytest.mark.parametrize(
     ("model", "data", "message"),
     [
-        ("acme/missing", "hub:acme/reviews", "there is no folder acme/missing, and the hub did not give it either"),
+        ("acme/missing", "hub:acme/reviews", "There is no folder acme/missing, and the hub did not give it either"),
         ("acme/tiny", "hub:acme/missing", "hub:acme/missing: the hub gave no such data set"),
     ],
 )

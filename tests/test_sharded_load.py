@@ -18,8 +18,9 @@ from jpeft.models import (
     load,
     partition_rules,
     save,
-    weights,
 )
+from jpeft.models.checkpoints.layout import checkpoint_layout
+from jpeft.models.checkpoints.tensors import Tensors
 
 GPT2 = GPT2Config(vocab_size=30, hidden_size=8, num_hidden_layers=2, num_attention_heads=2, max_position_embeddings=16)
 LLAMA = LlamaConfig(
@@ -65,8 +66,8 @@ class SpySlice:
 
 def spy(monkeypatch):
     """All that is read of safetensors files from here on: (tensor, bytes)."""
-    found, real = [], weights.Tensors._open
-    monkeypatch.setattr(weights.Tensors, "_open", lambda self, file: Spy(real(self, file), found))
+    found, real = [], Tensors._open
+    monkeypatch.setattr(Tensors, "_open", lambda self, file: Spy(real(self, file), found))
     return found
 
 
@@ -91,9 +92,9 @@ def test_each_part_is_read_once_and_nothing_else(tmp_path, monkeypatch, name, sc
     largest = {}
     for tensor, size in found:
         largest[tensor] = max(size, largest.get(tensor, 0))
-    for entry in weights.checkpoint_layout(want.model):
+    for entry in checkpoint_layout(want.model):
         per_layer = jpeft.flatten(got.params)[entry.path].addressable_shards[0].data.nbytes // (len(entry.names) if entry.stacked else 1)
-        stored = weights.Tensors(tmp_path / "model", want.config.model_type)
+        stored = Tensors(tmp_path / "model", want.config.model_type)
         for tensor in entry.names:
             assert largest[stored._where[stored._find(tensor)][0]] == per_layer
     query = jpeft.flatten(got.params)[next(path for path in where if path.endswith(("query/kernel", "c_attn/kernel", "q_proj/kernel")))]
