@@ -27,6 +27,7 @@ class TaskModel:
       hf_suffix: what the name of Hugging Face's class ends with, such as "ForCausalLM".
       has_labels: the head has one output for each label, and config.json holds the names of the labels.
       scores_words: the head scores the words of the vocabulary, so a checkpoint may hold a copy of a tied word embedding.
+      generates: the model can be called with ``cache_length=`` and ``logits_at=``, as `jpeft.models.generate` does.
       requires_tied_head: the head is always the word embedding; a checkpoint with a separate one is refused.
     """
 
@@ -34,6 +35,7 @@ class TaskModel:
     hf_suffix: str
     has_labels: bool = False
     scores_words: bool = False
+    generates: bool = False
     requires_tied_head: bool = False
 
 

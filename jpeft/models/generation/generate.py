@@ -1,7 +1,8 @@
 """Text from a decoder with a cache of keys and values: greedy, sampled or by beam search, as one compiled program.
 
 The program runs the prompts once, which makes the cache (the prefill), and then one token at a time in a `lax.while_loop` until every row
-has met a stop token. `generate` is given the forward function, plain or wrapped, and the variables; it does not depend on models or methods.
+has met a stop token. `generate` is given the forward function, plain or wrapped, and the variables. It does not depend on models or
+methods.
 """
 
 import functools

@@ -24,7 +24,7 @@ FAMILY = Family(
     hf_classes={"gpt2": "GPT2"},
     models={
         "decoder": TaskModel(module=GPT2Model, hf_suffix="Model"),
-        "causal-lm": TaskModel(module=GPT2LMHeadModel, hf_suffix="LMHeadModel", scores_words=True),
+        "causal-lm": TaskModel(module=GPT2LMHeadModel, hf_suffix="LMHeadModel", scores_words=True, generates=True),
     },
     language_model="causal-lm",
     stacks=(BlockStack(path="h"),),

@@ -23,7 +23,7 @@ FAMILY = Family(
     hf_classes={"llama": "Llama", "mistral": "Mistral", "qwen2": "Qwen2", "qwen3": "Qwen3"},
     models={
         "decoder": TaskModel(module=LlamaModel, hf_suffix="Model"),
-        "causal-lm": TaskModel(module=LlamaForCausalLM, hf_suffix="ForCausalLM", scores_words=True),
+        "causal-lm": TaskModel(module=LlamaForCausalLM, hf_suffix="ForCausalLM", scores_words=True, generates=True),
     },
     language_model="causal-lm",
     stacks=(BlockStack(path="layers"),),
