@@ -8,11 +8,11 @@ is called with. They rely on these promises.
    a head], so heads are on axis -2; key and value may have fewer heads. The mask is boolean, [batch or 1, 1, queries or 1, keys]. The core
    accepts keys, values and a mask that are longer than the text. *Prefix-tuning and P-tuning v2 put their keys in front here.*
    `AttentionCore` is such a module.
-2. **The positions.** A body, the module that is given the token ids, has a module without parameters that is named ``positions``. It returns
-   a tuple with the fields `position_ids` and `offset` and the method `_replace`. Everything that depends on positions (tables, rotations,
+2. **The positions.** A body, the module that is given the token ids, has a module without parameters that is named ``positions``. It
+   returns a tuple with the fields `position_ids` and `offset` and the method `_replace`. Everything that depends on positions (tables, rotations,
    the check of the table's length) uses this result. *A prefix of l keys adds l to both.* `TokenPositions` is such a tuple.
-3. **The word embedding.** It is one `nn.Embed`, called with the token ids, with the path that the role `embedding` says. *Prompts answer ids
-   beyond the vocabulary here, so no other module may check the range of ids.*
+3. **The word embedding.** It is one `nn.Embed`, called with the token ids, with the path that the role `embedding` says. *Prompts answer
+   ids beyond the vocabulary here, so no other module may check the range of ids.*
 4. **The body.** One module stands between all heads and everything else. It is called with the token ids first, and with `attention_mask`,
    `token_type_ids` or `position_ids`, all [batch, length], under these names. Its outputs are [batch, length, width]. *Prompts lengthen the
    inputs and cut the outputs.*
@@ -108,7 +108,10 @@ def _check_core(args: tuple[Any, ...], kwargs: Mapping[str, Any], call: Any) -> 
     if mask.shape[-1] != key.shape[1] or mask.dtype != jnp.bool_:
         return [f"The mask of '{CORE}' must be boolean and as long as the keys: {shapes}, {mask.dtype}."]
     front = lambda x, axis: jnp.concatenate([jnp.ones_like(jax.lax.slice_in_dim(x, 0, 1, axis=axis)), x], axis)
-    longer = call(query, front(key, 1), front(value, 1), front(mask, 3), *rest, **kwargs)
+    try:
+        longer = call(query, front(key, 1), front(value, 1), front(mask, 3), *rest, **kwargs)
+    except (TypeError, ValueError) as error:
+        return [f"'{CORE}' does not accept one more key: {error}"]
     if longer.shape[:3] != query.shape[:3]:
         return [f"'{CORE}' with one more key returns {longer.shape} for {shapes}."]
     return []
@@ -125,9 +128,8 @@ def _check_embedding(model: nn.Module, roles: Roles, leaves: Mapping[str, Any]) 
 
 def _check_blocks(model: nn.Module, family: Family, leaves: Mapping[str, Any]) -> list[str]:
     """Return what is wrong with the stacks of blocks and the roles of their parameters."""
-    broken = [
-        f"No module plays the role {role}." for role in _REQUIRED_ROLES if not any(family.roles.matches(role, path) for path in leaves)
-    ]
+    roles = family.roles
+    broken = [f"No module plays the role {role}." for role in _REQUIRED_ROLES if not any(roles.matches(role, path) for path in leaves)]
     for stack in family.stacks:
         depths = {path: depth for path in leaves if (depth := stack.find(path.split("/")[:-1])) is not None}
         count = getattr(model.config, stack.num_layers)
@@ -137,10 +139,9 @@ def _check_blocks(model: nn.Module, family: Family, leaves: Mapping[str, Any]) -
             broken += [f"'{path}' is not stacked {count} times on axis 0." for path in depths if leaves[path].shape[:1] != (count,)]
         elif (found := {path.split("/")[depth] for path, depth in depths.items()}) != {str(i) for i in range(count)}:
             broken.append(f"The stack '{stack.path}' has the blocks {sorted(found)}; {stack.num_layers} is {count}.")
-        roleless = sorted(
-            {re.sub(r"/\d+/", "/*/", path) for path in depths if not any(family.roles.matches(role, path) for role in _BLOCK_ROLES)}
-        )
-        broken += [f"'{path}' is in a block and plays none of the roles {', '.join(_BLOCK_ROLES)}." for path in roleless]
+        roleless = [path for path in depths if not any(roles.matches(role, path) for role in _BLOCK_ROLES)]
+        kinds = sorted({re.sub(r"/\d+/", "/*/", path) for path in roleless})
+        broken += [f"'{path}' is in a block and plays none of the roles {', '.join(_BLOCK_ROLES)}." for path in kinds]
     return broken
 
 
