@@ -76,5 +76,7 @@ def checkpoint_layout(model: nn.Module) -> list[Entry]:
                 owners = [[*modules[:depth], str(i), *modules[depth:]] for i in range(getattr(config, stack.num_layers))]
                 stacked = True
         names = tuple(".".join([*owner, _LEAVES[last]]) for owner in owners)
+        if not family.names.prefixed:
+            names = tuple(name.removeprefix(f"{family.names.body}.") for name in names)
         entries.append(Entry(path, names, transposed, stacked, leaf.shape, leaf.dtype))
     return entries

@@ -9,8 +9,8 @@ is called with. They rely on these promises.
    accepts keys, values and a mask that are longer than the text. *Prefix-tuning and P-tuning v2 put their keys in front here.*
    `AttentionCore` is such a module.
 2. **The positions.** A body, the module that is given the token ids, has a module without parameters that is named ``positions``. It
-   returns a tuple with the fields `position_ids` and `offset` and the method `_replace`. Everything that depends on positions (tables, rotations,
-   the check of the table's length) uses this result. *A prefix of l keys adds l to both.* `TokenPositions` is such a tuple.
+   returns a tuple with the fields `position_ids` and `offset` and the method `_replace`. Everything that depends on positions (tables,
+   rotations, the check of the table's length) uses this result. *A prefix of l keys adds l to both.* `TokenPositions` is such a tuple.
 3. **The word embedding.** It is one `nn.Embed`, called with the token ids, with the path that the role `embedding` says. *Prompts answer
    ids beyond the vocabulary here, so no other module may check the range of ids.*
 4. **The body.** One module stands between all heads and everything else. It is called with the token ids first, and with `attention_mask`,

@@ -115,7 +115,8 @@ class CheckpointNames:
     r"""How the tensors of a family are called in a checkpoint, where that differs from our paths with dots in place of slashes.
 
     Attributes:
-      body: what stands in front of the body's tensors in the checkpoint of a model with a head; None for the model type.
+      body: the name of the body in our models with a head; None for the model type.
+      prefixed: checkpoints of models with a head have the body's name in front of the body's tensors.
       untransposed: regex of our paths of kernels that checkpoints store as (inputs, outputs), as we do, not as torch's Linear.
       old_names: pairs of a regex and its replacement, which give a tensor of an old checkpoint its present name.
       second_names: pairs of a regex and its replacement, which turn the name of a tensor into another name that a file may hold instead.
@@ -124,6 +125,7 @@ class CheckpointNames:
     """
 
     body: str | None = None
+    prefixed: bool = True
     untransposed: str = NOTHING
     old_names: tuple[tuple[str, str], ...] = ()
     second_names: tuple[tuple[str, str], ...] = ()
