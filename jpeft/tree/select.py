@@ -40,6 +40,11 @@ def named(name: str, path: Path) -> bool:
     return f"/{path}".endswith(f"/{name}") or f"/{module}".endswith(f"/{name}")
 
 
+def chooses(target: str | Sequence[str], path: Path) -> bool:
+    """Whether a target, a regex or a list of names, names a path."""
+    return matches(target, path) if isinstance(target, str) else any(named(name, path) for name in target)
+
+
 def select(paths: Iterable[Path], target: str | Sequence[str], *, option: str = "target", params: Params | None = None) -> list[Path]:
     """The paths that a target names.
 
@@ -56,7 +61,7 @@ def select(paths: Iterable[Path], target: str | Sequence[str], *, option: str = 
     paths = list(paths)
     if isinstance(target, str):
         try:
-            found = [path for path in paths if matches(target, path)]
+            found = [path for path in paths if chooses(target, path)]
         except re.error as e:
             raise ValueError(f"{option}={target!r} is not a regular expression: {e}.") from e
         if not found:
@@ -65,7 +70,7 @@ def select(paths: Iterable[Path], target: str | Sequence[str], *, option: str = 
     for name in target:
         if not any(named(name, path) for path in paths):
             raise ValueError(_nothing(option, name, paths, params))
-    return [path for path in paths if any(named(name, path) for name in target)]
+    return [path for path in paths if chooses(target, path)]
 
 
 def _nothing(option: str, target: str, paths: list[Path], params: Params | None) -> str:
