@@ -112,7 +112,7 @@ def checkpoint(tmp_path_factory):
 def test_equals_torch(checkpoint, family, task, variant):
     folder, expected, expected_states, expected_pooled = checkpoint(family, task)
     loaded = load(folder, task=task, **VARIANTS[variant])
-    assert loaded.new == frozenset()
+    assert loaded.initialised == frozenset()
     assert loaded.unused == frozenset()
     inputs = batch(loaded.config)
     options = {"output_hidden_states": True} if task == "encoder" else {}

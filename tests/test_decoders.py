@@ -138,7 +138,7 @@ def checkpoint(tmp_path_factory):
 def test_equals_torch(checkpoint, case, variant):
     folder, expected = checkpoint(case)
     loaded = load(folder, task="causal-lm", **VARIANTS[variant])
-    assert loaded.new == loaded.unused == frozenset()
+    assert loaded.initialised == loaded.unused == frozenset()
     assert loaded.config == dataclasses.replace(CASES[case][0], **VARIANTS[variant])
     for side in ("right", "left"):
         ids, mask = batch(side)
@@ -154,7 +154,7 @@ def test_equals_torch(checkpoint, case, variant):
 def test_body_equals_torch(checkpoint, case, variant):
     folder, expected = checkpoint(case, body=True)
     loaded = load(folder, task="decoder", **VARIANTS[variant])
-    assert loaded.new == loaded.unused == frozenset()
+    assert loaded.initialised == loaded.unused == frozenset()
     ids, mask = batch()
     output, real = run(loaded.model, loaded.params, ids, mask, output_hidden_states=True), mask.astype(bool)
     assert len(output.hidden_states) == 3
@@ -172,7 +172,7 @@ def test_round_trip_and_torch_opens_it(tmp_path, case, scan):
     save(tmp_path / "out", model, params)
     loaded = load(tmp_path / "out", task="causal-lm", scan=scan)
     assert_equal(loaded.params, params)
-    assert loaded.new == loaded.unused == frozenset()
+    assert loaded.initialised == loaded.unused == frozenset()
     assert loaded.config == dataclasses.replace(config, scan=scan)
     hf, info = getattr(transformers, prefix + suffix).from_pretrained(tmp_path / "out", output_loading_info=True)
     assert not any(info[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"))
@@ -199,7 +199,7 @@ def test_shards_and_bfloat16_of_llama(tmp_path):
     changes = {"rope_parameters": None, "rope_theta": 100.0, "rope_scaling": {"type": "linear", "factor": 2.0}, "head_dim": None}
     edit_config(tmp_path, **changes)
     loaded = load(tmp_path, task="causal-lm")
-    assert loaded.new == loaded.unused == frozenset()
+    assert loaded.initialised == loaded.unused == frozenset()
     assert loaded.config.rope == Rope(100.0, "linear", factor=2.0)
     assert loaded.config.head_size == 4
     weight = torch.model.layers[1].mlp.down_proj.weight
@@ -219,7 +219,7 @@ def test_gpt2_checkpoints_of_other_makes(checkpoint, tmp_path):
     edit(tmp_path / "out", rename)
     loaded = load(tmp_path / "out", task="causal-lm")
     assert_equal(loaded.params, expected.params)
-    assert loaded.new == loaded.unused == frozenset()
+    assert loaded.initialised == loaded.unused == frozenset()
     body = load(tmp_path / "out", task="decoder")
     assert_equal(body.params, expected.params["transformer"])
     assert body.unused == {"lm_head.weight"}

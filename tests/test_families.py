@@ -50,6 +50,18 @@ def test_roles_cover_every_parameter_once(name):
             assert not inside_head or "head" in played, (path, played)
 
 
+@pytest.mark.parametrize("name", CONFIGS)
+def test_the_table_of_layouts_says_the_same(name):
+    """Methods find layers by `jpeft.layouts`, from names alone; what a family says of itself must agree."""
+    layouts = pytest.importorskip("jpeft.layouts")
+    roles = families.family_of(name).roles
+    for model in models_of(CONFIGS[name]):
+        params = abstract_params(model)
+        for role in ("embedding", "attention_in", "attention_out", "ffn_in", "ffn_out"):
+            weights = [path for path in jpeft.flatten(params) if roles.matches(role, path) and not path.endswith("bias")]
+            assert sorted(layouts.find(params, f"@{role}")) == sorted(weights)
+
+
 def broken_promises(name, **changes):
     """What `check_model` says of a family's first model, with changes to the description."""
     family = dataclasses.replace(families.family_of(name), **changes)

@@ -85,7 +85,7 @@ def test_folders_are_written_and_read(tmp_path, new, scan):
     assert about["architectures"] == [prefix + family.models[family.language_model].hf_suffix]
     loaded = jpeft.models.load(tmp_path / "out", task="language-model", scan=scan)
     assert loaded.config == model.config
-    assert loaded.new == loaded.unused == frozenset()
+    assert loaded.initialised == loaded.unused == frozenset()
     chex.assert_trees_all_equal(loaded.params, params)
     other = jpeft.models.load(tmp_path / "out", task=family.language_model, scan=not scan)
     want = jax.jit(model.apply)({"params": params}, *batch(texts))

@@ -85,7 +85,7 @@ def test_each_part_is_read_once_and_nothing_else(tmp_path, monkeypatch, name, sc
     chex.assert_trees_all_equal(jax.device_get(got.params), jax.device_get(want.params))
     where = jpeft.flatten(sharding.shardings(want.params, mesh, partition_rules(want.model)))
     assert {path: leaf.sharding for path, leaf in jpeft.flatten(got.params).items()} == where
-    assert (got.new, got.unused, got.labels) == (want.new, want.unused, want.labels)
+    assert (got.initialised, got.unused, got.labels) == (want.initialised, want.unused, want.labels)
 
     # Every byte is read once, though two devices hold it, and no read is larger than what one device holds of a tensor.
     assert sum(size for _, size in found) == sum(leaf.nbytes for leaf in jax.tree.leaves(want.params))

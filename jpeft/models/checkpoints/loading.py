@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding
 
 from jpeft import distributed
+from jpeft.deprecation import renamed_fields
 from jpeft.models import families
 from jpeft.models.checkpoints.folder import find_folder, import_transformers, read_config
 from jpeft.models.checkpoints.layout import Entry, checkpoint_layout
@@ -23,6 +24,7 @@ from jpeft.sharding import Rules, place
 from jpeft.tree.paths import unflatten
 
 
+@renamed_fields(new="initialised")
 @dataclasses.dataclass(frozen=True)
 class Loaded:
     """A pretrained model, as `load` returns it."""
@@ -30,7 +32,7 @@ class Loaded:
     model: nn.Module
     params: dict[str, Any]  # the tree inside {"params": ...}
     labels: tuple[str, ...]  # of a head with labels, in the order of its outputs; else empty
-    new: frozenset[str]  # paths of parameters that the checkpoint lacks, freshly initialised
+    initialised: frozenset[str]  # paths of parameters that the checkpoint lacks, so that they are freshly initialised
     unused: frozenset[str]  # names of tensors that the model does not have
     folder: Path  # the local folder that everything was read from
 
@@ -85,7 +87,7 @@ def load(
       rules: how the parameters are split over the mesh; None for the family's own (`partition_rules`).
 
     Returns:
-      A `Loaded`. Its `new` lists the parameters that the checkpoint lacks, its `unused` the tensors that the model does not have.
+      A `Loaded`. Its `initialised` lists the parameters that the checkpoint lacks, its `unused` the tensors that the model does not have.
 
     Raises:
       ValueError: if the folder, its configuration or its weights are missing, unsupported, damaged or of other shapes; if the labels are
@@ -114,12 +116,12 @@ def load(
     tensors = Tensors(folder, config.model_type)
     split = family.partition if rules is None else rules
     shard = None if mesh is None else lambda entry: NamedSharding(mesh, place(entry.path, entry.shape, mesh, split).spec)
-    params, new = _read_params(model, tensors, fresh_head, jax.random.key(0) if key is None else key, shard)
+    params, initialised = _read_params(model, tensors, fresh_head, jax.random.key(0) if key is None else key, shard)
     if described.has_labels and not names:
-        if any(family.roles.matches("head", path) for path in new):
+        if any(family.roles.matches("head", path) for path in initialised):
             raise ValueError(f"{folder} names no labels and has no {task} head: pass labels=(...) or num_labels=.")
         names = tuple(hf_config.id2label[i] for i in range(hf_config.num_labels))
-    return Loaded(model, params, names, frozenset(new), tensors.unused(scores_words=described.scores_words), folder)
+    return Loaded(model, params, names, frozenset(initialised), tensors.unused(scores_words=described.scores_words), folder)
 
 
 def _choose_labels(labels: Sequence[str] | None, num_labels: int | None, stored: Mapping[int, str] | None) -> tuple[str, ...]:
@@ -145,14 +147,14 @@ def _read_params(
 ) -> tuple[dict[str, Any], list[str]]:
     """Return all parameters, and the paths of those that are freshly initialised."""
     roles = families.family_of(model.config.model_type).roles
-    params, new, missing = {}, [], []
+    params, initialised, missing = {}, [], []
     for entry in checkpoint_layout(model):
         in_head, in_pooler = roles.matches("head", entry.path), roles.matches("pooler", entry.path)
         absent = [name for name in entry.names if name not in tensors]
         if (in_head and fresh_head) or ((in_head or in_pooler) and absent):
             leaf = _initialise(entry, model.config, key)
             params[entry.path] = leaf if shard is None else distributed.place(leaf, shard(entry))
-            new.append(entry.path)
+            initialised.append(entry.path)
         elif absent:
             missing += absent
         elif shard is None:
@@ -162,7 +164,7 @@ def _read_params(
     if missing:
         shown = ", ".join(missing[:8]) + (", ..." if len(missing) > 8 else "")
         raise ValueError(f"The checkpoint lacks {len(missing)} tensors of the {model.config.model_type} body: {shown}.")
-    return unflatten(params), new
+    return unflatten(params), initialised
 
 
 def _read_shards(entry: Entry, tensors: Tensors, sharding: NamedSharding) -> jax.Array:
