@@ -1,4 +1,4 @@
-"""The BERT family as linen modules: parity with torch, parameter trees, dtypes, dropout, and room for middleware."""
+"""The BERT family as linen modules: parity with torch, parameter trees, dtypes, dropout, and modules that methods wrap."""
 
 import dataclasses
 import itertools
@@ -55,7 +55,7 @@ def batch(config):
 
 
 def random_params(model):
-    """Parameters where nothing is 0 or 1 as in a fresh model, which would hide mix-ups; the same for every dtype."""
+    """Random parameters. A fresh model has many zeros and ones, which would hide parameters that are mixed up."""
     rng = np.random.default_rng(1)
 
     def draw(path, leaf):
@@ -70,7 +70,7 @@ def run(model, params, *inputs, **options):
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory):
-    """(family, task) -> folder of a tiny random torch model, and what it answers to `batch`."""
+    """(family, task) -> folder of a tiny random torch model, and its outputs for `batch`."""
     import torch
     import transformers
 
@@ -145,7 +145,7 @@ def test_padding_does_not_matter(family):
 
 
 def stacked(params, layers):
-    """Parameters of the unrolled model as those of the scanned one: layer/0, layer/1, ... stacked as layer."""
+    """Stack the parameters of the unrolled model, layer/0, layer/1, ..., as the scanned model has them in layer."""
     flat = flatten_dict(params, sep="/")
     result = {path: leaf for path, leaf in flat.items() if "/layer/" not in path}
     for path in [path for path in flat if "/layer/0/" in path]:
@@ -262,7 +262,7 @@ def test_dropout_is_active_in_training_only(family, variant):
 
 @pytest.mark.parametrize("scan", [False, True])
 def test_dropout_differs_between_layers(scan):
-    """With blocks that are all the same, equal dropout masks would give equal outputs."""
+    """All blocks have the same parameters here, so equal dropout masks would give equal outputs."""
     config = tiny("bert", scan=scan, hidden_dropout_prob=0.5, attention_probs_dropout_prob=0.0)
     model = BertModel(config, pooling=False)
     params = jax.tree.map(jnp.zeros_like, random_params(model))
@@ -281,7 +281,7 @@ def test_dropout_differs_between_layers(scan):
 @pytest.mark.parametrize("scan", [False, True])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_positions_and_core_can_be_widened(family, scan):
-    """What prompts and prefixes do: lengthen what passes through the two parameterless modules and the embedding."""
+    """Prompts and prefixes lengthen the inputs of the two parameterless modules and of the embedding."""
     extra, before = 2, (2, 0)
     model = BertModel(tiny(family, scan=scan), pooling=False)
     params, inputs = random_params(model), batch(model.config)

@@ -1,4 +1,4 @@
-"""Decoders as linen modules: parity with torch, folders in and out, caches, padding, dtypes, and room for middleware."""
+"""Decoders as linen modules: parity with torch, folders in and out, caches, padding, dtypes, and modules that methods wrap."""
 
 import dataclasses
 from typing import Any
@@ -112,7 +112,7 @@ def torch_run(model, ids, mask, **options):
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory):
-    """(case, body) -> folder of a tiny random torch model, and what it answers to `batch`, padded on either side."""
+    """(case, body) -> folder of a tiny random torch model, and its outputs for `batch` with padding on either side."""
     done = {}
 
     def make(case, body=False):
@@ -192,7 +192,7 @@ def test_scan_is_the_plain_parameters_stacked(checkpoint):
 
 
 def test_shards_and_bfloat16_of_llama(tmp_path):
-    """What the hub's checkpoints are like; old ones have the base of the frequencies beside their scaling, and rotary buffers."""
+    """Checkpoints of the hub are sharded bfloat16. Old ones have rope_theta outside the scaling, and rotary buffers."""
     torch = torch_model("llama").bfloat16()
     torch.save_pretrained(tmp_path, max_shard_size="4KB")
     assert len(list(tmp_path.glob("model-*.safetensors"))) > 2
@@ -207,7 +207,7 @@ def test_shards_and_bfloat16_of_llama(tmp_path):
 
 
 def test_gpt2_checkpoints_of_other_makes(checkpoint, tmp_path):
-    """The hub's gpt2 has neither the prefix nor the head, but masks; others have the tied head written out."""
+    """The hub's gpt2 has causal masks and lacks the prefix and the head. Other checkpoints hold a copy of the tied head."""
     expected = load(checkpoint("gpt2")[0], task="causal-lm")
     save(tmp_path / "out", expected.model, expected.params)
 
@@ -326,7 +326,7 @@ def test_padding_does_not_matter(case):
     ("case", "variant"), [("gpt2", "plain"), ("llama", "plain"), ("mistral", "plain"), ("qwen2", "scan-remat"), ("qwen3", "scan-remat")]
 )
 def test_a_cache_changes_nothing(case, variant, side):
-    """A padded prompt of LENGTHS, three tokens more in one call, two in one each: as if all had been there from the start."""
+    """A padded prompt, three more tokens in one call and two in a call each give the logits of the whole text at once."""
     model = language_model(case, **VARIANTS[variant])
     params, (ids, mask) = random_params(model), batch(side)
     more = np.random.default_rng(1).integers(3, 50, (2, 5)).astype(np.int32)
@@ -353,7 +353,7 @@ def test_a_prompt_longer_than_its_cache_is_refused():
 
 @pytest.mark.parametrize(("case", "variant"), [("gpt2", "plain"), ("qwen2", "scan-remat")])
 def test_a_full_cache_is_no_place_for_more(case, variant):
-    """Eight slots: the last of them is good, a ninth token is an error, and NaN in a compiled step, which cannot see how full they are."""
+    """Of eight slots the last one can be used. A ninth token is an error, or NaN in a compiled step, which cannot check."""
     model = language_model(case, **VARIANTS[variant])
     variables, ids = {"params": random_params(model)}, batch()[0]
     _, cache = model.apply(variables, ids[:, :7], cache_length=8, mutable=["cache"])
@@ -367,7 +367,7 @@ def test_a_full_cache_is_no_place_for_more(case, variant):
 
 
 def test_a_mask_of_other_tokens_is_refused():
-    """Hugging Face's is of all tokens so far; here one column would be broadcast."""
+    """Hugging Face takes the mask of all tokens so far. Here such a mask would be broadcast without an error."""
     model = language_model("gpt2")
     variables, (ids, mask) = {"params": random_params(model)}, batch()
     _, cache = model.apply(variables, ids[:, :8], mask[:, :8], cache_length=9, mutable=["cache"])
@@ -412,7 +412,7 @@ def test_dropout_is_active_in_training_only(variant):
 
 @pytest.mark.parametrize(("case", "scan"), PAIRED)
 def test_keys_can_be_put_in_front(case, scan):
-    """What a prefix does: lengthen what passes through the parameterless `core`, and move the tokens behind it."""
+    """A prefix lengthens the keys, values and mask that the parameterless `core` is given."""
     config, _, body, *_ = CASES[case]
     model = body(dataclasses.replace(config, scan=scan))
     params, inputs = random_params(model), batch()
@@ -438,7 +438,7 @@ def test_keys_can_be_put_in_front(case, scan):
 @pytest.mark.parametrize("method", ["lora", "bitfit", "adapter", "parallel_adapter"])
 @pytest.mark.parametrize(("case", "scan"), [("gpt2", False), ("gpt2", True), ("llama", False), ("qwen2", True), ("qwen3", True)])
 def test_methods_find_their_places(case, method, scan):
-    """With default options: identity at first (nearly so for the adapter), and every kernel of a block has its low-rank update."""
+    """With default options the model is unchanged at first (nearly, for the adapter), and LoRA finds every kernel of a block."""
     model = language_model(case, scan=scan)
     params = random_params(model)
     if method == "bitfit" and not any(path.endswith("bias") for path in flatten_dict(params, sep="/")):

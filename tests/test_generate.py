@@ -1,4 +1,4 @@
-"""Generation: equal to torch's token for token, padding, stop tokens, methods active, one program."""
+"""Generation: the same tokens as torch, padding, stop tokens, wrapped models, one program."""
 
 import functools
 from typing import Any
@@ -21,7 +21,7 @@ LENGTHS = (9, 5, 7, 1)  # of the prompts
 
 
 def batch(side="left"):
-    """Ids and mask of prompts of LENGTHS, the same ones padded on either side."""
+    """Ids and mask of prompts of LENGTHS, padded on one side."""
     mask = (np.arange(max(LENGTHS)) < np.array(LENGTHS)[:, None]).astype(np.int32)
     ids = np.random.default_rng(0).integers(3, 50, mask.shape).astype(np.int32) * mask
     if side == "right":
@@ -31,7 +31,7 @@ def batch(side="left"):
 
 @functools.cache
 def decoder(case, **changes):
-    """A tiny decoder with weights so large and biases so small that it does not write one word again and again."""
+    """A tiny decoder with weights so large and biases so small that it does not repeat one word."""
     model, rng = language_model(case, **changes), np.random.default_rng(1)
 
     def draw(path, leaf):
@@ -66,7 +66,7 @@ def torch_generate(model, ids, mask, **options):
 
 
 def slowly(forward, variables, ids, mask):
-    """Greedy text the simple way: the whole sequence anew for every token, each row by itself and without padding."""
+    """Greedy text without a cache: run the whole sequence again for every token, each row alone and without padding."""
     rows = []
     step = jax.jit(lambda variables, ids, last: forward(variables, ids, logits_at=last))
     for row, real in zip(ids, mask.astype(bool)):
@@ -137,7 +137,7 @@ METHODS = {
     ],
 )
 def test_methods_are_active(case, method):
-    """What is generated through a cache is what the wrapped model says without one."""
+    """A wrapped model generates the same text with a cache as without one."""
     model, params = decoder(case)
     peft = jpeft.apply(params, method=METHODS[method])
     peft = peft.replace(adapter=noised(peft.adapter, 0.5))

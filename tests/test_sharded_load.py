@@ -1,4 +1,4 @@
-"""Checkpoints read straight into the parts that devices hold."""
+"""Checkpoints of which each process reads only the parts that its devices hold."""
 
 import chex
 import jax
@@ -36,7 +36,7 @@ MODELS = {
 
 
 class Spy:
-    """A safetensors file that counts what is read of it."""
+    """A safetensors file that records what is read from it."""
 
     def __init__(self, file, reads):
         self.file, self.reads = file, reads
@@ -65,7 +65,7 @@ class SpySlice:
 
 
 def spy(monkeypatch):
-    """All that is read of safetensors files from here on: (tensor, bytes)."""
+    """Record everything that is read from safetensors files from now on, as (tensor, bytes)."""
     found, real = [], Tensors._open
     monkeypatch.setattr(Tensors, "_open", lambda self, file: Spy(real(self, file), found))
     return found

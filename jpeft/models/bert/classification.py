@@ -51,6 +51,7 @@ class BertForSequenceClassification(nn.Module):
         config, family = self.config, self.config.model_type
         body = BertModel(config, pooling=family == "bert", name=family)
         output = body(input_ids, attention_mask, token_type_ids, deterministic=deterministic)
+        # Only BERT classifies the pooler's output; the others classify the first position. [batch, hidden]
         hidden = output.pooled if family == "bert" else output.last_hidden_state[:, 0]
         if family == "roberta":
             logits = RobertaClassificationHead(config, self.num_labels, name="classifier")(hidden, deterministic)

@@ -77,6 +77,7 @@ class BertConfig(ModelConfig):
     def _special_fields(cls, config: Any) -> dict[str, Any]:
         if getattr(config, "is_decoder", False):
             raise ValueError("This configuration has is_decoder=True; only encoders are supported.")
+        # Relative positions were an option of older versions of `transformers`.
         positions = getattr(config, "position_embedding_type", "absolute")
         if positions != "absolute":
             raise ValueError(f"position_embedding_type {positions!r} is not supported, only 'absolute'.")
@@ -115,4 +116,5 @@ class BertConfig(ModelConfig):
 
 
 def _with_defaults(overrides: dict[str, Any], **defaults: Any) -> dict[str, Any]:
+    """Return the overrides, and the defaults for fields without one."""
     return defaults | overrides

@@ -27,12 +27,14 @@ class BertPositions(nn.Module):
         """Count all positions from 0. RoBERTa counts from pad_token_id + 1, and only the ids that are not padding."""
         input_ids = jnp.asarray(input_ids)
         if self.config.model_type == "roberta":
+            # RoBERTa was trained in fairseq, whose position table has a row for padding at pad_token_id. Padding keeps that row.
             is_token = (input_ids != self.config.pad_token_id).astype(jnp.int32)
             position_ids = jnp.cumsum(is_token, axis=1) * is_token + self.config.pad_token_id
         else:
-            position_ids = jnp.arange(input_ids.shape[1])[None]
+            position_ids = jnp.arange(input_ids.shape[1])[None]  # [1, length]: the same for all rows
         types = jnp.zeros_like(input_ids) if token_type_ids is None else jnp.asarray(token_type_ids)
         mask = jnp.ones(input_ids.shape, bool) if attention_mask is None else jnp.asarray(attention_mask) != 0
+        # Every query of a row may attend to the same keys, so the mask has one query: [batch, 1, 1, length].
         return TokenPositions(position_ids, mask[:, None, None, :], token_type_ids=types)
 
 
@@ -80,6 +82,7 @@ class SelfAttention(nn.Module):
         """Attend over the sequence itself."""
         size, heads = self.config.hidden_size, self.config.num_attention_heads
         split = (*hidden.shape[:-1], heads, size // heads)
+        # [batch, length, hidden] -> [batch, length, heads, head]
         query, key, value = (dense(self.config, size, name)(hidden).reshape(split) for name in self.names)
         context = AttentionCore(self.config.attention_probs_dropout_prob, name="core")(query, key, value, mask, deterministic=deterministic)
         context = context.reshape(hidden.shape)  # [batch, length, heads, head] -> [batch, length, hidden]

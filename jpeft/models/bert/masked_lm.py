@@ -107,4 +107,5 @@ class BertForMaskedLM(nn.Module):
         else:
             hidden = _transform(config, hidden, "vocab_transform", "vocab_layer_norm")
             bias = VocabBias(config, name="vocab_projector")()
+        # [batch, length, hidden] · [vocab, hidden]ᵀ -> [batch, length, vocab]; the bias is added in float32.
         return body.attend(hidden).astype(jnp.float32) + bias.astype(jnp.float32)[None, None]

@@ -22,7 +22,7 @@ class Pooler(nn.Module):
     @nn.compact
     def __call__(self, hidden: Hidden) -> Float[Array, "batch hidden"]:
         """Return one vector for each sequence."""
-        return jnp.tanh(dense(self.config, self.config.hidden_size, "dense")(hidden[:, 0]))
+        return jnp.tanh(dense(self.config, self.config.hidden_size, "dense")(hidden[:, 0]))  # [CLS] stands first
 
 
 @flax.struct.dataclass
@@ -51,6 +51,7 @@ class BertModel(nn.Module):
         distilbert = self.config.model_type == "distilbert"
         self.positions = BertPositions(self.config)
         self.embeddings = Embeddings(self.config)
+        # The names are those of Hugging Face's checkpoints.
         self.encoder = Encoder(self.config, name="transformer" if distilbert else "encoder")
         self.pooler = Pooler(self.config) if self.pooling and not distilbert else None
 

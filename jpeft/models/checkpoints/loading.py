@@ -151,6 +151,7 @@ def _read_params(
     for entry in checkpoint_layout(model):
         in_head, in_pooler = roles.matches("head", entry.path), roles.matches("pooler", entry.path)
         absent = [name for name in entry.names if name not in tensors]
+        # Every task has its own head, and not every task needs the pooler, so a checkpoint may lack both. It may not lack the body.
         if (in_head and fresh_head) or ((in_head or in_pooler) and absent):
             leaf = _initialise(entry, model.config, key)
             params[entry.path] = leaf if shard is None else distributed.place(leaf, shard(entry))

@@ -49,11 +49,13 @@ def save(
     empty = folder.is_dir() and not any(folder.iterdir())
     if folder.exists() and not empty and not (folder / "config.json").is_file():
         raise ValueError(f"{folder} exists and is not a model folder (it has no config.json), so it is not replaced.")
+    # Check everything before the first file is written.
     layout = checkpoint_layout(model)
     leaves = flatten(params)
     _check_params(layout, leaves)
     config = _make_hf_config(model, labels)
 
+    # Write into a folder beside it and rename that at the end: a rename is atomic, so no half-written folder is ever seen.
     folder.parent.mkdir(parents=True, exist_ok=True)
     partial = folder.with_name(f".{folder.name}.{uuid.uuid4().hex}.partial")
     try:

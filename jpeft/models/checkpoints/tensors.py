@@ -35,6 +35,7 @@ class Tensors:
         self._read: set[str] = set()  # canonical names
 
     def _canonical(self, name: str) -> str:
+        """Return the present name without the prefix."""
         name = name.removeprefix(self._prefix)
         for pattern, replacement in self._family.names.old_names:
             name = re.sub(pattern, replacement, name)
@@ -47,6 +48,7 @@ class Tensors:
         return next((candidate for candidate in (name, *seconds) if candidate in self._where), None)
 
     def _open(self, file: Path) -> Any:
+        """Return a file, opened once: opening reads the header, and tensors are mapped into memory when they are read."""
         from safetensors import SafetensorError, safe_open
 
         if file not in self._files:
@@ -59,6 +61,7 @@ class Tensors:
         return self._files[file]
 
     def _names(self, file: Path) -> list[str]:
+        """Return the names of the tensors in a file."""
         return list(self._open(file).keys())
 
     def __contains__(self, name: str) -> bool:

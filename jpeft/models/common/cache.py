@@ -116,6 +116,7 @@ class KeyValueCache(nn.Module):
         return self._append("key", key, slots, view.slot), self._append("value", value, slots, view.slot)
 
     def _append(self, name: str, new: Heads, slots: int, slot: Array) -> Float[Array, "batch slots heads head"]:
+        """Write the keys or values of this call into the cache, and return all slots."""
         held = self.variable("cache", name, jnp.zeros, (new.shape[0], slots, *new.shape[2:]), new.dtype)
         held.value = jax.lax.dynamic_update_slice_in_dim(held.value, new, slot, 1)
         return held.value

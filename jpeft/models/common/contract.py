@@ -56,8 +56,7 @@ def check_model(model: nn.Module, family: Family) -> None:
     Raises:
       ValueError: with a list of all broken promises.
     """
-    inputs = dict(family.example_inputs(model.config))
-    (_, ids), *others = inputs.items()
+    (_, ids), *others = family.example_inputs(model.config).items()
     watch = _Watch()
     with nn.intercept_methods(watch):
         variables = jax.eval_shape(model.init, jax.random.key(0), ids, **dict(others))
@@ -107,6 +106,7 @@ def _check_core(args: tuple[Any, ...], kwargs: Mapping[str, Any], call: Any) -> 
         return [f"'{CORE}' must be given [batch, length, heads, width of a head] and a mask of four axes, and was given {shapes}."]
     if mask.shape[-1] != key.shape[1] or mask.dtype != jnp.bool_:
         return [f"The mask of '{CORE}' must be boolean and as long as the keys: {shapes}, {mask.dtype}."]
+    # Put one key in front of the others, visible to all queries, as a prefix of length 1 does.
     front = lambda x, axis: jnp.concatenate([jnp.ones_like(jax.lax.slice_in_dim(x, 0, 1, axis=axis)), x], axis)
     try:
         longer = call(query, front(key, 1), front(value, 1), front(mask, 3), *rest, **kwargs)
@@ -139,6 +139,7 @@ def _check_blocks(model: nn.Module, family: Family, leaves: Mapping[str, Any]) -
             broken += [f"'{path}' is not stacked {count} times on axis 0." for path in depths if leaves[path].shape[:1] != (count,)]
         elif (found := {path.split("/")[depth] for path, depth in depths.items()}) != {str(i) for i in range(count)}:
             broken.append(f"The stack '{stack.path}' has the blocks {sorted(found)}; {stack.num_layers} is {count}.")
+        # A parameter without a role is invisible to methods, and is split over a mesh by the default rule.
         roleless = [path for path in depths if not any(roles.matches(role, path) for role in _BLOCK_ROLES)]
         kinds = sorted({re.sub(r"/\d+/", "/*/", path) for path in roleless})
         broken += [f"'{path}' is in a block and plays none of the roles {', '.join(_BLOCK_ROLES)}." for path in kinds]

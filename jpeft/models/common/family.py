@@ -105,7 +105,9 @@ class Roles:
         >>> roles.matches("ffn_out", "h/0/mlp/c_proj/kernel"), roles.matches("ffn_out", "h/0/attn/c_proj/kernel")
         (True, False)
         """
-        start = "" if role == "head" else "(.*/)?"  # a body may have a module with the name of a head
+        # Heads are at the top of the tree; all other modules may be anywhere.
+        start = "" if role == "head" else "(.*/)?"
+        # Heads and poolers are whole subtrees; the other roles stand for one layer and its leaves.
         end = "(/.*)?" if role in ("head", "pooler") else "(/[^/]*)?"
         return re.fullmatch(f"{start}({getattr(self, role)}){end}", path) is not None
 

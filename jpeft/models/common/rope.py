@@ -103,7 +103,7 @@ class Rotation(NamedTuple):
     def at(cls, position_ids: Int[Array, "batch length"], rope: Rope, head_size: int, max_length: int) -> "Rotation":
         """Return the rotation of these positions, in a model that was trained on texts of up to `max_length` tokens."""
         if rope.rope_type == "dynamic":
-            length = jnp.maximum(position_ids.max() + 1, max_length) / max_length
+            length = jnp.maximum(position_ids.max() + 1, max_length) / max_length  # relative to the length of training, at least 1
             theta = rope.rope_theta * (rope.factor * length - (rope.factor - 1)) ** (head_size / (head_size - 2))
             inverse = theta ** -jnp.asarray(_exponents(head_size), jnp.float32)
         else:
@@ -114,6 +114,7 @@ class Rotation(NamedTuple):
 
     def __call__(self, heads: Float[Array, "batch length heads head"]) -> Float[Array, "batch length heads head"]:
         """Rotate queries or keys; computed in float32."""
+        # Coordinate j is paired with j + d/2, not with its neighbour: the layout of Hugging Face's checkpoints.
         first, second = jnp.split(heads.astype(jnp.float32), 2, axis=-1)
         rotated = [first * self.cos - second * self.sin, second * self.cos + first * self.sin]
         return jnp.concatenate(rotated, axis=-1).astype(heads.dtype)
@@ -137,6 +138,7 @@ def frequencies(rope: Rope, head_size: int) -> Float[np.ndarray, " half"]:
     if rope.rope_type == "llama3":
         assert original is not None
         periods = original * plain / (2 * math.pi)  # within the original length, for each frequency
+        # 1 for frequencies that stay as they are, 0 for those that are divided by the factor.
         kept = np.clip((periods - rope.low_freq_factor) / (rope.high_freq_factor - rope.low_freq_factor), 0, 1)
         return plain * kept + plain / rope.factor * (1 - kept)
     if rope.rope_type == "yarn":

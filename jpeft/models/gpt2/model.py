@@ -24,7 +24,9 @@ class GPT2Attention(nn.Module):
         config = self.config
         split = (*hidden.shape[:-1], config.num_attention_heads, config.head_size)
         qkv = dense(config, 3 * config.hidden_size, "c_attn")(hidden)  # [batch, length, 3 hidden]
+        # Each third is [batch, length, hidden] -> [batch, length, heads, head].
         query, key, value = (part.reshape(split) for part in jnp.split(qkv, 3, axis=-1))
+        # With a cache, key and value are those of all slots: [batch, slots, heads, head].
         key, value = KeyValueCache(name="cache")(key, value, view)
         context = AttentionCore(config.attention_dropout, name="core")(query, key, value, view.mask, deterministic=deterministic)
         return dense(config, config.hidden_size, "c_proj")(context.reshape(hidden.shape))
@@ -69,7 +71,7 @@ class GPT2Model(Decoder):
 
     BLOCK = GPT2Block
     NORM = staticmethod(layer_norm)
-    NAMES = ("wte", "h", "ln_f")
+    NAMES = ("wte", "h", "ln_f")  # as in Hugging Face's checkpoints
 
     def setup(self):
         """Add the position table to the parts of a decoder."""

@@ -23,6 +23,7 @@ class LlamaAttention(nn.Module):
         """Attend to the tokens so far."""
         config, rotate = self.config, view.rotation
         assert rotate is not None, "LlamaModel.extend_view adds the rotation"
+        # Qwen2 has biases on the first three projections, and no field in its config.json that says so.
         bias = config.attention_bias or config.model_type == "qwen2"
 
         def project(name: str, heads: int) -> Float[Array, "batch length heads head"]:
@@ -31,7 +32,9 @@ class LlamaAttention(nn.Module):
         query, key = project("q_proj", config.num_attention_heads), project("k_proj", config.kv_heads)
         value = project("v_proj", config.kv_heads)
         if config.model_type == "qwen3":
+            # Each head is normalised alone, over its last axis.
             query, key = rms_norm(config, "q_norm")(query), rms_norm(config, "k_norm")(key)
+        # Keys are rotated before they enter the cache, so that a cached key need not know its position.
         key, value = KeyValueCache(name="cache")(rotate(key), value, view)
         context = AttentionCore(config.attention_dropout, name="core")(rotate(query), key, value, view.mask, deterministic=deterministic)
         return dense(config, config.hidden_size, "o_proj", bias=config.attention_bias)(context.reshape(*hidden.shape[:-1], -1))
@@ -74,7 +77,7 @@ class LlamaModel(Decoder):
 
     BLOCK = LlamaBlock
     NORM = staticmethod(rms_norm)
-    NAMES = ("embed_tokens", "layers", "norm")
+    NAMES = ("embed_tokens", "layers", "norm")  # as in Hugging Face's checkpoints
 
     def extend_view(self, view: View) -> View:
         """Return the view with the cosines and sines of its positions, which all layers share."""
