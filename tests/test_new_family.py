@@ -3,7 +3,9 @@
 import doctest
 import importlib
 import json
+import os
 import shutil
+import subprocess
 import sys
 from pathlib import Path
 
@@ -24,7 +26,38 @@ from jpeft.models import families
 from jpeft.models.common.contract import check_model
 
 SKELETON = Path(__file__).parents[1] / "docs" / "skeletons" / "family"
+WITHOUT_PATH = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}  # the copy is found first
 SIZES = {"vocab_size": 40, "hidden_size": 16, "num_attention_heads": 4, "intermediate_size": 24}
+
+
+WALK = """
+import jax, jax.numpy as jnp
+import jpeft
+from jpeft import models
+from jpeft.models.skeleton.config import SkeletonConfig
+from jpeft.models.skeleton.model import SkeletonForCausalLM
+
+model = SkeletonForCausalLM(SkeletonConfig(vocab_size=9, hidden_size=8, num_hidden_layers=1, num_attention_heads=2, intermediate_size=8))
+ids = jnp.array([[3, 5, 2]])
+models.save("base", model, model.init(jax.random.key(0), ids)["params"])
+loaded = models.load("base", task="causal-lm")
+peft = jpeft.apply(loaded.params, method="lora", rank=1)
+jpeft.wrap(loaded.model.apply, peft.method)(peft.variables, ids)
+jpeft.save("adapter", peft)
+models.save("merged", loaded.model, jpeft.merge(jpeft.load("adapter", loaded.params)))
+print(models.load("merged", task="language-model").config.model_type)
+"""
+
+
+def test_a_family_is_one_folder_and_one_line(tmp_path):
+    """In a copy of the package, the skeleton's folder and its line in families.py make a family."""
+    shutil.copytree(SKELETON.parents[2] / "jpeft", tmp_path / "jpeft", ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copytree(SKELETON, tmp_path / "jpeft" / "models" / "skeleton")
+    listing = tmp_path / "jpeft" / "models" / "families.py"
+    listing.write_text(listing.read_text().replace('    "llama",\n', '    "llama",\n    "skeleton",\n'))
+    done = subprocess.run([sys.executable, "-c", WALK], cwd=tmp_path, env=WITHOUT_PATH, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split() == ["skeleton"]
 
 
 def forget(prefix):
