@@ -1,7 +1,7 @@
-"""Rotary position embeddings, and how they are stretched to texts longer than those of pretraining.
+"""Rotary position embeddings, and how they are scaled to texts longer than those of pretraining.
 
-Coordinate j and coordinate j + d/2 of a query or key at position p are turned by the angle ``p · f_j``, ``f_j = theta^(-2j/d)``, so that
-a score depends on the distance of two tokens alone.
+Coordinates j and j + d/2 of a query or key at position p are rotated by the angle ``p · f_j`` with ``f_j = theta^(-2j/d)``. The score of a
+query and a key then depends only on the distance of the two tokens.
 
 References: Su et al., `RoFormer <https://arxiv.org/abs/2104.09864>`_, 2021; Peng et al., `YaRN <https://arxiv.org/abs/2309.00071>`_, 2023.
 """
@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-# What each type reads besides the base; as in Hugging Face's `rope_parameters`.
+# The fields that each type reads besides `rope_theta`; names as in Hugging Face's `rope_parameters`.
 _OPTIONS = {
     "default": (),
     "linear": ("factor",),
@@ -35,15 +35,16 @@ _OPTIONS = {
 
 @dataclasses.dataclass(frozen=True)
 class Rope:
-    """Base and stretching of the frequencies; field names as in Hugging Face's `rope_parameters`.
+    """Base and scaling of the frequencies; field names as in Hugging Face's `rope_parameters`.
 
     - ``default``: ``f_j`` as above.
     - ``linear``: ``f_j / factor``.
-    - ``dynamic``: a larger base, once a batch has a position beyond the model's length; by the longest text of the batch, as in
-      `transformers`. What a cache holds keeps the angles it was given.
-    - ``llama3``: ``f_j / factor`` where less than `low_freq_factor` turns fit into the original length, ``f_j`` where more than
-      `high_freq_factor` do, a mixture between.
-    - ``yarn``: likewise, between `beta_slow` and `beta_fast` turns, linear in j; queries and keys are scaled besides.
+    - ``dynamic``: the base grows once a batch has a position beyond the model's length. As in `transformers`, the longest text of the batch
+      sets the base for all its texts. Keys in a cache keep the angles of the call that wrote them.
+    - ``llama3``: ``f_j / factor`` for frequencies with fewer than `low_freq_factor` periods in the original length, ``f_j`` for those with
+      more than `high_freq_factor` periods, and an interpolation between the two for the others.
+    - ``yarn``: the same idea between `beta_slow` and `beta_fast` periods, with an interpolation that is linear in j. Queries and keys are
+      also multiplied by a factor.
 
     Raises:
       ValueError: if the type is unknown, or the original length is missing.
@@ -60,32 +61,34 @@ class Rope:
     high_freq_factor: float = 4.0
     beta_fast: float = 32.0
     beta_slow: float = 1.0
-    attention_factor: float | None = None  # None: 0.1 log(factor) + 1, or a quotient of such if mscale and mscale_all_dim are given
+    attention_factor: float | None = (
+        None  # None: 0.1 log(factor) + 1, or the quotient of two such terms if mscale and mscale_all_dim are given
+    )
     mscale: float | None = None
     mscale_all_dim: float | None = None
     truncate: bool = True
 
     def __post_init__(self):
         if self.rope_type not in _OPTIONS:
-            raise ValueError(f"unknown rope_type {self.rope_type!r}; supported: {', '.join(_OPTIONS)}")
+            raise ValueError(f"Unknown rope_type {self.rope_type!r}; supported: {', '.join(_OPTIONS)}.")
         if "original_max_position_embeddings" in _OPTIONS[self.rope_type] and self.original_max_position_embeddings is None:
-            raise ValueError(f"rope_type {self.rope_type!r} needs original_max_position_embeddings, the length of pretraining")
+            raise ValueError(f"rope_type {self.rope_type!r} needs original_max_position_embeddings, the length of pretraining.")
 
     @classmethod
     def from_hf(cls, parameters: dict[str, Any]) -> "Rope":
-        """From the `rope_parameters` of a configuration; what its type does not read is left out."""
+        """Read the `rope_parameters` of a configuration. Entries that the type does not use are ignored."""
         if parameters.get("partial_rotary_factor", 1.0) != 1.0:
-            raise ValueError(f"partial_rotary_factor={parameters['partial_rotary_factor']} is not supported, only 1.0")
+            raise ValueError(f"partial_rotary_factor={parameters['partial_rotary_factor']} is not supported, only 1.0.")
         kind = parameters.get("rope_type", "default")
         given: dict[str, Any] = {name: parameters[name] for name in _OPTIONS.get(kind, ()) if parameters.get(name) is not None}
         if "factor" in _OPTIONS.get(kind, ()) and "factor" not in given:
-            raise ValueError(f"rope_type {kind!r} needs a factor, and the rope_parameters are {parameters}")
+            raise ValueError(f"rope_type {kind!r} needs a factor, and the rope_parameters are {parameters}.")
         for name in given.keys() - {"truncate", "original_max_position_embeddings"}:
             given[name] = float(given[name])
         return cls(rope_theta=float(parameters["rope_theta"]), rope_type=kind, **given)
 
     def to_hf(self) -> dict[str, Any]:
-        """Hugging Face's `rope_parameters`; inverse of `from_hf`."""
+        """Return Hugging Face's `rope_parameters`; the inverse of `from_hf`."""
         fields = {name: getattr(self, name) for name in ("rope_theta", "rope_type", *_OPTIONS[self.rope_type])}
         return {name: value for name, value in fields.items() if value is not None}
 
@@ -98,30 +101,32 @@ class Rotation(NamedTuple):
 
     @classmethod
     def at(cls, position_ids: Int[Array, "batch length"], rope: Rope, head_size: int, max_length: int) -> "Rotation":
-        """Of these positions, in a model whose texts are `max_length` long."""
+        """Return the rotation of these positions, in a model that was trained on texts of up to `max_length` tokens."""
         if rope.rope_type == "dynamic":
-            length = jnp.maximum(position_ids.max() + 1, max_length) / max_length
+            length = jnp.maximum(position_ids.max() + 1, max_length) / max_length  # relative to the length of training, at least 1
             theta = rope.rope_theta * (rope.factor * length - (rope.factor - 1)) ** (head_size / (head_size - 2))
             inverse = theta ** -jnp.asarray(_exponents(head_size), jnp.float32)
         else:
             inverse = jnp.asarray(frequencies(rope, head_size), jnp.float32)
-        angles = position_ids[:, :, None, None] * inverse[None, None, None]
+        angles = position_ids[:, :, None, None] * inverse[None, None, None]  # [batch, length, 1, half]
         scale = _scale(rope)
         return cls(jnp.cos(angles) * scale, jnp.sin(angles) * scale)
 
     def __call__(self, heads: Float[Array, "batch length heads head"]) -> Float[Array, "batch length heads head"]:
-        """Turn queries or keys; computed in float32."""
+        """Rotate queries or keys; computed in float32."""
+        # Coordinate j is paired with j + d/2, not with its neighbour: the layout of Hugging Face's checkpoints.
         first, second = jnp.split(heads.astype(jnp.float32), 2, axis=-1)
-        turned = [first * self.cos - second * self.sin, second * self.cos + first * self.sin]
-        return jnp.concatenate(turned, axis=-1).astype(heads.dtype)
+        rotated = [first * self.cos - second * self.sin, second * self.cos + first * self.sin]
+        return jnp.concatenate(rotated, axis=-1).astype(heads.dtype)
 
 
 def _exponents(head_size: int) -> Float[np.ndarray, " half"]:
+    """Return 2j/d for each pair of coordinates j."""
     return np.arange(0, head_size, 2) / head_size
 
 
 def frequencies(rope: Rope, head_size: int) -> Float[np.ndarray, " half"]:
-    """The angle by which each pair of coordinates turns from a token to the next, for all types but "dynamic".
+    """Return the angle by which each pair of coordinates is rotated from one token to the next, for all types but "dynamic".
 
     >>> frequencies(Rope(), 4).tolist()
     [1.0, 0.01]
@@ -132,15 +137,16 @@ def frequencies(rope: Rope, head_size: int) -> Float[np.ndarray, " half"]:
         return plain / rope.factor
     if rope.rope_type == "llama3":
         assert original is not None
-        turns = original * plain / (2 * math.pi)
-        kept = np.clip((turns - rope.low_freq_factor) / (rope.high_freq_factor - rope.low_freq_factor), 0, 1)
+        periods = original * plain / (2 * math.pi)  # within the original length, for each frequency
+        # 1 for frequencies that stay as they are, 0 for those that are divided by the factor.
+        kept = np.clip((periods - rope.low_freq_factor) / (rope.high_freq_factor - rope.low_freq_factor), 0, 1)
         return plain * kept + plain / rope.factor * (1 - kept)
     if rope.rope_type == "yarn":
         assert original is not None
-        # The j at which so many turns fit into the original length.
+        # The j whose frequency has that many periods in the original length.
         low, high = (
-            head_size * math.log(original / (turns * 2 * math.pi)) / (2 * math.log(rope.rope_theta))
-            for turns in (rope.beta_fast, rope.beta_slow)
+            head_size * math.log(original / (periods * 2 * math.pi)) / (2 * math.log(rope.rope_theta))
+            for periods in (rope.beta_fast, rope.beta_slow)
         )
         if rope.truncate:
             low, high = math.floor(low), math.ceil(high)
@@ -151,12 +157,12 @@ def frequencies(rope: Rope, head_size: int) -> Float[np.ndarray, " half"]:
 
 
 def _scale(rope: Rope) -> float:
-    """What queries and keys are multiplied with."""
+    """Return the factor of queries and keys."""
     if rope.rope_type != "yarn":
         return 1.0
     if rope.attention_factor is not None:
         return rope.attention_factor
-    grown = lambda weight: 0.1 * weight * math.log(rope.factor) + 1 if rope.factor > 1 else 1.0
+    growth = lambda weight: 0.1 * weight * math.log(rope.factor) + 1 if rope.factor > 1 else 1.0
     if rope.mscale and rope.mscale_all_dim:
-        return grown(rope.mscale) / grown(rope.mscale_all_dim)
-    return grown(1.0)
+        return growth(rope.mscale) / growth(rope.mscale_all_dim)
+    return growth(1.0)
