@@ -9,6 +9,7 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+from jpeft import layouts
 from jpeft.tree.paths import Params, Path, flatten
 
 Rules = Mapping[str, Any] | Sequence[Any]  # {regex: value} or ((regex, value), ...)
@@ -46,14 +47,24 @@ def select(paths: Iterable[Path], target: str | Sequence[str], *, option: str = 
     Args:
       paths: Candidates.
       target: A string is a regex that must match a whole path, of the leaf or of its module. A sequence is a list of names, each a module
-        or leaf name or a '/'-suffix of a path, as HF PEFT's ``target_modules``; every one of them must be found.
+        or leaf name or a '/'-suffix of a path, as HF PEFT's ``target_modules``; every one of them must be found. A string or a name that
+        begins with ``@`` is a role, ``"@ffn_in|@ffn_out"`` (`jpeft.layouts`).
       option: Name of the option, for the message.
       params: The tree the candidates come from, to name what exists when they themselves say too little.
 
     Raises:
       ValueError: if the regex is not one, or something matches nothing.
     """
-    paths = list(paths)
+    candidates: Any = paths if isinstance(paths, Mapping) else list(paths)
+    paths = list(candidates)
+    # Roles are looked for in the whole tree, since a part of it may not show which layout the model follows.
+    whole = candidates if params is None else params
+    if layouts.is_role(target):
+        with_role = set(layouts.find(whole, str(target), option=option))
+        found = [path for path in paths if path in with_role]
+        if not found:
+            raise ValueError(_nothing(option, str(target), paths, params))
+        return found
     if isinstance(target, str):
         try:
             found = [path for path in paths if matches(target, path)]
@@ -62,10 +73,13 @@ def select(paths: Iterable[Path], target: str | Sequence[str], *, option: str = 
         if not found:
             raise ValueError(_nothing(option, target, paths, params))
         return found
+    chosen: set[Path] = set()
     for name in target:
-        if not any(named(name, path) for path in paths):
+        new = select(candidates, name, option=option, params=params) if layouts.is_role(name) else [p for p in paths if named(name, p)]
+        if not new:
             raise ValueError(_nothing(option, name, paths, params))
-    return [path for path in paths if any(named(name, path) for name in target)]
+        chosen.update(new)
+    return [path for path in paths if path in chosen]
 
 
 def _nothing(option: str, target: str, paths: list[Path], params: Params | None) -> str:
