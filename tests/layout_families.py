@@ -9,6 +9,7 @@ from layout_families_hf import (
     GPT2,
     LLAMAS,
     MIXTRAL,
+    MIXTRAL5,
     NEOX,
     OPT,
     PHI,
@@ -17,7 +18,7 @@ from layout_families_hf import (
     VIT,
     VIT5,
     WHISPER,
-)  # fmt: skip
+)
 from layout_families_jax import (
     BIG_VISION,
     BONSAI_GEMMA3,
@@ -34,7 +35,7 @@ from layout_families_jax import (
 FAMILIES = {
     family.name: family
     for family in (
-        BERT, ROBERTA, DISTILBERT, ELECTRA, GPT2, NEOX, OPT, BART, T5, *LLAMAS, PHI, FALCON, MIXTRAL, WHISPER, VIT, VIT5,
+        BERT, ROBERTA, DISTILBERT, ELECTRA, GPT2, NEOX, OPT, BART, T5, *LLAMAS, PHI, FALCON, MIXTRAL, MIXTRAL5, WHISPER, VIT, VIT5,
         VISION_TRANSFORMER, BIG_VISION, *GEMMAS, MAXTEXT, T5X, EASYLM, FLAX_BLOCK, BONSAI_VIT, BONSAI_QWEN3, BONSAI_GEMMA3,
     )
 }  # fmt: skip

@@ -191,9 +191,13 @@ BART = Family(
         "@norms": "model/{encoder,decoder}/layernorm_embedding/{scale,bias}", "@head": "classification_head/{dense,out_proj}/{kernel,bias}",
     },
 )  # fmt: skip
+_KEYS = "    {}_attn/k_proj D>D nobias\n"
 WHISPER = Family(
     "Whisper", "opt",
-    (Part("model/encoder/layers/{i}", _SELF, _SELF_ROLES), Part("model/decoder/layers/{i}", _CROSS, _CROSS_ROLES)), """
+    (
+        Part("model/encoder/layers/{i}", _SELF.replace("k,v", "v") + _KEYS.format("self"), _SELF_ROLES),
+        Part("model/decoder/layers/{i}", _CROSS.replace("k,v", "v") + _KEYS.format("{self,encoder}"), _CROSS_ROLES),
+    ), """
     model/encoder/conv1 W,W>D
     model/encoder/conv2 W,D>D
     model/encoder/embed_positions/embedding P,D
@@ -257,7 +261,7 @@ T5 = Family("T5", "t5", (_T5_ENCODER, _T5_DECODER), """
     lm_head D>V nobias""", {
         "@embedding": "shared/embedding", "@lm_head": "lm_head/kernel", "@norms": "{encoder,decoder}/final_layer_norm/scale",
         "@final_norm": "{encoder,decoder}/final_layer_norm/scale",
-    })  # fmt: skip
+    }, uneven="{encoder,decoder}/block/0/layer/0/SelfAttention/relative_attention_bias/embedding P,N")  # fmt: skip
 
 
 def _llama(name: str, norms: str, *, biases: str = "nobias", qk_norms: bool = False, tied: bool = False) -> Family:
@@ -301,6 +305,20 @@ MIXTRAL = Family(
             "@ffn_out": "block_sparse_moe/experts/{0,1}/w2/kernel", "@ffn": "block_sparse_moe", "@block": ".",
             "@norms": "{input,post_attention}_layernorm/scale",
         }),), LLAMAS[0].outside, LLAMAS[0].roles,
+)  # fmt: skip
+
+MIXTRAL5 = dataclasses.replace(
+    MIXTRAL, name="Mixtral (HF 5)",
+    parts=(Part("model/layers/{i}", """
+        {input,post_attention}_layernorm rms
+        self_attn/q_proj D>D nobias
+        self_attn/{k,v}_proj D>K nobias
+        self_attn/o_proj D>D nobias
+        mlp/gate D>E nobias
+        mlp/experts/gate_up_proj E,2F,D
+        mlp/experts/down_proj E,D,F""", MIXTRAL.parts[0].roles | {
+            "@ffn_in": "mlp/experts/gate_up_proj", "@ffn_out": "mlp/experts/down_proj", "@ffn": "mlp",
+        }),),
 )  # fmt: skip
 
 # --- ViT ----------------------------------------------------------------------------------------------------------------------------------

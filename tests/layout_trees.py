@@ -83,6 +83,7 @@ class Family:
       parts: Its stacks of blocks.
       outside: The leaves outside the blocks, as lines.
       roles: As for `Part`, for what is outside the blocks.
+      uneven: Leaves of one block alone, as lines with whole paths. They have no role, and stacked blocks cannot have them.
     """
 
     name: str
@@ -90,10 +91,11 @@ class Family:
     parts: tuple[Part, ...]
     outside: str
     roles: dict[str, str]
+    uneven: str = ""
 
     def shapes(self, form: str = "numbered") -> Shapes:
         """The tree with its blocks "numbered", "stacked" on their leaves' first axis, or "stacked-1" on their second."""
-        out = leaves(self.outside)
+        out = leaves(self.outside) | (leaves(self.uneven) if form == "numbered" else {})
         for part in self.parts:
             for name, shape in leaves(part.block).items():
                 if form == "numbered":

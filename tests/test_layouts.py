@@ -15,6 +15,7 @@ from tables import MODELS, batch
 import jpeft
 from jpeft import layouts
 from jpeft.layouts import Role
+from jpeft.layouts.roles import parse
 from jpeft.models import BertConfig, GPT2Config, LlamaConfig, abstract_params, families
 from jpeft.tree.head import head_leaves
 from jpeft.tree.kernels import axes_of
@@ -51,6 +52,13 @@ def test_blocks_have_numbers(name, form):
     for stack, _ in layouts.blocks(FAMILIES[name].shapes(form)):
         assert set(stack.leaves.values()) == {0, 1}
         assert all(re.match(rf"{stack.path}[/_]{i}/", path) for path, i in stack.leaves.items())
+
+
+def test_the_page_names_roles_that_exist():
+    targets = re.findall(r'"(@[^"]+)"', PAGE.read_text())
+    assert targets
+    for target in targets:
+        assert parse(target)
 
 
 def test_the_coverage_table_is_committed():
