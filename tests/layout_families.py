@@ -15,12 +15,9 @@ from layout_families_hf import (
     PHI,
     ROBERTA,
     T5,
-    VIT,
-    VIT5,
     WHISPER,
 )
 from layout_families_jax import (
-    BIG_VISION,
     BONSAI_GEMMA3,
     BONSAI_QWEN3,
     BONSAI_VIT,
@@ -29,8 +26,8 @@ from layout_families_jax import (
     GEMMAS,
     MAXTEXT,
     T5X,
-    VISION_TRANSFORMER,
 )  # fmt: skip
+from layout_families_vit import BIG_VISION, VISION_TRANSFORMER, VIT, VIT5
 
 FAMILIES = {
     family.name: family

@@ -1,48 +1,13 @@
 """Families of JAX libraries, by the names in their code.
 
-They are google-research/vision_transformer, google-research/big_vision, google-deepmind/gemma, google-research/t5x,
-AI-Hypercomputer/maxtext, young-geng/EasyLM, jax-ml/bonsai, and a block of flax's own classes.
+They are google-deepmind/gemma, google-research/t5x, AI-Hypercomputer/maxtext, young-geng/EasyLM, jax-ml/bonsai, and a block of flax's own
+classes.
 """
 
 import dataclasses
 
 from layout_families_hf import LLAMAS
 from layout_trees import Family, Part
-
-
-def _flax_vit(name: str, attention: str, mlp: str, norms: str, outside: str, roles: dict[str, str]) -> Family:
-    block = f"""
-        {norms} norm
-        {attention}/{{query,key,value}} D>N,K
-        {attention}/out N,K>D
-        {mlp}/Dense_0 D>F
-        {mlp}/Dense_1 F>D"""
-    found = {
-        "@query": f"{attention}/query/kernel", "@key": f"{attention}/key/kernel", "@value": f"{attention}/value/kernel",
-        "@attention_out": f"{attention}/out/kernel", "@ffn_in": f"{mlp}/Dense_0/kernel", "@ffn_out": f"{mlp}/Dense_1/kernel",
-        "@ffn": mlp, "@block": ".", "@norms": f"{norms}/{{scale,bias}}",
-    }  # fmt: skip
-    shared = {
-        "@norms": "Transformer/encoder_norm/{scale,bias}", "@final_norm": "Transformer/encoder_norm/{scale,bias}",
-        "@head": "head/{kernel,bias}",
-    }  # fmt: skip
-    return Family(name, "flax_vit", (Part("Transformer/encoderblock_{i}", block, found),), f"""{outside}
-        embedding W,W,3>D
-        cls 1,1,D
-        Transformer/encoder_norm norm
-        head D>C""", shared | roles)  # fmt: skip
-
-
-VISION_TRANSFORMER = _flax_vit(
-    "ViT (vision_transformer)", "MultiHeadDotProductAttention_1", "MlpBlock_3", "LayerNorm_{0,2}",
-    "Transformer/posembed_input/pos_embedding 1,P,D", {"@positions": "Transformer/posembed_input/pos_embedding"},
-)  # fmt: skip
-BIG_VISION = _flax_vit(
-    "ViT (big_vision)", "MultiHeadDotProductAttention_0", "MlpBlock_0", "LayerNorm_{0,1}",
-    "pos_embedding 1,P,D", {"@positions": "pos_embedding"},
-)  # fmt: skip
-
-# --- JAX libraries ------------------------------------------------------------------------------------------------------------------------
 
 
 def _gemma(name: str, norms: str, attention: str, roles: dict[str, str]) -> Family:
