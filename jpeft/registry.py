@@ -1,38 +1,31 @@
-"""Names of methods: name -> factory, and back from a configuration to a `Method`."""
+"""Methods by name. Every method whose class stands in a file of the packages below is found; there is no list to edit."""
 
 import difflib
-from collections.abc import Callable, Mapping
+import functools
+import importlib
+import inspect
+import pkgutil
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
-from jpeft.additive.bottlenecks.adapter import adapter
-from jpeft.additive.bottlenecks.compacter import compacter
-from jpeft.additive.bottlenecks.parallel_adapter import parallel_adapter
-from jpeft.additive.bottlenecks.pfeiffer import pfeiffer
-from jpeft.additive.prefixes.p_tuning_v2 import p_tuning_v2
-from jpeft.additive.prefixes.prefix_tuning import prefix_tuning
-from jpeft.additive.prompts.hard_prompt import hard_prompt
-from jpeft.additive.prompts.p_tuning import p_tuning
-from jpeft.additive.prompts.prompt_tuning import prompt_tuning
+from jpeft import additive, reparameterized, selective
 from jpeft.core.chain import chain
 from jpeft.core.method import Method
-from jpeft.reparameterized.lora import lora
-from jpeft.selective.bitfit import bitfit
-from jpeft.selective.diff_pruning import diff_pruning
-from jpeft.selective.far import far
-from jpeft.selective.fish_mask import fish_mask
-from jpeft.selective.freeze import freeze
+from jpeft.deprecation import warn_renamed
+
+PACKAGES = (selective, additive, reparameterized)
 
 
 class MethodInfo(NamedTuple):
-    """What is known of a method by its name alone.
+    """What is known of a method by its name alone; all of it is declared by the method's class.
 
     Attributes:
       name: As in ``jpeft.apply(params, method=name)``.
       family: ``"selective"``, ``"additive"`` or ``"reparameterized"``.
       summary: One line.
-      factory: ``factory(**options) -> Method``.
+      factory: The method's class: ``factory(**options)`` is a `Method`.
       learning_rate: Peak AdamW learning rate that suits the method's defaults on a classification task.
-      head_rate: That of a newly made head, as a multiple: it starts from nothing, and where little else moves it has most to do.
+      head_lr_scale: Learning rate of a newly made head, as a multiple of the method's.
     """
 
     name: str
@@ -40,30 +33,35 @@ class MethodInfo(NamedTuple):
     summary: str
     factory: Callable[..., Method]
     learning_rate: float
-    head_rate: float = 5.0
+    head_lr_scale: float
+
+    @property
+    def head_rate(self) -> float:
+        """The old name of `head_lr_scale`."""
+        warn_renamed("MethodInfo.head_rate", "MethodInfo.head_lr_scale")
+        return self.head_lr_scale
 
 
-_METHODS = (
-    MethodInfo("freeze", "selective", "train the top layers and what follows them, freeze the rest", freeze, 5e-4),
-    MethodInfo("bitfit", "selective", "train the biases (all, or query and middle-of-MLP)", bitfit, 1e-2, 20.0),
-    MethodInfo("diff_pruning", "selective", "learn which weights to change by gates, then train the k largest changes", diff_pruning, 1e-3),
-    MethodInfo("far", "selective", "train the feed-forward neurons that move the most in a short priming", far, 1e-3),
-    MethodInfo("fish_mask", "selective", "train the weights of highest Fisher information (needs stats)", fish_mask, 2e-3),
-    MethodInfo("adapter", "additive", "bottleneck layers after attention and feed-forward (Houlsby)", adapter, 2e-3),
-    MethodInfo("pfeiffer", "additive", "one bottleneck layer a block, between two runs of its LayerNorm", pfeiffer, 2e-3),
-    MethodInfo(
-        "parallel_adapter", "additive", "bottleneck layers beside the feed-forward ones, scaled (He et al.)", parallel_adapter, 1e-3
-    ),
-    MethodInfo("compacter", "additive", "bottlenecks of Kronecker products with shared factors (Compacter, Compacter++)", compacter, 3e-3),
-    MethodInfo("hard_prompt", "additive", "words put into every text, nothing trained but the head", hard_prompt, 4e-3),
-    MethodInfo("prompt_tuning", "additive", "trained embeddings in front of the text's own", prompt_tuning, 1e-2),
-    MethodInfo("p_tuning", "additive", "trained embeddings around the text, made by an LSTM or MLP in training", p_tuning, 2e-2),
-    MethodInfo(
-        "prefix_tuning", "additive", "trained keys and values in every layer, made by an MLP in training", prefix_tuning, 1e-3, 20.0
-    ),
-    MethodInfo("p_tuning_v2", "additive", "deep prompts: trained keys and values in every layer and a task head", p_tuning_v2, 1e-2),
-    MethodInfo("lora", "reparameterized", "low-rank updates of kernels, merged for inference", lora, 3e-3),
-)
+def _modules(package: Any) -> Iterator[str]:
+    """The names of all modules in a package and below, in the order of their names."""
+    for module in pkgutil.iter_modules(package.__path__, f"{package.__name__}."):
+        if module.ispkg:
+            yield from _modules(importlib.import_module(module.name))
+        else:
+            yield module.name
+
+
+@functools.cache
+def classes() -> dict[str, type[Method]]:
+    """The class of every method by name; of a method in stages, that of its first stage."""
+    found: dict[str, type[Method]] = {}
+    for package in PACKAGES:
+        for module in map(importlib.import_module, _modules(package)):
+            own = [cls for _, cls in inspect.getmembers(module, inspect.isclass) if cls.__module__ == module.__name__]
+            made = [cls for cls in own if issubclass(cls, Method) and not inspect.isabstract(cls)]
+            later = {stage for cls in made for stage in cls.later_stages}
+            found |= {cls.name: cls for cls in made if cls not in later}
+    return found
 
 
 def methods() -> dict[str, MethodInfo]:
@@ -73,7 +71,13 @@ def methods() -> dict[str, MethodInfo]:
     >>> jpeft.methods()["lora"].family
     'reparameterized'
     """
-    return {info.name: info for info in _METHODS}
+    return {name: MethodInfo(name, cls.family, cls.summary, cls, cls.learning_rate, cls.head_lr_scale) for name, cls in classes().items()}
+
+
+def is_known(method: Method) -> bool:
+    """Whether `make` can build the method again from its configuration."""
+    known = classes().get(method.name)
+    return known is not None and type(method) in (known, *known.later_stages)
 
 
 def make(method: str | Mapping[str, Any] | Method, **options: Any) -> Method:
@@ -88,7 +92,7 @@ def make(method: str | Mapping[str, Any] | Method, **options: Any) -> Method:
     """
     if isinstance(method, Method):
         if options:
-            raise ValueError(f"{method!r} is finished: give the options {sorted(options)} to its factory instead.")
+            raise ValueError(f"{method!r} is finished: give the options {sorted(options)} to its class instead.")
         return method
     if isinstance(method, Mapping):
         options = {**method, **options}
@@ -97,9 +101,9 @@ def make(method: str | Mapping[str, Any] | Method, **options: Any) -> Method:
             return chain(**{part: make(config) for part, config in options["parts"].items()})
     else:
         name = method
-    known = methods()
+    known = classes()
     if name not in known:
         close = difflib.get_close_matches(str(name), known, n=1)
         hint = f" Did you mean {close[0]!r}?" if close else ""
         raise ValueError(f"There is no method {name!r}.{hint} Methods: {', '.join(known)}; or pass a jpeft.Method of your own.")
-    return known[name].factory(**options)
+    return known[name](**options)

@@ -19,7 +19,7 @@ from jpeft.layouts.roles import parse
 from jpeft.models import BertConfig, GPT2Config, LlamaConfig, abstract_params, families
 from jpeft.tree.head import head_leaves
 from jpeft.tree.kernels import axes_of
-from jpeft.tree.select import select
+from jpeft.tree.select import matches, select
 
 CASES = [(name, form) for name in FAMILIES for form in ("numbered", "stacked")] + [("MaxText", "stacked-1")]
 
@@ -88,6 +88,9 @@ BEFORE = {
         r"(mlp/)?(up|gate|down)|mlp/Dense_[01])/kernel"
     ),
     "@key|@qkv": r"(.*/)?(key|k_lin|k_proj|(Self|EncDec)Attention/k|c_attn|query_key_value|qkv)/kernel",
+    "@key|@value|@qkv": (
+        r"(.*/)?(key|value|k_proj|v_proj|k_lin|v_lin|(SelfAttention|EncDecAttention)/[kv]|c_attn|query_key_value|qkv)/kernel"
+    ),
     "@qkv": r"(.*/)?(c_attn|query_key_value|qkv)/kernel",
     "@embedding": r"(.*/)?(word_embeddings|wte|embed_tokens|token_embeddings?|embedder|embed|embeddings?|shared)/embedding",
     "@query/bias": r"(.*/)?(query|q_lin|q_proj|q)/bias",
@@ -250,6 +253,13 @@ def test_select_takes_roles():
     assert select(biases, "@query/bias", params=shapes) == [f"model/decoder/layers/{i}/self_attn/q_proj/bias" for i in range(2)]
     with pytest.raises(ValueError, match="subset='@kv/bias': no parameter"):
         select(biases, "@kv/bias", option="subset")
+
+
+def test_a_rule_for_single_paths_is_no_role():
+    with pytest.raises(ValueError, match="'@ffn_out' is a role, which only a whole model shows"):
+        matches("@ffn_out", "mlp/down/kernel")
+    with pytest.raises(ValueError, match="is a role"):
+        jpeft.apply({"down": {"kernel": jnp.ones((4, 4))}}, method="lora", rank={"@ffn_out": 2})
 
 
 def test_a_role_is_a_target_of_methods():

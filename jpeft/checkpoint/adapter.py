@@ -50,7 +50,7 @@ def save(path: str | os.PathLike[str], peft: Peft, *, overwrite: bool = False) -
     record = {
         "format": _FORMAT,
         "method": _config(peft.method),
-        "base": fingerprint(peft.params, skip=_replaced(peft.params, peft.adapter)),
+        "base": fingerprint(peft.params, skip=_replaced(peft.params, peft.adapter, peft.method)),
         "leaves": leaf_table(peft.adapter),
     }
     partial = target.parent / f".{target.name}.{from_first(lambda: uuid.uuid4().hex)}.partial"
@@ -116,7 +116,7 @@ def load(path: str | os.PathLike[str], params: tree.Params, *, method: Method | 
     except Exception as e:
         raise ValueError(f"The adapter in '{path}' is damaged or incomplete, Orbax says: {type(e).__name__}: {str(e)[:300]}") from e
     _check_fit(params, adapter, method, path)
-    if check_base and fingerprint(params, skip=_replaced(params, adapter)) != record["base"]:
+    if check_base and fingerprint(params, skip=_replaced(params, adapter, method)) != record["base"]:
         raise ValueError(
             f"The adapter in '{path}' was trained on another base: its fingerprint is {record['base'][:12]}, that of these parameters is "
             "not. Load the checkpoint that it was trained on, in the same dtype; or, if you know better, jpeft.load(..., check_base=False)."
@@ -125,9 +125,9 @@ def load(path: str | os.PathLike[str], params: tree.Params, *, method: Method | 
 
 
 def _config(method: Method) -> dict[str, Any]:
-    if method.parts or method.options is not None:
-        return method.config()
-    return {"method": method.name, "custom": True}
+    """The method as plain data. A class of the user's own cannot be made from a file, so its name alone is recorded."""
+    parts = [part for _, part in method.parts] or [method]
+    return method.config() if all(registry.is_known(part) for part in parts) else {"method": method.name, "custom": True}
 
 
 def _method(config: dict[str, Any], given: Method | None, path: Any) -> Method:
@@ -143,16 +143,11 @@ def _method(config: dict[str, Any], given: Method | None, path: Any) -> Method:
     return made
 
 
-def _replaced(params: tree.Params, adapter: tree.Adapter) -> frozenset[str]:
-    base, new = tree.flatten(params), tree.flatten(adapter)
-    parts = [new] if not _is_chain(base, new) else [tree.flatten(part) for part in adapter.values()]
+def _replaced(params: tree.Params, adapter: tree.Adapter, method: Method) -> frozenset[str]:
+    """The base leaves that the adapter replaces whole, so that their values in the base do not matter."""
+    base = tree.flatten(params)
+    parts = [tree.flatten(part) for part in method.to_collections(adapter).values()]
     return frozenset(path for part in parts for path, leaf in part.items() if path in base and leaf.shape == base[path].shape)
-
-
-def _is_chain(base: dict[str, Any], new: dict[str, Any]) -> bool:
-    """Whether an adapter is a chain's: its first keys are then names of parts and not of modules."""
-    tops = {path.split("/")[0] for path in base}
-    return not any(path.split("/")[0] in tops or path.startswith(tree.ADDED) for path in new)
 
 
 def _check_fit(params: tree.Params, adapter: tree.Adapter, method: Method, path: Any) -> None:

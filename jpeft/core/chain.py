@@ -1,16 +1,198 @@
 """Several methods as one."""
 
 import dataclasses
+import functools
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from jpeft import tree
-from jpeft.core.method import AdvanceFn, Layer, Method, Stage
+from jpeft.core.groups import Group
+from jpeft.core.layer import Layer
+from jpeft.core.method import Method
+from jpeft.core.stages import Stage
+from jpeft.core.statistics import Statistic
 
 
-def chain(**parts: Method) -> Method:
+class Chain(Method):
+    """Several methods applied to one base; made by `jpeft.chain`.
+
+    Attributes:
+      methods: The parts as pairs of name and method, the one closest to the base first.
+    """
+
+    methods: tuple[tuple[str, Method], ...]
+
+    name = "chain"
+    summary = "several methods at once"
+
+    def check(self) -> None:
+        """Refuse parts that are no methods, that are chains themselves, or that take stages together."""
+        if not self.methods:
+            raise ValueError("chain() needs methods: jpeft.chain(lora=jpeft.lora(), bitfit=jpeft.bitfit()).")
+        for name, part in self.methods:
+            if part.parts:
+                raise ValueError(f"chain({name}=...): a chain within a chain; list its parts here: {[n for n, _ in part.parts]}.")
+            if name == "params":
+                raise ValueError("chain(params=...): 'params' is the base's own collection; choose another name.")
+        staged = [name for name, part in self.methods if part.stages]
+        if len(staged) > 1:
+            raise ValueError(
+                f"chain: the training of {' and of '.join(map(repr, staged))} takes stages, and the steps of a run are divided among the "
+                "stages of one method. Chain one of them, and give the others as they are in their last stage."
+            )
+
+    # --- making and binding ---------------------------------------------------------------------------------------------------------
+
+    def init(self, key: jax.Array, params: tree.Params, *, stats: Any = None) -> tree.Adapter:
+        """One adapter for each part. A leaf that two parts would replace, such as the task head, belongs to the first.
+
+        Raises:
+          ValueError: if a part replaces a leaf that an earlier part adapts.
+        """
+        out: dict[str, Any] = {}
+        replaced: set[str] = set()
+        adapted: dict[str, str] = {}  # path of a base leaf -> the part that adapts it
+        for name, part in self.methods:
+            adapter = part.init(tree.key_for(key, name), params, stats=stats)
+            own, _, _ = tree.split(params, adapter)
+            for path in own.keys() & adapted.keys():
+                raise ValueError(
+                    f"chain: '{name}' replaces '{path}', which '{adapted[path]}' before it adapts, so the earlier change would be lost. "
+                    f"List '{name}' before '{adapted[path]}'."
+                )
+            out[name] = tree.unflatten({path: leaf for path, leaf in tree.flatten(adapter).items() if path not in replaced})
+            replaced |= own.keys()
+            adapted |= dict.fromkeys(part.adapted_paths(params, adapter) - own.keys(), name)
+        return out
+
+    def expected(self, params: tree.Params, adapter: tree.Adapter) -> tree.Adapter:
+        """The shapes of each part's adapter, without the leaves that an earlier part replaces."""
+        out: dict[str, Any] = {}
+        replaced: set[str] = set()
+        for name, part in self.methods:
+            expected = part.expected(params, adapter.get(name, {}))
+            own, beside, _ = tree.split(params, expected)
+            # A part holds no leaf that an earlier part replaces, and nothing beside such a leaf if it was replaced in an earlier stage.
+            held = list(tree.flatten(adapter.get(name, {})))
+            gone = [path for path in beside.keys() & replaced if not any(leaf.startswith(f"{path}/") for leaf in held)]
+            absent = replaced | {f"{path}/{leaf}" for path in gone for leaf in tree.flatten(beside[path])}
+            out[name] = tree.unflatten({path: leaf for path, leaf in tree.flatten(expected).items() if path not in absent})
+            replaced |= own.keys()
+        return out
+
+    def bind(self, params: tree.Params, adapter: tree.Adapter, *, rng: jax.Array | None = None) -> tree.Params:
+        """Bind the parts one after the other; each module finds the leaves of each part under the part's name."""
+        grafts: dict[str, dict[str, Any]] = {}
+        for i, (name, part) in enumerate(self.methods):
+            bound = part.bind(params, adapter[name], rng=None if rng is None else jax.random.fold_in(rng, i))
+            params, new = tree.pop_grafts(bound)
+            for path, leaves in new.items():
+                grafts.setdefault(path, {})[name] = leaves
+        return tree.put_grafts(params, grafts)
+
+    def call(self, layer: Layer, inputs: tuple[Any, ...], leaves: dict[str, Any], rng: jax.Array | None) -> Any:
+        """The middleware of all parts that have leaves here, the first part closest to the layer."""
+        for i, (name, part) in enumerate(self.methods):
+            if name in leaves:
+                layer = layer.with_middleware(part, name, leaves[name], None if rng is None else jax.random.fold_in(rng, i))
+        return layer(*inputs)
+
+    @property
+    def wraps_layers(self) -> bool:
+        """Whether any part does."""
+        return any(part.wraps_layers for _, part in self.methods)
+
+    def merge(self, params: tree.Params, adapter: tree.Adapter) -> tree.Params:
+        """Merge the parts one after the other, the first part first."""
+        for name, part in self.methods:
+            params = part.merge(params, adapter[name])
+        return params
+
+    # --- training -------------------------------------------------------------------------------------------------------------------
+
+    def labels(self, adapter: tree.Adapter) -> Any:
+        """The labels of all parts. Two parts may have groups of one name, so a group's label begins with its part's name."""
+        out: dict[str, Any] = {}
+        for name, part in self.methods:
+            own = dict(part.groups)
+            rename = lambda label, own=own, name=name: f"{name}/{label}" if label in own else label
+            out[name] = jax.tree.map(rename, part.labels(adapter[name]))
+        return out
+
+    @property
+    def groups(self) -> tuple[tuple[str, Group], ...]:
+        """The groups of all parts."""
+        return tuple((f"{name}/{label}", group) for name, part in self.methods for label, group in part.groups)
+
+    def penalty(self, adapter: tree.Adapter) -> jax.Array:
+        """The sum of the parts' penalties."""
+        return sum((part.penalty(adapter[name]) for name, part in self.methods), jnp.zeros(()))
+
+    @property
+    def requires_stats(self) -> tuple[type[Statistic], ...]:
+        """The kinds of all parts, each once."""
+        return tuple(dict.fromkeys(kind for _, part in self.methods for kind in part.requires_stats))
+
+    @property
+    def reduce_grads_locally(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
+        """Whether any part's gradient is computed from a larger one."""
+        return any(part.reduce_grads_locally for _, part in self.methods)
+
+    @property
+    def stages(self) -> tuple[Stage, ...]:
+        """The stages of the one part that has some."""
+        return tuple(
+            dataclasses.replace(stage, advance=functools.partial(self._advance, name, stage))
+            for name, part in self.methods
+            for stage in part.stages
+        )
+
+    def _advance(
+        self, name: str, stage: Stage, params: tree.Params, adapter: tree.Adapter, *, key: jax.Array, stats: Any = None
+    ) -> tuple[Method, tree.Adapter]:
+        """Move one part to its next stage; the others stay as they are."""
+        part, moved = stage.advance(params, adapter[name], key=tree.key_for(key, name), stats=stats)
+        return chain(**(dict(self.methods) | {name: part})), {**adapter, name: moved}
+
+    @property
+    def folds(self) -> bool:
+        """Whether any part does."""
+        return any(part.folds for _, part in self.methods)
+
+    def fold(self, params: tree.Params, adapter: tree.Adapter) -> tuple[Method, tree.Adapter]:
+        """Fold each part."""
+        folded = {name: part.fold(params, adapter[name]) for name, part in self.methods}
+        return chain(**{name: part for name, (part, _) in folded.items()}), {name: leaves for name, (_, leaves) in folded.items()}
+
+    def adapted_paths(self, params: tree.Params, adapter: tree.Adapter) -> set[str]:
+        """The paths of all parts."""
+        return {path for name, part in self.methods for path in part.adapted_paths(params, adapter[name])}
+
+    def count_changed(self, params: tree.Params, adapter: tree.Adapter) -> int:
+        """A bound: two parts may change the same scalars, and no part changes more than the leaves that it adapts."""
+        total = sum(part.count_changed(params, adapter[name]) for name, part in self.methods)
+        paths = self.adapted_paths(params, adapter)
+        return min(total, tree.size([leaf for path, leaf in tree.flatten(params).items() if path in paths]))
+
+    # --- as data --------------------------------------------------------------------------------------------------------------------
+
+    @property
+    def parts(self) -> tuple[tuple[str, Method], ...]:
+        """The methods by name, in order."""
+        return self.methods
+
+    def config(self) -> dict[str, Any]:
+        """The configurations of the parts by name."""
+        return {"method": "chain", "parts": {name: part.config() for name, part in self.methods}}
+
+    def __repr__(self) -> str:
+        """The call that makes it."""
+        return f"jpeft.chain({', '.join(f'{name}={part!r}' for name, part in self.methods)})"
+
+
+def chain(**parts: Method) -> Chain:
     """Apply several methods to one base; the result is a `Method` again. The first listed is closest to the base.
 
     The adapter is a dict with one adapter for each part, and each part is a collection of its own in `Peft.variables`. Binding, the order
@@ -31,119 +213,7 @@ def chain(**parts: Method) -> Method:
     >>> jpeft.chain(lora=jpeft.lora(rank=8), bitfit=jpeft.bitfit()).parts[1][0]
     'bitfit'
     """
-    if not parts:
-        raise ValueError("chain() needs methods: jpeft.chain(lora=jpeft.lora(), bitfit=jpeft.bitfit()).")
     for name, part in parts.items():
         if not isinstance(part, Method):
             raise ValueError(f"chain({name}={part!r}): each part must be a jpeft.Method, such as jpeft.lora().")
-        if part.parts:
-            raise ValueError(f"chain({name}=...): a chain within a chain; list its parts here: {[n for n, _ in part.parts]}.")
-        if name == "params":
-            raise ValueError("chain(params=...): 'params' is the base's own collection; choose another name.")
-    items = tuple(parts.items())
-    needs = {part.needs for part in parts.values() if part.needs is not None}
-    if len(needs) > 1:
-        raise ValueError(f"chain: its parts need different statistics, {sorted(needs)}, and stats= holds one.")
-
-    staged = [name for name, part in items if part.stages]
-    if len(staged) > 1:
-        raise ValueError(
-            f"chain: the training of {' and of '.join(map(repr, staged))} takes stages, and a run has one course of stages, whose lengths "
-            "are shares of it. Chain one of them, and give the others as they are in their last stage."
-        )
-
-    def init_fn(key: jax.Array, params: tree.Params, *, stats: Any = None) -> tree.Adapter:
-        out: dict[str, Any] = {}
-        replaced: set[str] = set()
-        beside: dict[str, str] = {}
-        for name, part in items:
-            adapter = part.init(tree.key_for(key, name), params, stats=stats)
-            mine, adapts, _ = tree.split(params, adapter)
-            for path in mine.keys() & beside.keys():
-                raise ValueError(
-                    f"chain: '{name}' replaces '{path}', which '{beside[path]}' before it adapts, so the earlier change would be lost. "
-                    f"List '{name}' before '{beside[path]}'."
-                )
-            out[name] = tree.unflatten({path: leaf for path, leaf in tree.flatten(adapter).items() if path not in replaced})
-            replaced |= mine.keys()
-            beside |= dict.fromkeys(adapts, name)
-        return out
-
-    def shapes_fn(params: tree.Params, adapter: tree.Adapter) -> tree.Adapter:
-        out: dict[str, Any] = {}
-        replaced: set[str] = set()
-        for name, part in items:
-            expected = part.expected(params, adapter.get(name, {}))
-            mine, beside, _ = tree.split(params, expected)
-            # What an earlier part replaces a part lacks, and what would stand beside it too, if it was replaced a stage ago.
-            held = list(tree.flatten(adapter.get(name, {})))
-            gone = [path for path in beside.keys() & replaced if not any(leaf.startswith(f"{path}/") for leaf in held)]
-            absent = replaced | {f"{path}/{leaf}" for path in gone for leaf in tree.flatten(beside[path])}
-            out[name] = tree.unflatten({path: leaf for path, leaf in tree.flatten(expected).items() if path not in absent})
-            replaced |= mine.keys()
-        return out
-
-    def bind_fn(params: tree.Params, adapter: tree.Adapter, *, rng: jax.Array | None = None) -> tree.Params:
-        grafts: dict[str, dict[str, Any]] = {}
-        for i, (name, part) in enumerate(items):
-            bound = part.bind(params, adapter[name], rng=None if rng is None else jax.random.fold_in(rng, i))
-            params, new = tree.pop_grafts(bound)
-            for path, leaves in new.items():
-                grafts.setdefault(path, {})[name] = leaves
-        return tree.put_grafts(params, grafts)
-
-    def call_fn(layer: Layer, inputs: tuple[Any, ...], leaves: dict[str, Any], rng: jax.Array | None) -> Any:
-        for i, (name, part) in enumerate(items):
-            if name in leaves:
-                layer = layer.through(part.call, name, leaves[name], None if rng is None else jax.random.fold_in(rng, i))
-        return layer(*inputs)
-
-    def merge_fn(params: tree.Params, adapter: tree.Adapter) -> tree.Params:
-        for name, part in items:
-            params = part.merge(params, adapter[name])
-        return params
-
-    def fold_fn(params: tree.Params, adapter: tree.Adapter) -> tuple[Method, tree.Adapter]:
-        folded = {name: part.fold(params, adapter[name]) if part.fold else (part, adapter[name]) for name, part in items}
-        return chain(**{name: part for name, (part, _) in folded.items()}), {name: leaves for name, (_, leaves) in folded.items()}
-
-    def advance(name: str, stage: Stage) -> AdvanceFn:
-        def advance_fn(params: tree.Params, adapter: tree.Adapter, *, key: jax.Array, stats: Any = None) -> tuple[Method, tree.Adapter]:
-            part, moved = stage.advance(params, adapter[name], key=tree.key_for(key, name), stats=stats)
-            return chain(**(dict(items) | {name: part})), {**adapter, name: moved}
-
-        return advance_fn
-
-    def changed_fn(params: tree.Params, adapter: tree.Adapter) -> int:
-        paths: set[str] = set()
-        for name, _ in items:
-            replaced, beside, _ = tree.split(params, adapter[name])
-            paths |= replaced.keys() | beside.keys()
-        # Two parts may change the same scalars, so the sum is a bound, and so are the leaves that they touch.
-        total = sum(part.changed(params, adapter[name]) for name, part in items)
-        return min(total, tree.size([leaf for path, leaf in tree.flatten(params).items() if path in paths]))
-
-    def labels_fn(adapter: tree.Adapter) -> Any:
-        # Two parts may have groups of one name.
-        return {
-            name: jax.tree.map(lambda label, own=dict(part.groups), name=name: f"{name}/{label}" if label in own else label, labels)
-            for name, part, labels in ((name, part, part.labels(adapter[name])) for name, part in items)
-        }
-
-    return Method(
-        init=init_fn,
-        bind=bind_fn,
-        call=call_fn,
-        merge=merge_fn,
-        labels=labels_fn,
-        penalty=lambda adapter: sum((part.penalty(adapter[name]) for name, part in items), jnp.zeros(())),
-        changed=changed_fn,
-        needs=needs.pop() if needs else None,
-        shapes=shapes_fn,
-        fold=fold_fn if any(part.fold for _, part in items) else None,
-        stages=tuple(dataclasses.replace(stage, advance=advance(name, stage)) for name, part in items for stage in part.stages),
-        groups=tuple((f"{name}/{label}", group) for name, part in items for label, group in part.groups),
-        reduces=any(part.reduces for _, part in items),
-        name="chain",
-        parts=items,
-    )
+    return Chain(methods=tuple(parts.items()))

@@ -5,7 +5,8 @@ from collections.abc import Mapping
 import jax
 import optax
 
-from jpeft.core.method import FREEZE, TRAIN, Group
+from jpeft.core.groups import Group
+from jpeft.core.method import FREEZE, TRAIN
 from jpeft.core.peft import Peft
 
 
@@ -53,7 +54,7 @@ def optimizer(
     if not isinstance(tx, Mapping):
         groups = dict.fromkeys(used or {TRAIN}, tx) | groups
     # "train" is in use, too, if only groups are trained, at multiples of its rate.
-    shared = {TRAIN} if any(label in found and group.constant is None for label, group in peft.method.groups) else set()
+    shared = {TRAIN} if any(label in found and group.fixed_lr is None for label, group in peft.method.groups) else set()
     missing, idle = used - groups.keys(), given.keys() - used - shared - {FREEZE}
     if missing or idle:
         raise ValueError(
@@ -64,8 +65,8 @@ def optimizer(
 
 
 def _of_group(group: Group, common: optax.GradientTransformation | None) -> optax.GradientTransformation | None:
-    """A group's optimizer, given that of the others; None if it hangs on that and there is none."""
-    if group.constant is not None:
-        adam = optax.adam(group.constant)
+    """The optimizer of one parameter group. None if it scales the common optimizer and none was given."""
+    if group.fixed_lr is not None:
+        adam = optax.adam(group.fixed_lr)
         return adam if group.clip is None else optax.chain(optax.clip_by_global_norm(group.clip), adam)
-    return None if common is None else optax.chain(common, optax.scale(group.rate))
+    return None if common is None else optax.chain(common, optax.scale(group.lr_scale))

@@ -8,6 +8,7 @@ import jax
 
 from jpeft import registry
 from jpeft.core.method import FREEZE, Method
+from jpeft.core.statistics import find
 from jpeft.hosts import dense, linen
 from jpeft.tree.adapters import Adapter
 from jpeft.tree.paths import Params, copy
@@ -31,13 +32,13 @@ class Peft:
     @property
     def variables(self) -> dict[str, Any]:
         """``{"params": base, <method>: adapter}``: what a wrapped function takes; each part of a chain is a collection of its own."""
-        return {"params": self.params, **self.method.collections(self.adapter)}
+        return {"params": self.params, **self.method.to_collections(self.adapter)}
 
     @property
     def labels(self) -> dict[str, Any]:
         """The tree of `variables` with ``"train"``, ``"freeze"`` or a group's name at every leaf."""
         frozen = jax.tree.map(lambda _: FREEZE, self.params)
-        return {"params": frozen, **self.method.collections(self.method.labels(self.adapter))}
+        return {"params": frozen, **self.method.to_collections(self.method.labels(self.adapter))}
 
     def replace(self, **changes: Any) -> "Peft":
         """A copy with some fields exchanged: ``peft.replace(adapter=new)``."""
@@ -55,12 +56,13 @@ def apply(
     """Split pretrained parameters into a frozen base and a small adapter to train.
 
     Args:
-      params: Parameters of any model: a nested dict, a FrozenDict, an NNX state, an equinox module. Or their shapes, under
+      params: Parameters of any model: a nested dict, a FrozenDict, an NNX state, a dataclass module. Or their shapes, under
         `jax.eval_shape`. They are kept as they are, neither copied nor changed.
       method: Name of a method (`jpeft.methods`), its configuration, or a `Method`.
       key: For the adapter's random leaves; `jax.random.key(0)` if not given.
-      stats: What a data-driven method needs to know, such as Fisher information.
-      **options: The method's options; see its factory, e.g. `jpeft.lora`.
+      stats: The statistics that a data-driven method requires, such as the Fisher information; a list of several for a chain. `jpeft.stats`
+        makes them.
+      **options: The method's options; see its class, e.g. `jpeft.lora`.
 
     Returns:
       A `Peft`.
@@ -130,7 +132,7 @@ def advance(peft: Peft, *, key: jax.Array | None = None, stats: Any = None) -> P
     Args:
       peft: With the adapter as it was trained.
       key: For what is random about the change; `jax.random.key(0)` if not given.
-      stats: Statistics of the current model, where the stage's `needs` names some.
+      stats: Statistics of the current model, where the stage's `requires_stats` names some.
 
     Returns:
       A `Peft` on the same base, with an adapter of its own. Its method is an ordinary one and is saved and loaded as such.
@@ -147,8 +149,12 @@ def advance(peft: Peft, *, key: jax.Array | None = None, stats: Any = None) -> P
     if not peft.method.stages:
         raise ValueError(f"{peft.method!r} has no further stage.")
     stage = peft.method.stages[0]
-    if stage.needs is not None and stats is None:
-        raise ValueError(f"The stage {stage.name!r} of {peft.method.name} needs {stage.needs!r} statistics of the current model: stats=...")
+    for kind in stage.requires_stats:
+        if find(stats, kind) is None:
+            raise ValueError(
+                f"The stage {stage.name!r} of {peft.method.name} requires {kind.__name__} statistics of the current model: "
+                f"jpeft.advance(peft, stats=...), made by {kind.made_by}."
+            )
     method, adapter = stage.advance(peft.params, peft.adapter, key=jax.random.key(0) if key is None else key, stats=stats)
     return Peft(peft.params, jax.tree.map(copy, adapter), method)
 
@@ -180,7 +186,7 @@ def fold(peft: Peft) -> Peft:
     >>> jpeft.summary(peft).stored, jpeft.summary(jax.eval_shape(jpeft.fold, peft)).stored
     (252736, 15360)
     """
-    if peft.method.fold is None:
+    if not peft.method.folds:
         return peft
     method, adapter = peft.method.fold(peft.params, peft.adapter)
     return Peft(peft.params, jax.tree.map(copy, adapter), method)

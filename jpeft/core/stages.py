@@ -1,8 +1,34 @@
-"""The stages of a training run in steps."""
+"""Stages of training: how one leads to the next, and which steps of a run belong to which."""
 
-from typing import NamedTuple
+import dataclasses
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
-from jpeft.core.method import Stage
+from jpeft.core.statistics import Statistic
+from jpeft.deprecation import renamed_fields
+
+
+@renamed_fields(needs="requires_stats", restart="restart_schedule")
+@dataclasses.dataclass(frozen=True)
+class Stage:
+    """A later stage of training, and how to get there from the stage before it.
+
+    Attributes:
+      name: Its name in logs.
+      share: Its share of the training steps, counted from the beginning of the method's present stage. The present stage takes what the
+        later ones leave.
+      advance: ``(params, adapter, *, key, stats=None) -> (method, adapter)``: the method of this stage, and the adapter that it starts
+        from. Pure; it may look at values, since the values can decide how many entries of a leaf are trained from here on.
+      requires_stats: Kinds of statistics of the current model that `advance` must be given.
+      restart_schedule: Whether the learning rate's schedule begins anew, as in a training of its own. Otherwise the run's schedule
+        continues.
+    """
+
+    name: str
+    share: float
+    advance: Callable[..., Any]
+    requires_stats: tuple[type[Statistic], ...] = ()
+    restart_schedule: bool = False
 
 
 class Segment(NamedTuple):
@@ -12,13 +38,14 @@ class Segment(NamedTuple):
       name: Name of the stage.
       begin: Steps done before it.
       end: Steps done after it.
-      course: First and last step of the learning rate's course that the stage is in: the stages from one `Stage.restart` to the next.
+      schedule_span: First and last step of the learning rate's schedule that the stage belongs to. A schedule covers the stages from one
+        `Stage.restart_schedule` to the next.
     """
 
     name: str
     begin: int
     end: int
-    course: tuple[int, int]
+    schedule_span: tuple[int, int]
 
 
 def plan(stages: tuple[Stage, ...], steps: int, *, first: str = "") -> tuple[Segment, ...]:
@@ -37,7 +64,7 @@ def plan(stages: tuple[Stage, ...], steps: int, *, first: str = "") -> tuple[Seg
 
     >>> import jpeft
     >>> from jpeft.core.stages import plan
-    >>> [(s.begin, s.end, s.course) for s in plan(jpeft.diff_pruning().stages, 100)]
+    >>> [(s.begin, s.end, s.schedule_span) for s in plan(jpeft.diff_pruning().stages, 100)]
     [(0, 50, (0, 50)), (50, 100, (50, 100))]
     """
     if not stages:
@@ -55,6 +82,6 @@ def plan(stages: tuple[Stage, ...], steps: int, *, first: str = "") -> tuple[Seg
         ends.append(ends[-1] + length)
     begins = [0, *ends[:-1]]
     restarts = [0, *(begin for stage, begin in zip(stages, begins[1:], strict=True) if stage.restart), steps]
-    course = lambda begin: (max(r for r in restarts if r <= begin), min(r for r in restarts if r > begin))
+    span = lambda begin: (max(r for r in restarts if r <= begin), min(r for r in restarts if r > begin))
     names = [first, *(stage.name for stage in stages)]
-    return tuple(Segment(name, begin, end, course(begin)) for name, begin, end in zip(names, begins, ends, strict=True))
+    return tuple(Segment(name, begin, end, span(begin)) for name, begin, end in zip(names, begins, ends, strict=True))

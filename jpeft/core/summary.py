@@ -83,7 +83,7 @@ def summary(peft: Peft, *, depth: int | None = None) -> Summary:
     return Summary(
         trained=sum(leaf.size for path, leaf in leaves.items() if labels[path] != FREEZE),
         stored=tree.size(peft.adapter),
-        changed=peft.method.changed(peft.params, peft.adapter),
+        changed=peft.method.count_changed(peft.params, peft.adapter),
         base=tree.size(peft.params),
         bytes=tree.nbytes(peft.adapter),
         base_bytes=tree.nbytes(peft.params),

@@ -10,7 +10,7 @@ import warnings
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from jpeft.core.method import Method, passthrough
+from jpeft.core.method import Method
 
 
 def wrap(fn: Callable[..., Any], method: Method) -> Callable[..., Any]:
@@ -21,7 +21,7 @@ def wrap(fn: Callable[..., Any], method: Method) -> Callable[..., Any]:
     Raises:
       ValueError: from the first call, with the method's own reason, if it cannot be merged.
     """
-    replaces = all(part.call is passthrough for _, part in method.parts or (("", method),))
+    replaces = not method.wraps_layers
     if not replaces:
         warnings.warn(
             f"{method.name}: this model is not a linen module, so its weights are merged inside every step, which costs as much as full "
@@ -32,7 +32,7 @@ def wrap(fn: Callable[..., Any], method: Method) -> Callable[..., Any]:
 
     @functools.wraps(fn)
     def forward(variables: Mapping[str, Any], *args: Any, **kwargs: Any) -> Any:
-        adapter = method.adapter(variables)
+        adapter = method.from_collections(variables)
         rngs = kwargs.get("rngs") if takes_rngs else kwargs.pop("rngs", None)
         rng = rngs.get("dropout") if isinstance(rngs, Mapping) else rngs
         params = method.bind(variables["params"], adapter, rng=rng) if replaces else method.merge(variables["params"], adapter)

@@ -20,7 +20,8 @@ from flax import linen as nn
 from flax.core import meta
 from flax.linen import transforms as _transforms
 
-from jpeft.core.method import Layer, Linear, Method
+from jpeft.core.layer import Layer, Linear
+from jpeft.core.method import Method
 from jpeft.tree.adapters import GRAFT, pop_grafts, put_grafts
 from jpeft.tree.kernels import KernelAxes
 from jpeft.tree.paths import Params, flatten
@@ -39,8 +40,8 @@ def wrap(fn: Callable[..., Any], method: Method) -> Callable[..., Any]:
 
     @functools.wraps(_innermost(fn))
     def forward(variables: Mapping[str, Any], *args: Any, **kwargs: Any) -> Any:
-        adapter = method.adapter(variables)
-        others = {name: tree for name, tree in variables.items() if name not in method.collections(adapter)}
+        adapter = method.from_collections(variables)
+        others = {name: tree for name, tree in variables.items() if name not in method.to_collections(adapter)}
         rngs = kwargs.get("rngs")
         rng = rngs.get(_DROPOUT) if isinstance(rngs, Mapping) else rngs
         params = tag(method.bind(unbox(others["params"]), adapter, rng=rng), method)
@@ -239,17 +240,45 @@ def _linear(module: nn.Module, method_name: str, own: Mapping[str, Any], args: t
         axes = KernelAxes(tuple(range(stack)), tuple(range(stack, ndim - outputs)), tuple(range(ndim - outputs, ndim)))
         down, up = (lambda r: module.clone(use_bias=False, features=(r,))), module.clone(use_bias=False, axis=-1)
         trailing = _trailing(module.axis)
-        branch = lambda x, a, b: _run(up, b, _run(down(a.shape[-1]), a, x))
-        return Linear("kernel", axes, branch if stack or not trailing else functools.partial(_by_rows, branch, trailing))
+        low_rank = lambda x, a, b: _run(up, b, _run(down(a.shape[-1]), a, x))
+        if stack or not trailing:
+            return Linear("kernel", axes, low_rank)
+        return Linear(
+            "kernel",
+            axes,
+            functools.partial(_by_rows, low_rank, trailing),
+            scale_outputs=_scale_last,
+            scale_inputs=_scale_last,
+            add_bias=_add_last,
+        )
     if isinstance(module, nn.Dense):
         down, up = (lambda r: module.clone(use_bias=False, features=r)), module.clone(use_bias=False)
-        branch = lambda x, a, b: _run(up, b, _run(down(a.shape[-1]), a, x))
-        narrow = lambda x, kernel: _run(down(kernel.shape[-1]), kernel, x)
-        return Linear("kernel", KernelAxes((), (0,), (1,)), functools.partial(_by_rows, branch, 1), functools.partial(_by_rows, narrow, 1))
+        low_rank = lambda x, a, b: _run(up, b, _run(down(a.shape[-1]), a, x))
+        columns = lambda x, kernel: _run(down(kernel.shape[-1]), kernel, x)
+        return Linear(
+            "kernel",
+            KernelAxes((), (0,), (1,)),
+            functools.partial(_by_rows, low_rank, 1),
+            apply_columns=functools.partial(_by_rows, columns, 1),
+            scale_outputs=_scale_last,
+            scale_inputs=_scale_last,
+            add_bias=_add_last,
+        )
     if type(module) is nn.Conv and module.feature_group_count == 1 and module.mask is None:
         axes = KernelAxes((), tuple(range(ndim - 1)), (ndim - 1,))
-        return Linear("kernel", axes, lambda x, a, b: _mix(_run(module.clone(use_bias=False, features=a.shape[-1]), a, x), b))
+        low_rank = lambda x, a, b: _mix(_run(module.clone(use_bias=False, features=a.shape[-1]), a, x), b)
+        return Linear("kernel", axes, low_rank, scale_outputs=_scale_last, add_bias=_add_last)
     return None
+
+
+def _scale_last(x: jax.Array, g: jax.Array) -> jax.Array:
+    """``x * g`` over the last axes of x, which are those of g, in the dtype of x."""
+    return x * g.astype(x.dtype).reshape((1,) * (x.ndim - g.ndim) + g.shape)
+
+
+def _add_last(y: jax.Array, bias: jax.Array) -> jax.Array:
+    """``y + bias`` over the last axes of y, which are those of the bias, in the dtype of y."""
+    return y + bias.astype(y.dtype).reshape((1,) * (y.ndim - bias.ndim) + bias.shape)
 
 
 def _run(module: nn.Module, kernel: jax.Array, x: jax.Array) -> jax.Array:
@@ -292,7 +321,10 @@ def _embed(module: nn.Embed, method_name: str) -> Linear:
         query, a, b = _promoted(module, query, a, b)
         return (query @ b.T) @ a.T
 
-    return Linear("embedding", KernelAxes((), (0,), (1,)), attend if method_name == "attend" else lookup)
+    axes = KernelAxes((), (0,), (1,))
+    if method_name == "attend":
+        return Linear("embedding", axes, attend, scale_inputs=None, scale_outputs=None)
+    return Linear("embedding", axes, lookup, scale_outputs=_scale_last)
 
 
 def _einsum(module: nn.Einsum, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Linear | None:
@@ -320,7 +352,21 @@ def _einsum(module: nn.Einsum, args: tuple[Any, ...], kwargs: dict[str, Any]) ->
         einsum = functools.partial(jnp.einsum, precision=module.precision, preferred_element_type=module.preferred_element_type)
         return einsum(f"{hidden},{eq_b}->{result}", einsum(f"{x},{eq_a}->{hidden}", x_, a).astype(b.dtype), b)
 
-    return Linear("kernel", axes, branch)
+    def scale_outputs(y: jax.Array, g: jax.Array) -> jax.Array:
+        # g has the kernel's output axes in the kernel's order; y has all axes of the result.
+        order = [result.index(kernel[i]) for i in outputs]
+        shape = [1] * len(result)
+        for i in order:
+            shape[i] = y.shape[i]
+        return y * g.transpose(sorted(range(len(order)), key=order.__getitem__)).astype(y.dtype).reshape(shape)
+
+    def add_bias(y: jax.Array, bias: jax.Array) -> jax.Array:
+        # nn.Einsum keeps its bias in the order of the result's axes.
+        return y + bias.astype(y.dtype).reshape([size if letter in kernel else 1 for letter, size in zip(result, y.shape, strict=True)])
+
+    if "..." in equation or stack:
+        return Linear("kernel", axes, branch)
+    return Linear("kernel", axes, branch, scale_outputs=scale_outputs, add_bias=add_bias)
 
 
 # --- watching a model -----------------------------------------------------------------------------------------------------------------

@@ -21,15 +21,25 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jpeft.core.method import Layer, Linear
+from jpeft.core.layer import Layer, Linear
 
 Run = Callable[..., jax.Array]
+
+
+def low_rank(
+    layer: Layer, linear: Linear, scale: float, inputs: tuple[Any, ...], a: jax.Array, b: jax.Array, *, view: str = "auto"
+) -> jax.Array:
+    """A layer with the update ``s a b``, in the view that is asked for; "auto" takes the cheaper one for the layer's shape."""
+    # With middleware of another method in between, a bottleneck say, the outputs are no longer linear in the kernel.
+    if not layer.is_wrapped and (applies(layer, linear, inputs, a) if view == "auto" else view == "two-view"):
+        return two_view(layer, linear, scale, inputs, a, b)
+    return factored(layer, linear, scale, inputs, inputs[0], a, b)
 
 
 def factored(layer: Layer, linear: Linear, scale: float, inputs: tuple[Any, ...], x: jax.Array, a: jax.Array, b: jax.Array) -> jax.Array:
     """``layer(inputs) + s (x a) b``; ``x`` is the branch's own input, which dropout may have thinned."""
     y = layer(*inputs)
-    return y + (scale * linear.branch(x, a, b)).astype(y.dtype)
+    return y + (scale * linear.apply_low_rank(x, a, b)).astype(y.dtype)
 
 
 def add(kernel: jax.Array, delta: jax.Array) -> jax.Array:
@@ -64,7 +74,7 @@ def _backward(run: Run, linear: Linear, scale: float, kept: Any, dy: jax.Array) 
     # The layer's forward pass inside `vjp` and the gradients of parameters that nobody asked for are dead code under `jit`.
     _, pull_layer = jax.vjp(run, _substituted(linear, scale, params, a, b), x)
     dparams, dx = pull_layer(dy)
-    _, pull_branch = jax.vjp(functools.partial(linear.branch, x), a, b)
+    _, pull_branch = jax.vjp(functools.partial(linear.apply_low_rank, x), a, b)
     # The scale goes onto the small results: on dy it would make XLA compute what dy is made of a second time.
     da, db = pull_branch(dy)
     return dparams, dx, (scale * da).astype(a.dtype), (scale * db).astype(b.dtype)

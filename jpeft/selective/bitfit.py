@@ -6,7 +6,7 @@ from typing import Any
 import jax
 
 from jpeft import tree
-from jpeft.core.method import Method, factory, not_head, passthrough, with_head
+from jpeft.method import Method, factory, not_head, passthrough, with_head
 from jpeft.tree.select import select
 
 # The paper's two kinds of biases that do half of the work: the query's and the middle of the MLP's, by their names in common families.

@@ -18,7 +18,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jpeft.core.method import Layer, Linear
+from jpeft.core.layer import Layer, Linear
 
 VALUES, INDICES = "values", "indices"
 Run = Callable[[Mapping[str, Any], jax.Array], jax.Array]
@@ -60,7 +60,7 @@ def apply(layer: Layer, linear: Linear, inputs: tuple[Any, ...], leaves: dict[st
     return _layer(run, linear, {**layer.params, **others}, x, kernel[VALUES], kernel[INDICES])
 
 
-def held_back(values: jax.Array, until: jax.Array) -> jax.Array:
+def delay_until(values: jax.Array, until: jax.Array) -> jax.Array:
     """The values, bit for bit, but not before another array is there.
 
     The kernel with its learners is a copy of the layer's weights. Formed when it is needed, forward and again backward, there is one at a
@@ -75,7 +75,7 @@ def held_back(values: jax.Array, until: jax.Array) -> jax.Array:
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def _layer(run: Run, linear: Linear, params: Mapping[str, Any], x: jax.Array, values: jax.Array, indices: jax.Array) -> jax.Array:
-    return run({**params, linear.name: placed(params[linear.name], held_back(values, x), indices)}, x)
+    return run({**params, linear.name: placed(params[linear.name], delay_until(values, x), indices)}, x)
 
 
 def _forward(
@@ -86,13 +86,13 @@ def _forward(
 
 def _backward(run: Run, linear: Linear, kept: Any, dy: jax.Array) -> tuple[Any, ...]:
     params, x, values, indices = kept
-    again = held_back(values, dy)
+    again = delay_until(values, dy)
     _, pull_layer = jax.vjp(lambda params, x: run({**params, linear.name: placed(params[linear.name], again, indices)}, x), params, x)
     # The gradient of the whole kernel, and of whatever else nobody asked for, is dead code under `jit`.
     dparams, dx = pull_layer(dy)
-    assert linear.narrow is not None
-    _, pull_narrow = jax.vjp(functools.partial(linear.narrow, x), values)
-    (dvalues,) = pull_narrow(jnp.take(dy, places(indices), axis=-1, mode="clip"))
+    assert linear.apply_columns is not None
+    _, pull_columns = jax.vjp(functools.partial(linear.apply_columns, x), values)
+    (dvalues,) = pull_columns(jnp.take(dy, places(indices), axis=-1, mode="clip"))
     return dparams, dx, dvalues.astype(values.dtype), jnp.zeros_like(indices)
 
 

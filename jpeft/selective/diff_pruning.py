@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jpeft import tree
-from jpeft.core.method import TRAIN, Group, Method, Stage, factory, not_head, with_head
+from jpeft.method import TRAIN, Group, Method, Stage, factory, not_head, with_head
 from jpeft.selective import hard_concrete, sparse
 from jpeft.tree.kernels import STACKED
 
@@ -168,8 +168,8 @@ def diff_pruning(
         merge=lambda params, adapter: bind_fn(params, adapter),
         labels=labels_fn,
         penalty=penalty_fn,
-        stages=(Stage("mask", mask_share, project, restart=True),),
-        groups=((WEIGHTS, Group(rate=weight_rate)), (GATES, Group(constant=gate_rate, clip=1.0))),
+        stages=(Stage("mask", mask_share, project, restart_schedule=True),),
+        groups=((WEIGHTS, Group(lr_scale=weight_rate)), (GATES, Group(fixed_lr=gate_rate, clip=1.0))),
     )
 
 

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from jpeft import tree
-from jpeft.core.method import FREEZE, TRAIN, Layer, Method, Stage, factory, not_head, passthrough, with_head
+from jpeft.method import FREEZE, TRAIN, Layer, Method, Stage, factory, not_head, passthrough, with_head
 from jpeft.selective import columns as learners
 from jpeft.tree.kernels import STACKED
 from jpeft.tree.select import select
@@ -128,7 +128,7 @@ def far(
         del rng
         linear = layer.linear
         wrapped = any(isinstance(own, Mapping) for own in layer.params.values())
-        if linear is None or linear.narrow is None or linear.name not in leaves or wrapped:
+        if linear is None or linear.apply_columns is None or linear.name not in leaves or wrapped:
             # All that is known of a module of the user's own is its parameters. Nor is a layer linear any more that another method of a
             # chain has wrapped: list FAR before it.
             new = {name: learners.placed(layer.params[name], **part) for name, part in leaves.items()}

@@ -6,7 +6,8 @@ import jax
 import numpy as np
 
 from jpeft import tree
-from jpeft.core.method import Method, Stage, factory, not_head
+from jpeft.core.statistics import Fisher
+from jpeft.method import Method, Stage, factory, not_head
 from jpeft.selective import sparse
 
 
@@ -71,7 +72,7 @@ def fish_mask(
         anew = sparse.chosen_anew(not_head(params, head), beside, choose(params, stats), "fish_mask")
         return fish_mask(sparsity=sparsity, refresh=refresh - 1, head=head), tree.unflatten(replaced | anew)
 
-    stages = tuple(Stage("refresh", 1 / (refresh + 1), refresh_fn, needs="fisher") for _ in range(refresh))
+    stages = tuple(Stage("refresh", 1 / (refresh + 1), refresh_fn, requires_stats=(Fisher,)) for _ in range(refresh))
     return sparse.method(init_fn, sparsity, head, needs="fisher", stages=stages)
 
 

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from jpeft import tree
-from jpeft.core.method import Method, factory, not_head, passthrough, with_head
+from jpeft.method import Method, factory, not_head, passthrough, with_head
 from jpeft.tree.kernels import STACKED
 from jpeft.tree.select import select
 

@@ -22,7 +22,7 @@ import numpy as np
 from jax.core import Tracer
 
 from jpeft import tree
-from jpeft.core.method import FREEZE, TRAIN, InitFn, Method, Stage, not_head, with_head
+from jpeft.method import FREEZE, TRAIN, InitFn, Method, Stage, not_head, with_head
 from jpeft.tree.head import head_leaves
 
 DIGIT = 2**24

@@ -42,6 +42,18 @@ class KernelAxes(NamedTuple):
         """
         return tuple(_collapsed(kernel, self.outputs, rank)), tuple(_collapsed(kernel, self.inputs, rank))
 
+    def without_stack(self, count: int) -> "KernelAxes | None":
+        """The geometry without its first `count` stack axes; None if it has fewer, or for a negative count.
+
+        >>> KernelAxes((0,), (1,), (2,)).without_stack(1)
+        KernelAxes(stack=(), inputs=(0,), outputs=(1,))
+        """
+        if not 0 <= count <= len(self.stack):
+            return None
+        gone = sorted(self.stack)[:count]
+        moved = lambda axes: tuple(i - sum(g < i for g in gone) for i in axes if i not in gone)
+        return KernelAxes(*map(moved, self))
+
     def fan_in(self, shape: tuple[int, ...]) -> int:
         """Number of inputs that are summed into one output."""
         return math.prod(shape[i] for i in self.inputs)
@@ -111,3 +123,14 @@ def axes_of(path: Path, shape: tuple[int, ...], rules: AxesRules = ()) -> Kernel
         f"Say it with a rule, axes=(('{re.escape(path)}', jpeft.KernelAxes(stack=(), inputs=(0,), outputs=(1, 2))),), "
         "or let the model tell: axes=jpeft.kernel_axes(model, params, *example_inputs)."
     )
+
+
+def axes_inside(path: Path, shape: tuple[int, ...], rules: AxesRules = ()) -> list[KernelAxes]:
+    """What the geometry of a kernel may be inside its layer, where `nn.scan` may have sliced stack axes away.
+
+    Rules and known layouts are about the kernel as it stands in the parameters. A kernel with fewer axes has lost its first stack axes.
+    """
+    named = [axes for pattern, axes in rules if re.fullmatch(pattern, path)]
+    known = named[:1] or [axes for pattern, ndim, axes in DEFAULT_AXES if ndim <= len(shape) and re.fullmatch(pattern, path)]
+    lost = [axes.without_stack(len(axes.stack) + len(axes.inputs) + len(axes.outputs) - len(shape)) for axes in known]
+    return [axes for axes in lost if axes is not None]

@@ -31,7 +31,15 @@ def first_match(path: Path, rules: Any, what: str) -> Any:
 
 
 def matches(pattern: str, path: Path) -> bool:
-    """Whether a regex matches the whole path of a leaf, or of the module that owns it."""
+    """Whether a regex matches the whole path of a leaf, or of the module that owns it.
+
+    Raises:
+      ValueError: for a role, which a single path cannot show.
+    """
+    if layouts.is_role(pattern):
+        raise ValueError(
+            f"'{pattern}' is a role, which only a whole model shows: a target may be one, but a rule for single paths may not."
+        )
     return re.fullmatch(pattern, path) is not None or re.fullmatch(pattern, path.rpartition("/")[0]) is not None
 
 
@@ -39,6 +47,13 @@ def named(name: str, path: Path) -> bool:
     """Whether `name` is the leaf, its module, or a '/'-suffix of either: ``query`` and ``self/query`` name ``.../self/query/kernel``."""
     module = path.rpartition("/")[0]
     return f"/{path}".endswith(f"/{name}") or f"/{module}".endswith(f"/{name}")
+
+
+def chooses(target: str | Sequence[str], path: Path) -> bool:
+    """Whether a target, a regex or a list of names, names a path."""
+    if isinstance(target, str):
+        return matches(target, path)
+    return any(matches(name, path) if layouts.is_role(name) else named(name, path) for name in target)
 
 
 def select(paths: Iterable[Path], target: str | Sequence[str], *, option: str = "target", params: Params | None = None) -> list[Path]:

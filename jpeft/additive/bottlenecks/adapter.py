@@ -9,7 +9,7 @@ import jax
 from jpeft import tree
 from jpeft.additive.bottlenecks import bottleneck
 from jpeft.additive.bottlenecks.places import NORMS, PROJECTIONS, places
-from jpeft.core.method import ADDED, Layer, Method, factory, not_head, with_head
+from jpeft.method import ADDED, Layer, Method, factory, not_head, with_head
 from jpeft.tree.kernels import AxesRules
 
 

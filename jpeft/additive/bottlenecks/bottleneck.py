@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from jpeft.additive.bottlenecks.places import Place
-from jpeft.core.method import ADDED
+from jpeft.method import ADDED
 from jpeft.tree.paths import flatten, key_for
 
 Draw = Callable[[jax.Array, tuple[int, ...]], jax.Array]  # (key, shape) -> initial kernel

@@ -11,7 +11,7 @@ from jaxtyping import Array, Float
 from jpeft import tree
 from jpeft.additive.bottlenecks import bottleneck
 from jpeft.additive.bottlenecks.places import FEED_FORWARD, NORMS, SELF_AND_FEED_FORWARD, Place, places
-from jpeft.core.method import ADDED, Layer, Method, factory, not_head, with_head
+from jpeft.method import ADDED, Layer, Method, factory, not_head, with_head
 from jpeft.tree.kernels import AxesRules
 
 RULE = f"{ADDED}/rule"  # the shared factors A, once at the adapter's root

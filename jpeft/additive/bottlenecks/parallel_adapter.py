@@ -8,7 +8,7 @@ import jax
 from jpeft import tree
 from jpeft.additive.bottlenecks import bottleneck
 from jpeft.additive.bottlenecks.places import places
-from jpeft.core.method import ADDED, Layer, Method, factory, with_head
+from jpeft.method import ADDED, Layer, Method, factory, with_head
 from jpeft.tree.kernels import AxesRules
 
 # A feed-forward layer that is a module of its own; or, in BERT's relatives, the module that adds its output to its input: with the residual

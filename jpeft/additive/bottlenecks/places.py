@@ -9,7 +9,7 @@ import re
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from jpeft.core.method import not_head
+from jpeft.method import not_head
 from jpeft.tree.kernels import AxesRules, axes_of, axes_rules
 from jpeft.tree.paths import Params
 from jpeft.tree.select import select

@@ -1,7 +1,7 @@
 """P-tuning v2: deep prompts for understanding, with a task head."""
 
 from jpeft.additive.prefixes.prefix import KEY, prefix
-from jpeft.core.method import Method, factory
+from jpeft.method import Method, factory
 from jpeft.tree.kernels import AxesRules
 
 

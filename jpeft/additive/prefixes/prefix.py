@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from jpeft import tree
-from jpeft.core.method import ADDED, Layer, Method, not_head, with_head
+from jpeft.method import ADDED, Layer, Method, not_head, with_head
 from jpeft.tree.kernels import AxesRules, axes_of, axes_rules
 from jpeft.tree.select import select
 

@@ -1,7 +1,7 @@
 """Prefix-tuning: trained keys and values in front of every layer's own, made by a network in training."""
 
 from jpeft.additive.prefixes.prefix import KEY, prefix
-from jpeft.core.method import Method, factory
+from jpeft.method import Method, factory
 from jpeft.tree.kernels import AxesRules
 
 

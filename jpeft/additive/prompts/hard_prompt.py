@@ -6,7 +6,7 @@ from jpeft import tree
 from jpeft.additive.prompts import insertion
 from jpeft.additive.prompts.insertion import EMBEDDING, PSEUDO, Site
 from jpeft.additive.prompts.prompt_tuning import refuse_merge
-from jpeft.core.method import Method, factory, with_head
+from jpeft.method import Method, factory, with_head
 
 
 @factory

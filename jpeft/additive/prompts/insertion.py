@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Shaped
 
 from jpeft import tree
-from jpeft.core.method import ADDED, CallFn, Layer, not_head
+from jpeft.method import ADDED, CallFn, Layer, not_head
 from jpeft.tree.select import select
 
 # The word embeddings of common families.
@@ -163,7 +163,7 @@ def _looked_up(layer: Layer, inputs: tuple[Any, ...], leaves: dict[str, Any]) ->
 
 def _first(layer: Layer, leaves: dict[str, Any]) -> int:
     """The id of the prompt's first row: beyond the vocabulary and the rows of prompts that other methods put in closer to the layer."""
-    below = [other[ADDED] for other in layer.beneath if "site" in other.get(ADDED, {})]
+    below = [other[ADDED] for other in layer.inner_middleware if "site" in other.get(ADDED, {})]
     return leaves["site"].shape[1] + sum(len(other["prompt"]) for other in below)
 
 

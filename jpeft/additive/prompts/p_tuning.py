@@ -10,7 +10,7 @@ from jpeft import tree
 from jpeft.additive.prompts import insertion
 from jpeft.additive.prompts.insertion import EMBEDDING, Site
 from jpeft.additive.prompts.prompt_tuning import layout, prompt_tuning, pseudo_tokens, refuse_merge
-from jpeft.core.method import ADDED, Method, factory, with_head
+from jpeft.method import ADDED, Method, factory, with_head
 
 ENCODERS = ("lstm", "mlp")
 

@@ -9,7 +9,7 @@ from jaxtyping import Array, Float
 from jpeft import tree
 from jpeft.additive.prompts import insertion
 from jpeft.additive.prompts.insertion import EMBEDDING, PSEUDO, Block, Site
-from jpeft.core.method import ADDED, Method, factory, with_head
+from jpeft.method import ADDED, Method, factory, with_head
 
 INITS = ("vocab", "uniform", "tokens", "labels")
 SKIP = 2000  # ids in front of the words: BERT's vocabularies begin with a thousand unused ones and as many characters and word pieces

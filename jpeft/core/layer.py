@@ -1,0 +1,156 @@
+"""One layer as a method sees it."""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Mapping
+from typing import Any, Protocol, runtime_checkable
+
+import jax
+import jax.numpy as jnp
+
+from jpeft.tree.kernels import KernelAxes
+
+
+@runtime_checkable
+class Wrapper(Protocol):
+    """The part of a method that goes around layers; see `jpeft.core.method.Method`."""
+
+    def call(self, layer: "Layer", inputs: tuple[Any, ...], leaves: dict[str, Any], rng: jax.Array | None) -> Any:
+        """Run the layer with the method's change."""
+        ...
+
+    def merge_layer(self, layer: "Layer", leaves: dict[str, Any]) -> Mapping[str, Any] | None:
+        """The layer's parameters with the method's change written in, or None."""
+        ...
+
+
+@dataclasses.dataclass(frozen=True)
+class Linear:
+    """What is linear about a layer: the parameter that acts as its kernel, its geometry, and cheap ways to change its product.
+
+    A function that the host cannot give is None; a method then runs the layer on a changed kernel.
+
+    Attributes:
+      name: Name of the parameter, ``"kernel"`` or ``"embedding"``.
+      axes: Its geometry inside the layer. Under `nn.scan` the axis of the layers is gone by then.
+      apply_low_rank: ``(x, a, b) -> y``: the layer without its bias on the kernel ``a b``, computed as ``(x a) b``.
+      apply_columns: ``(x, kernel) -> y``: the layer without its bias on a kernel with another number of outputs, which are the last axis
+        of y; None for a layer whose outputs have several axes.
+      scale_outputs: ``(y, g) -> y``: the layer's outputs times g, which has the kernel's output axes.
+      scale_inputs: ``(x, g) -> x``: the layer's inputs times g, which has the kernel's input axes.
+      add_bias: ``(y, bias) -> y``: the layer's outputs with its bias added.
+    """
+
+    name: str
+    axes: KernelAxes
+    apply_low_rank: Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
+    apply_columns: Callable[[jax.Array, jax.Array], jax.Array] | None = None
+    scale_outputs: Callable[[jax.Array, jax.Array], jax.Array] | None = None
+    scale_inputs: Callable[[jax.Array, jax.Array], jax.Array] | None = None
+    add_bias: Callable[[jax.Array, jax.Array], jax.Array] | None = None
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class MiddlewareState:
+    """What one middleware reads, as an entry of `Layer.params`, where it can be differentiated like any parameter."""
+
+    leaves: dict[str, Any]
+    rng: jax.Array | None
+
+
+@dataclasses.dataclass(frozen=True)
+class Layer:
+    """One layer as middleware sees it.
+
+    Attributes:
+      run: ``(params, *inputs) -> outputs``, a pure function: running the layer on other parameters is how the merged view of LoRA works.
+        Keyword arguments replace those of the call.
+      params: The layer's own parameters by name, e.g. ``{"kernel": ..., "bias": ...}``.
+      path: Path of the module, '/'-joined. Layers under one `nn.scan` share their path.
+      linear: The layer's geometry, or None where the layer is not known to be linear in one parameter.
+      dtype: The dtype that the layer computes in, given its inputs.
+      names: What the layer calls its inputs, in their order; empty where the host cannot tell.
+      keywords: Arguments of this call that the layer takes by name only. ``layer(*inputs, name=value)`` runs the layer with another value.
+      method: The module's method that is called: ``"__call__"``, or ``"attend"`` where an embedding gives scores of its rows.
+      cached: Whether the module continues from a cache of keys and values that an earlier call has made.
+      merged: ``params -> params``: the layer's own parameters with the changes of all inner middleware written in, as `Method.merge` would
+        write them; None where a change is none of a parameter. A method that looks at the kernel's value takes it from here.
+      bare: The layer without any middleware; None where there is none around it.
+    """
+
+    run: Callable[..., Any]
+    params: Mapping[str, Any]
+    path: str
+    linear: Linear | None = None
+    dtype: Any = jnp.float32
+    names: tuple[str, ...] = ()
+    keywords: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    method: str = "__call__"
+    cached: bool = False
+    merged: Callable[[Mapping[str, Any]], Mapping[str, Any] | None] = lambda params: params
+    bare: "Layer | None" = None
+
+    def __call__(self, *inputs: Any, **keywords: Any) -> Any:
+        """Run the layer as it is."""
+        return self.run(self.params, *inputs, **keywords)
+
+    def with_params(self, params: Mapping[str, Any]) -> "Layer":
+        """This layer with some of its parameters exchanged."""
+        return dataclasses.replace(self, params={**self.params, **params})
+
+    @property
+    def innermost(self) -> "Layer":
+        """The layer without any middleware."""
+        return self.bare or self
+
+    @property
+    def inner_middleware(self) -> tuple[dict[str, Any], ...]:
+        """The leaves of other middleware between this one and the layer, the closest to the layer first."""
+        return tuple(own.leaves for own in self.params.values() if isinstance(own, MiddlewareState))
+
+    @property
+    def is_wrapped(self) -> bool:
+        """Whether another middleware stands between this one and the layer: the outputs may then not be linear in the kernel."""
+        return any(isinstance(own, MiddlewareState) for own in self.params.values())
+
+    def shape(self, *inputs: Any) -> Any:
+        """Shapes and dtypes of the outputs for these inputs, of which the first is an array; nothing runs."""
+        x, *rest = inputs
+        return jax.eval_shape(lambda params, x: self.run(params, x, *rest), dict(self.params), x)
+
+    def with_middleware(self, method: "Wrapper", name: str, leaves: dict[str, Any], rng: jax.Array | None) -> "Layer":
+        """This layer with a method's middleware around it, as a layer again, so that another middleware can go around both.
+
+        The leaves become part of the new layer's `params`, which keeps its `run` a function of everything that may be differentiated.
+
+        Args:
+          method: The method whose `call` goes around the layer.
+          name: A name for its entry in `params`.
+          leaves: The leaves of the method at this layer.
+          rng: The method's random key, or None.
+        """
+        inner = self
+
+        def below(params: Mapping[str, Any]) -> Layer:
+            own = {key: value for key, value in params.items() if key != name}
+            # `is`: unchanged parameters stay the very object that lets the host run the layer in place.
+            return dataclasses.replace(inner, params=inner.params if _same(own, inner.params) else own)
+
+        def run(params: Mapping[str, Any], *inputs: Any, **keywords: Any) -> Any:
+            layer = below(params)
+            if keywords:
+                run = functools.partial(inner.run, **keywords)
+                layer = dataclasses.replace(layer, run=run, keywords={**inner.keywords, **keywords})
+            return method.call(layer, inputs, params[name].leaves, params[name].rng)
+
+        def merged(params: Mapping[str, Any]) -> Mapping[str, Any] | None:
+            return method.merge_layer(below(params), params[name].leaves)
+
+        return dataclasses.replace(
+            self, run=run, merged=merged, bare=inner.innermost, params={**self.params, name: MiddlewareState(leaves, rng)}
+        )
+
+
+def _same(a: Mapping[str, Any], b: Mapping[str, Any]) -> bool:
+    return a.keys() == b.keys() and all(a[key] is b[key] for key in a)

@@ -1,0 +1,245 @@
+"""Options of a method: declared by type and range, made hashable, and checked when they are given.
+
+A method declares an option as a dataclass field. The annotation is the declaration: its type, and its range in an `Annotated` type::
+
+    rank: PerPath[Count] = 8               # a whole number of at least 1, or rules {regex: number}
+    dropout: Probability = 0.0             # a number in [0, 1)
+    view: Literal["auto", "factored"] = "auto"
+
+`checked` then refuses every value of another type or outside the range, and names the option, the value and what is allowed.
+"""
+
+import dataclasses
+import difflib
+import functools
+import inspect
+import math
+import numbers
+import types
+import typing
+from collections.abc import Hashable, Iterable, Mapping, Sequence
+from typing import Annotated, Any, Literal, TypeVar, Union
+
+from jpeft.tree.kernels import KernelAxes
+
+T = TypeVar("T")
+Number = int | float
+
+
+class NotEmpty:
+    """A list that may not be empty."""
+
+    def __contains__(self, value: Any) -> bool:
+        """Whether the list has items."""
+        return bool(value)
+
+    def __str__(self) -> str:
+        """The limit in words."""
+        return "(not empty)"
+
+
+@dataclasses.dataclass(frozen=True)
+class Range:
+    """The numbers that an option may take: from `low` to `high`, without an end that is `open`."""
+
+    low: Number = -math.inf
+    high: Number = math.inf
+    open: Literal["neither", "low", "high", "both"] = "neither"
+
+    def __contains__(self, value: Number) -> bool:
+        """Whether a finite number lies in the range."""
+        above = value > self.low if self.open in ("low", "both") else value >= self.low
+        below = value < self.high if self.open in ("high", "both") else value <= self.high
+        return math.isfinite(value) and above and below
+
+    def __str__(self) -> str:
+        """The range in words, to follow the name of a type."""
+        low = f"above {self.low:g}" if self.open in ("low", "both") else f"of at least {self.low:g}"
+        high = f"below {self.high:g}" if self.open in ("high", "both") else f"at most {self.high:g}"
+        return " and ".join(words for words, end in ((low, self.low), (high, self.high)) if math.isfinite(end))
+
+
+Count = Annotated[int, Range(1)]  # 1, 2, 3, ...
+CountOrZero = Annotated[int, Range(0)]  # 0, 1, 2, ...
+Positive = Annotated[Number, Range(0, open="low")]  # (0, inf)
+NotNegative = Annotated[Number, Range(0)]  # [0, inf)
+Probability = Annotated[Number, Range(0, 1, open="high")]  # [0, 1)
+Share = Annotated[Number, Range(0, 1, open="low")]  # (0, 1]
+ShareBelowOne = Annotated[Number, Range(0, 1, open="both")]  # (0, 1)
+
+Names = str | Annotated[Sequence[str], NotEmpty()]  # a regex for whole paths, or a list of names
+Axes = Sequence[tuple[str, tuple[Sequence[int], ...]]]  # rules (regex, KernelAxes), as of `jpeft.kernel_axes`
+PerPath = T | Mapping[str, T] | tuple[tuple[str, T], ...]  # one value for all paths, or rules {regex: value}
+
+
+def option(default: Any, *, alias: str) -> Any:
+    """A dataclass field that callers spell `alias`, because a function of the contract has the option's name already.
+
+    >>> import jpeft
+    >>> jpeft.lora(init="gaussian").initializer
+    'gaussian'
+    """
+    return dataclasses.field(default=default, metadata={"alias": alias})
+
+
+def spelling(field: dataclasses.Field[Any]) -> str:
+    """The name by which callers give a field."""
+    return field.metadata.get("alias", field.name)
+
+
+def spellings(cls: Any) -> dict[str, str]:
+    """The fields of a method's class by the names that callers give them."""
+    return {spelling(field): field.name for field in dataclasses.fields(cls)}
+
+
+def signature(cls: Any) -> inspect.Signature:
+    """The options of a method's class as a signature of keyword arguments, with their defaults and types."""
+    fields = [field for field in dataclasses.fields(cls) if field.init]
+    empty = inspect.Parameter.empty
+    kind = inspect.Parameter.KEYWORD_ONLY
+    default = lambda field: empty if field.default is dataclasses.MISSING else field.default
+    return inspect.Signature([inspect.Parameter(spelling(f), kind, default=default(f), annotation=f.type) for f in fields])
+
+
+@functools.cache
+def annotations(cls: Any) -> dict[str, Any]:
+    """The annotations of a method's fields, evaluated; none for a class whose annotations name what only its own function knows."""
+    try:
+        return typing.get_type_hints(cls, include_extras=True)
+    except NameError:
+        return {}
+
+
+def refuse_unknown(name: str, parameters: Mapping[str, inspect.Parameter], args: tuple[Any, ...], options: Mapping[str, Any]) -> None:
+    """Refuse positional arguments and options that a method does not have.
+
+    Raises:
+      ValueError: with the options that exist, and the one that was probably meant.
+    """
+    unknown = [given for given in options if given not in parameters]
+    if not unknown and not args:
+        return
+    given = f"option {unknown[0]!r}" if unknown else "positional arguments"
+    close = difflib.get_close_matches(unknown[0], parameters, n=1) if unknown else []
+    hint = f" Did you mean {close[0]!r}?" if close else ""
+    defaults = ", ".join(f"{parameter.name}={parameter.default!r}" for parameter in parameters.values())
+    raise ValueError(f"{name} has no {given}.{hint} Its options and defaults are: {defaults}.")
+
+
+# --- values -----------------------------------------------------------------------------------------------------------------------------
+
+
+def hashable(value: Any) -> Hashable:
+    """The form in which an option is kept: dicts, lists, sets and arrays become tuples, so that methods can be compared and hashed.
+
+    >>> hashable({"query": 4, ".*": [1, 2]})
+    (('query', 4), ('.*', (1, 2)))
+    """
+    if isinstance(value, Mapping):
+        return tuple((key, hashable(item)) for key, item in value.items())
+    if isinstance(value, KernelAxes):
+        return KernelAxes(*map(tuple, value))
+    if hasattr(value, "tolist"):  # a NumPy or JAX array, or a scalar of one
+        return hashable(value.tolist())
+    if isinstance(value, (list, set, tuple)):
+        return tuple(hashable(item) for item in value)
+    hash(value)
+    return value
+
+
+def plain(value: Any) -> Any:
+    """The form in which an option is written to JSON: tuples become lists."""
+    return [plain(item) for item in value] if isinstance(value, tuple) else value
+
+
+def checked(owner: str, name: str, value: Hashable, hint: Any) -> Hashable:
+    """The value of an option, if it has the declared type and lies in the declared range.
+
+    Raises:
+      ValueError: otherwise.
+
+    >>> checked("lora", "rank", 8, PerPath[Count])
+    8
+    """
+    if not _fits(value, hint):
+        raise ValueError(f"{owner}: {name}={value!r} must be {describe(hint)}.")
+    return value
+
+
+def checked_fields(cls: Any, owner: str, options: Mapping[str, Any]) -> dict[str, Hashable]:
+    """The values of a method's fields, made hashable and checked: those of the given options, and the defaults of the others.
+
+    Raises:
+      ValueError: for an option that is missing, of another type than its field, or outside its range.
+    """
+    hints, values = annotations(cls), {}
+    for field in dataclasses.fields(cls):
+        name = spelling(field)
+        if name not in options and field.default is dataclasses.MISSING:
+            raise ValueError(f"{owner} needs the option {name!r}.")
+        value = hashable(options.get(name, field.default))
+        values[field.name] = checked(owner, name, value, hints.get(field.name, Any))
+    return values
+
+
+def _fits(value: Any, hint: Any) -> bool:
+    origin, args = typing.get_origin(hint), typing.get_args(hint)
+    if hint is Any:
+        return True
+    if origin is Annotated:
+        return _fits(value, args[0]) and all(value in limit for limit in args[1:] if isinstance(limit, (Range, NotEmpty)))
+    if origin in (Union, types.UnionType):
+        return any(_fits(value, part) for part in args)
+    if origin is Literal:
+        return any(type(value) is type(choice) and value == choice for choice in args)
+    if hint is float or hint == Number:
+        return isinstance(value, numbers.Real) and not isinstance(value, bool) and math.isfinite(value)
+    if hint is int:
+        return isinstance(value, int) and not isinstance(value, bool)
+    if hint is None or hint is type(None):
+        return value is None
+    if origin is tuple:
+        return isinstance(value, tuple) and _fits_tuple(value, args)
+    # `hashable` has made tuples of sequences and mappings.
+    if isinstance(origin, type) and issubclass(origin, Mapping):
+        return isinstance(value, tuple) and bool(value) and all(_fits(pair, tuple[args]) for pair in value)
+    if isinstance(origin, type) and issubclass(origin, Iterable):
+        return isinstance(value, tuple) and all(_fits(item, args[0]) for item in value)
+    return isinstance(value, hint if isinstance(hint, type) else object)
+
+
+def _fits_tuple(value: tuple[Any, ...], args: tuple[Any, ...]) -> bool:
+    if args[1:] == (Ellipsis,):
+        rules = typing.get_origin(args[0]) is tuple
+        return (bool(value) or not rules) and all(_fits(item, args[0]) for item in value)
+    return len(value) == len(args) and all(map(_fits, value, args))
+
+
+def describe(hint: Any) -> str:
+    """What a declared type allows, in words.
+
+    >>> describe(PerPath[Count])
+    'a whole number of at least 1, or rules {regex: a whole number of at least 1}'
+    """
+    origin, args = typing.get_origin(hint), typing.get_args(hint)
+    words = {int: "a whole number", float: "a number", str: "a text", bool: "True or False", type(None): "None"}
+    if hint == Number:
+        return "a number"
+    if origin is Annotated:
+        return " ".join([describe(args[0]), *(str(limit) for limit in args[1:] if isinstance(limit, (Range, NotEmpty)))])
+    if origin in (Union, types.UnionType):
+        return ", or ".join(dict.fromkeys(map(describe, _without_pairs(args))))
+    if origin is Literal:
+        return f"one of {', '.join(map(repr, args))}" if len(args) > 1 else repr(args[0])
+    if isinstance(origin, type) and issubclass(origin, Mapping):
+        return f"rules {{regex: {describe(args[1])}}}"
+    if args and isinstance(origin, type) and issubclass(origin, Iterable):
+        return f"a list, each {describe(args[0])}"
+    return words.get(hint, getattr(hint, "__name__", str(hint)))
+
+
+def _without_pairs(args: tuple[Any, ...]) -> list[Any]:
+    """The parts of a union without the tuple form of rules, where the mapping stands beside it."""
+    rules = any(isinstance(typing.get_origin(part), type) and issubclass(typing.get_origin(part), Mapping) for part in args)
+    pairs = lambda part: typing.get_origin(part) is tuple and typing.get_origin(typing.get_args(part)[0]) is tuple
+    return [part for part in args if not (rules and pairs(part))]

@@ -1,0 +1,151 @@
+"""Statistics: what some methods must be told about the data or the model before they can choose or start what they train.
+
+A method names the kinds that it takes in `Method.requires_stats`; `jpeft.stats` has a function that makes each kind. `jpeft.apply` takes
+one of them as ``stats=``, or several in a list, of which each part of a chain takes its kind.
+"""
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar, TypeVar
+
+import jax
+import numpy as np
+
+from jpeft.tree.adapters import ADDED, Adapter
+from jpeft.tree.paths import Params, flatten
+
+
+class Statistic:
+    """The common base of all kinds."""
+
+    made_by: ClassVar[str]  # the call that makes it, for error messages
+
+    @classmethod
+    def of(cls, value: Any) -> "Statistic | None":
+        """A plain value as this kind of statistic; None if it cannot be one."""
+        raise NotImplementedError
+
+
+class _PerParameter(Statistic):
+    values: Params
+
+    @classmethod
+    def of(cls, value: Any) -> "Statistic | None":
+        return cls(value)  # pyright: ignore[reportCallIssue]
+
+    def __getitem__(self, key: str) -> Any:
+        """A part of `values`, which has the tree of the parameters."""
+        return self.values[key]
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Fisher(_PerParameter):
+    """The diagonal of the Fisher information, from `jpeft.stats.fisher`.
+
+    Attributes:
+      values: A tree like the parameters, float32.
+    """
+
+    values: Params
+    made_by: ClassVar[str] = "jpeft.stats.fisher(losses, params, batches)"
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Movement(_PerParameter):
+    """How far training has moved each parameter, from `jpeft.stats.movement`.
+
+    Attributes:
+      values: A tree like the parameters, float32.
+    """
+
+    values: Params
+    made_by: ClassVar[str] = "jpeft.stats.movement(params, tuned)"
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class KeyValues(Statistic):
+    """Keys and values for every layer, from `jpeft.stats.key_values`; or the adapter of another prefix.
+
+    Attributes:
+      values: A tree in the form of a prefix's adapter.
+    """
+
+    values: Adapter
+    made_by: ClassVar[str] = "jpeft.stats.key_values(model, params, [tokens])"
+
+    @classmethod
+    def of(cls, value: Any) -> "KeyValues | None":
+        """The leaves under some module's ``+`` are taken for keys and values, if they are called so."""
+        leaves = flatten(value) if isinstance(value, Mapping) else {}
+        ends = {path.rpartition(f"/{ADDED}/")[2] for path in leaves if f"/{ADDED}/" in path}
+        return cls(value) if ends & {"key", "value"} else None
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class LabelTokens(Statistic):
+    """The token ids of each class label.
+
+    Attributes:
+      ids: One tuple of ids for each label.
+    """
+
+    ids: tuple[tuple[int, ...], ...] = dataclasses.field(metadata={"static": True})
+    made_by: ClassVar[str] = "jpeft.stats.LabelTokens(((2204,), (2919, 102))), the token ids of each label"
+
+    @classmethod
+    def of(cls, value: Any) -> "LabelTokens | None":
+        """A sequence of sequences of whole numbers."""
+        if isinstance(value, (str, Mapping)) or not isinstance(value, Sequence) or not value:
+            return None
+        rows = [np.asarray(ids) for ids in value]
+        if not all(row.ndim == 1 and (not row.size or np.issubdtype(row.dtype, np.integer)) for row in rows):
+            return None
+        return cls(tuple(tuple(row.tolist()) for row in rows))
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Prompt(Statistic):
+    """The rows of a prompt to start from.
+
+    Attributes:
+      rows: An array [l, d].
+    """
+
+    rows: Any
+    made_by: ClassVar[str] = "jpeft.stats.Prompt(rows), rows an array [l, d]"
+
+    @classmethod
+    def of(cls, value: Any) -> "Prompt | None":
+        """An array with two axes, or an adapter that holds a prompt."""
+        if getattr(value, "ndim", 0) == 2:
+            return cls(value)
+        leaves = flatten(value) if isinstance(value, Mapping) else {}
+        found = [leaf for path, leaf in leaves.items() if path.endswith(f"/{ADDED}/prompt")]
+        return cls(found[0]) if found else None
+
+
+S = TypeVar("S", bound=Statistic)
+
+
+def find(stats: Any, kind: type[S]) -> S | None:
+    """The statistic of one kind in what `jpeft.apply` was given; None if there is none.
+
+    Args:
+      stats: None, one statistic, or a list of them. A plain value is taken for the kind that is asked for, if it can be one.
+      kind: The kind.
+
+    >>> find([Fisher({"w": 1.0}), LabelTokens(((3,),))], LabelTokens).ids
+    ((3,),)
+    """
+    several = isinstance(stats, (list, tuple)) and any(isinstance(one, Statistic) for one in stats)
+    for one in stats if several else [stats]:
+        if isinstance(one, kind):
+            return one
+        if one is not None and not isinstance(one, Statistic):
+            return kind.of(one)  # pyright: ignore[reportReturnType]
+    return None

@@ -1,0 +1,226 @@
+"""Weight methods: some leaves beside one kernel, and a new value of the kernel.
+
+LoRA and most of its relatives are of this kind. Such a method says what happens to ONE kernel, seen as a matrix ``W`` [inputs, outputs]:
+which leaves stand beside it at the start (`init_kernel`) and which value it then has (`new_kernel`). The base class below does the rest: it
+finds the kernels, splits stacks of layers and experts, folds head axes into inputs and outputs, keeps dtypes, merges, trains the head, and
+runs layers. By default a layer runs on its new kernel, which is right everywhere; `call_linear` may find a cheaper way.
+"""
+
+import abc
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from jpeft import tree
+from jpeft.core.layer import Layer, Linear
+from jpeft.core.method import Method, with_head
+from jpeft.core.options import Axes, Names
+from jpeft.reparameterized.matrix_form import OUTPUTS, LeafAxes, MatrixForm
+from jpeft.tree.head import not_head
+from jpeft.tree.kernels import KernelAxes, axes_inside, axes_of, axes_rules
+from jpeft.tree.select import select
+
+
+class WeightMethod(Method):
+    """The base of methods that give one kernel leaves and a new value.
+
+    Attributes:
+      leaf_axes: The axes of each leaf as a matrix, e.g. ``{"a": ("inputs", "rank"), "b": ("rank", "outputs")}``.
+      changes_bias: Whether `new_bias` is defined.
+      target: Which kernels. A regex for whole paths, or a list of names.
+      axes: Geometry of kernels with more than two axes, ``((regex, KernelAxes), ...)``, e.g. from `jpeft.kernel_axes`.
+      head: Task head to train along: "auto", a regex, or None.
+    """
+
+    target: Names = r"(.*/)?kernel"
+    axes: Axes | None = None
+    head: str | None = "auto"
+
+    leaf_axes: ClassVar[Mapping[str, LeafAxes]]
+    changes_bias: ClassVar[bool] = False
+    family = "reparameterized"
+    why_no_merge = None
+
+    # --- what a weight method defines -------------------------------------------------------------------------------------------------
+
+    @abc.abstractmethod
+    def init_kernel(self, key: jax.Array, kernel: Float[Array, "inputs outputs"], path: str) -> dict[str, jax.Array]:
+        """The leaves of one kernel, each with its `leaf_axes`.
+
+        Args:
+          key: The kernel's own random key.
+          kernel: Its value; only its shape is known where the base is abstract.
+          path: Its path, for options that differ between layers.
+        """
+
+    @abc.abstractmethod
+    def new_kernel(self, kernel: Float[Array, "inputs outputs"], leaves: dict[str, jax.Array], path: str) -> Float[Array, "inputs outputs"]:
+        """The new value of one kernel. It comes and goes in float32 or wider, whatever the dtype of the base."""
+
+    def new_bias(self, bias: Float[Array, " outputs"], leaves: dict[str, jax.Array], path: str) -> Float[Array, " outputs"]:
+        """The new value of the bias beside the kernel; used where `changes_bias` is set."""
+        del leaves, path
+        return bias
+
+    def call_linear(
+        self, layer: Layer, linear: Linear, inputs: tuple[Any, ...], leaves: dict[str, Any], path: str, rng: jax.Array | None
+    ) -> Any:
+        """Run a layer whose geometry is known, which is where a method can be cheaper than its new kernel.
+
+        Args:
+          layer: The layer.
+          linear: Its geometry.
+          inputs: Its inputs.
+          leaves: The leaves beside its kernel, as the adapter holds them.
+          path: The kernel's path.
+          rng: A random key, or None.
+        """
+        del path, rng
+        return self._run_on_new_params(layer, inputs, {linear.name: leaves}, {linear.name: linear.axes})
+
+    def kernels(self, params: tree.Params) -> list[str]:
+        """The paths of the kernels that get leaves.
+
+        Raises:
+          ValueError: if the target matches nothing.
+        """
+        return select(self.candidates(params), self.target, params=params)
+
+    def candidates(self, params: tree.Params) -> list[str]:
+        """The paths of everything that could be a kernel: what has two axes or more and is not the head's."""
+        leaves = not_head(params, self.head)
+        return [path for path, leaf in leaves.items() if len(leaf.shape) > 1 and not path.endswith("bias")]
+
+    # --- the contract of a method -----------------------------------------------------------------------------------------------------
+
+    def init(self, key: jax.Array, params: tree.Params, *, stats: Any = None) -> tree.Adapter:
+        """Leaves for each chosen kernel, and the task head."""
+        del stats
+        base = tree.flatten(params)
+        out: dict[str, Any] = {}
+        for path in self.kernels(params):
+            form = MatrixForm(tuple(base[path].shape), axes_of(path, tuple(base[path].shape), axes_rules(self.axes)))
+            leaves = self.init_leaves(tree.key_for(key, path), base[path], form, path)
+            out |= {f"{path}/{name}": leaf for name, leaf in leaves.items()}
+        return with_head(out, params, self.head)
+
+    def init_leaves(self, key: jax.Array, kernel: Any, form: MatrixForm, path: str) -> dict[str, Any]:
+        """The leaves beside a kernel as the adapter holds them: `init_kernel` for each kernel of the stack."""
+        one = form.each(lambda key, w: self.init_kernel(key, w, path))
+        leaves = one(form.keys(key), form.to_matrix(_wide(jnp.asarray(kernel))))
+        return {name: form.leaf_from_matrix(leaf, self.leaf_axes[name]) for name, leaf in leaves.items()}
+
+    def call(self, layer: Layer, inputs: tuple[Any, ...], leaves: dict[str, Any], rng: jax.Array | None) -> Any:
+        """`call_linear` where the layer's geometry is known, else the layer on its new parameters."""
+        linear = layer.linear
+        if linear is None or list(leaves) != [linear.name]:
+            # All that is known of a layer of an unknown class is its parameters.
+            axes = {name: self._axes_inside(layer, name, part) for name, part in leaves.items()}
+            return self._run_on_new_params(layer, inputs, leaves, axes)
+        path = f"{layer.path}/{linear.name}"
+        self.check_geometry(path, MatrixForm(layer.params[linear.name].shape, linear.axes), leaves[linear.name])
+        return self.call_linear(layer, linear, inputs, leaves[linear.name], path, rng)
+
+    def merge(self, params: tree.Params, adapter: tree.Adapter) -> tree.Params:
+        """The new kernels, and biases where the method changes them, in the base's tree and dtypes."""
+        replaced, beside, _ = tree.split(params, adapter)
+        base = tree.flatten(params) | replaced
+        for path, leaves in beside.items():
+            module, _, name = path.rpartition("/")
+            prefix = f"{module}/" if module else ""
+            own = {name: base[path]} | ({"bias": base[f"{prefix}bias"]} if f"{prefix}bias" in base else {})
+            axes = axes_of(path, tuple(base[path].shape), axes_rules(self.axes))
+            new = self._new_params(own, {name: leaves}, {name: axes}, module)
+            replaced |= {f"{prefix}{key}": value for key, value in new.items() if value is not own[key]}
+        return tree.replace(params, replaced)
+
+    def merge_layer(self, layer: Layer, leaves: dict[str, Any]) -> Mapping[str, Any] | None:
+        """The layer's parameters, as other middleware leaves them, with the new kernel."""
+        params = layer.merged(layer.params)
+        if params is None:
+            return None
+        known = layer.linear if layer.linear is not None and layer.linear.name in leaves else None
+        axes = {name: known.axes if known else self._axes_inside(layer, name, part) for name, part in leaves.items()}
+        return self._new_params(params, leaves, axes, layer.path)
+
+    def adapted_paths(self, params: tree.Params, adapter: tree.Adapter) -> set[str]:
+        """Replaced leaves, kernels with leaves beside them, and their biases where the method changes those."""
+        paths = super().adapted_paths(params, adapter)
+        if not self.changes_bias:
+            return paths
+        _, beside, _ = tree.split(params, adapter)
+        biases = {"/".join([*path.split("/")[:-1], "bias"]) for path, leaves in beside.items() if self.scales_bias(leaves)}
+        return paths | (biases & tree.flatten(params).keys())
+
+    def scales_bias(self, leaves: Mapping[str, Any]) -> bool:
+        """Whether these leaves of one kernel change the bias beside it, too."""
+        del leaves
+        return self.changes_bias
+
+    # --- one layer --------------------------------------------------------------------------------------------------------------------
+
+    def _run_on_new_params(self, layer: Layer, inputs: tuple[Any, ...], leaves: Mapping[str, Any], axes: Mapping[str, KernelAxes]) -> Any:
+        """Run a layer on its new parameters, made from those that other middleware leaves, as in `merge`."""
+        merged = layer.merged(layer.params) if layer.is_wrapped else None
+        if merged is not None:
+            return layer.innermost.run(self._new_params(merged, leaves, axes, layer.path), *inputs)
+        return layer.run(self._new_params(layer.params, leaves, axes, layer.path), *inputs)
+
+    def _new_params(
+        self, params: Mapping[str, Any], leaves: Mapping[str, Any], axes: Mapping[str, KernelAxes], module: str
+    ) -> dict[str, Any]:
+        """A module's parameters with new kernels, and with a new bias where the method changes it."""
+        new = dict(params)
+        for name, part in leaves.items():
+            path = "/".join(filter(None, (module, name)))
+            kernel, form = params[name], MatrixForm(tuple(params[name].shape), axes[name])
+            matrices = {key: form.leaf_to_matrix(leaf, self.leaf_axes[key]) for key, leaf in part.items()}
+            run = form.each(lambda w, leaves, path=path: self.new_kernel(w, leaves, path))
+            wide = jnp.promote_types(kernel.dtype, jnp.result_type(*part.values()))
+            new[name] = form.from_matrix(run(form.to_matrix(kernel.astype(wide)), matrices)).astype(kernel.dtype)
+            if self.scales_bias(part) and params.get("bias") is not None:
+                bias = params["bias"]
+                run = form.each(lambda b, leaves, path=path: self.new_bias(b, leaves, path))
+                changed = run(form.leaf_to_matrix(bias.astype(wide), (OUTPUTS,)), matrices)
+                new["bias"] = form.leaf_from_matrix(changed, (OUTPUTS,)).astype(bias.dtype)
+        return new
+
+    def _axes_inside(self, layer: Layer, name: str, leaves: Mapping[str, Any]) -> KernelAxes:
+        """The geometry of a kernel inside a layer of an unknown class, where a scan may have sliced its stack axes away."""
+        path, shape = "/".join(filter(None, (layer.path, name))), tuple(layer.params[name].shape)
+        fitting = [axes for axes in axes_inside(path, shape, axes_rules(self.axes)) if self._fits(MatrixForm(shape, axes), leaves)]
+        return fitting[0] if fitting else axes_of(path, shape, axes_rules(self.axes))
+
+    def _fits(self, form: MatrixForm, leaves: Mapping[str, Any]) -> bool:
+        return all(leaf.shape == self._expected_shape(form, name, leaf) for name, leaf in leaves.items())
+
+    def _expected_shape(self, form: MatrixForm, name: str, leaf: Any) -> tuple[int, ...] | None:
+        """The shape of a leaf on a kernel of this geometry, with the leaf's own sizes on the axes that the kernel does not have."""
+        stored = form.stored_axes(self.leaf_axes[name])
+        if len(stored) != leaf.ndim:
+            return None
+        return tuple(form.shape[axis] if isinstance(axis, int) else size for axis, size in zip(stored, leaf.shape, strict=True))
+
+    def check_geometry(self, path: str, form: MatrixForm, leaves: Mapping[str, Any]) -> None:
+        """Compare the leaves with what the real layer says of its kernel: a name may have promised another geometry.
+
+        Raises:
+          ValueError: if they differ, with the rule that describes the kernel.
+        """
+        if not self._fits(form, leaves):
+            sizes = {name: [form.shape[i] if isinstance(i, int) else i for i in form.stored_axes(self.leaf_axes[name])] for name in leaves}
+            expected = " and ".join(f"{name} ({', '.join(map(str, shape))})" for name, shape in sizes.items())
+            found = " and ".join(f"{name} {leaf.shape}" for name, leaf in leaves.items())
+            raise ValueError(
+                f"'{path}': the layer's kernel {form.shape} has inputs {form.axes.inputs} and outputs {form.axes.outputs}, which asks for "
+                f"leaves of shapes {expected}, but the adapter holds {found}. The axes were taken from the kernel's name; "
+                "let the model tell them: axes=jpeft.kernel_axes(model, params, *example_inputs)."
+            )
+
+
+def _wide(kernel: jax.Array) -> jax.Array:
+    """A kernel in float32 or wider, in which leaves are made."""
+    return kernel.astype(jnp.promote_types(kernel.dtype, jnp.float32))
