@@ -117,7 +117,8 @@ def trees():
     """Our models by name: those of the tables, and every class of every family."""
     for name in MODELS:
         if "remat" not in name:
-            yield name, lambda name=name: jax.eval_shape(lambda: MODELS[name].init(jax.random.key(0), batch()["x"])["params"])
+            # The batch is an argument: it is cached, and what is first made inside of `eval_shape` is no array.
+            yield name, lambda name=name: jax.eval_shape(MODELS[name].init, jax.random.key(0), batch()["x"])["params"]
     sizes = dict(vocab_size=23, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, max_position_embeddings=32)
     for config in (BertConfig, GPT2Config, LlamaConfig):
         family = next(family for family in families.FAMILIES if family.config is config)
