@@ -265,7 +265,7 @@ def test_a_rule_for_single_paths_is_no_role():
 
 def test_a_role_is_a_target_of_methods():
     params = jax.tree.map(jnp.zeros, jpeft.tree.unflatten(FAMILIES["Falcon"].shapes()), is_leaf=lambda leaf: isinstance(leaf, tuple))
-    for method in ("lora", "far"):
+    for method in ("lora", "dora"):
         adapted = jpeft.flatten(jpeft.apply(params, method=method, target="@ffn_out").adapter)
         assert {path.rpartition("dense_4h_to_h")[0] for path in adapted} == {f"transformer/h/{i}/mlp/" for i in range(2)}
 
