@@ -25,14 +25,14 @@ def budget(params: tree.Params, sparsity: float, head: str | None) -> int:
     k = int(total * sparsity) - in_head
     if k < 1:
         raise ValueError(
-            f"sparsity={sparsity} of {total:,} parameters allows {int(total * sparsity):,} changes, which the head with {in_head:,} uses up. "
+            f"sparsity={sparsity} of {total:,} parameters are {int(total * sparsity):,}, which the head with {in_head:,} uses up. "
             f"Use a sparsity above {in_head / total:.2g}, or leave the head out with head=None."
         )
     return k
 
 
 def find_scores(stats: Any, kinds: ScoreKinds) -> tree.Params | None:
-    """The tree of scores in what `jpeft.apply` was given: that of the first kind that is there. A plain tree is taken as it is.
+    """The tree of scores among the statistics that the user gave: of the first kind that is there. A plain tree is returned as is.
 
     >>> find_scores([Movement({"w": 1.0}), Fisher({"w": 2.0})], (Fisher, Movement))
     {'w': 2.0}
@@ -61,13 +61,14 @@ def read_scores(leaves: Mapping[str, Any], scores: Any, name: str, how: str) -> 
     flat = tree.flatten(scores)
     if is_abstract(*flat.values()):
         raise ValueError(
-            f"{name}: the number of trained entries of each weight depends on the values of stats, and these are abstract. The parameters may "
-            "be abstract, but stats must be arrays: make them outside of jit and eval_shape and close over them."
+            f"{name}: the number of trained entries of each weight depends on the values of stats, and these are abstract. The parameters "
+            "may be abstract, but stats must be arrays: make them outside of jit and eval_shape and close over them."
         )
     wrong = [path for path, leaf in leaves.items() if path not in flat or flat[path].shape != leaf.shape]
     if wrong:
         raise ValueError(
-            f"{name}: stats must have scores for every parameter, in its shape; {len(wrong)} are missing or differ, such as '{wrong[0]}'. {how}"
+            f"{name}: stats must have scores for every parameter, in its shape; {len(wrong)} are missing or differ, such as '{wrong[0]}'. "
+            f"{how}"
         )
     return {path: np.asarray(jax.device_get(flat[path])) for path in leaves}
 

@@ -1,8 +1,8 @@
 """Train some output columns of a linear layer while the layer runs whole.
 
-FAR trains some output neurons of a layer, its *learners*. Beside a kernel [inputs, outputs] stand ``values`` [inputs, n], the columns of the
-n learners, and ``indices`` [n], the numbers of these columns (`jpeft.selective.indices`). Beside a bias [outputs] stand ``values`` [n] and
-``indices`` [n]. The layer runs on W', the kernel with the learners' columns in their places:
+FAR trains some output neurons of a layer, its *learners*. Beside a kernel [inputs, outputs] stand ``values`` [inputs, n], the columns of
+the n learners, and ``indices`` [n], the numbers of these columns (`jpeft.selective.indices`). Beside a bias [outputs] stand ``values`` [n]
+and ``indices`` [n]. The layer runs on W', the kernel with the learners' columns in their places:
 
     forward     y  = x W'
     backward    dx = dy W'^T,     dvalues = x^T dy[:, indices]
@@ -76,9 +76,9 @@ def run_with_columns(layer: Layer, linear: Linear, inputs: tuple[Any, ...], leav
 def delay_until(values: Float[Array, "*shape"], until: jax.Array) -> Float[Array, "*shape"]:
     """Return `values` unchanged but only after `until` is computed, so that XLA does not keep a second copy of every kernel.
 
-    The kernel with the learners in their places is a copy of the layer's kernel. Forward and backward pass each form the copy when they need
-    it, so one copy exists at a time. XLA would otherwise form the copies of all layers at the start, or keep each from the forward to the
-    backward pass.
+    The kernel with the learners in their places is a copy of the layer's kernel. Forward and backward pass each form the copy when they
+    need it, so one copy exists at a time. XLA would otherwise form the copies of all layers at the start, or keep each from the forward to
+    the backward pass.
     """
     # XLA on CPU ignores optimization_barrier, so there we use a `where` that it cannot simplify: no number is greater than infinity.
     tied = lambda values, until: jnp.where(until.reshape(-1)[0] > jnp.inf, jnp.zeros_like(values), values)

@@ -182,7 +182,7 @@ class DiffPruningMask(DiffPruningOptions, SparseMethod):
 
     stage = "mask"
     how_to_score = (
-        "For the second stage alone, give scores as arrays in the shapes of the parameters, e.g. stats=jpeft.stats.movement(params, tuned); "
+        "For the second stage alone, give scores as arrays in the shapes of the parameters, such as jpeft.stats.movement(params, tuned); "
         "to have the gates choose, begin with stage='gates' and call jpeft.advance(peft), outside of jit, after their training."
     )
 

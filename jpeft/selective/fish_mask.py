@@ -48,8 +48,8 @@ class FishMask(SparseMethod):
 
     Reference: Sung, Nair and Raffel, Training Neural Networks with Fixed Sparse Masks, 2021, https://arxiv.org/abs/2111.09839.
 
-    Differs from the authors' code, which multiplies dense gradients by the mask before the optimizer's step. There, weight decay still moves
-    weights outside the mask, and memory is that of full fine-tuning. Here, decay acts on the difference to the pretrained weights.
+    Differs from the authors' code, which multiplies dense gradients by the mask before the optimizer's step. There, weight decay still
+    moves weights outside the mask, and memory is that of full fine-tuning. Here, decay acts on the difference to the pretrained weights.
     """
 
     refresh: CountOrZero = 0

@@ -15,7 +15,7 @@ LOW, HIGH = -1.5, 1.5
 CLAMP = 1e-4  # u keeps this distance from 0 and 1, whose logits are infinite
 
 
-def gate(alpha: Float[Array, "*shape"], u: Float[Array, "*shape"] | float) -> Float[Array, "*shape"]:
+def gate(alpha: Float[Array, "*#shape"], u: Float[Array, "*#shape"] | float) -> Float[Array, "..."]:
     """The gate z for a given u. It increases with both arguments, and alpha has a gradient where z is neither 0 nor 1.
 
     >>> import jax.numpy as jnp

@@ -3,9 +3,9 @@
 Sparse differences (`jpeft.selective.sparse`) and FAR's learners (`jpeft.selective.columns`) train a part of a base leaf. Beside that leaf
 they keep a pair: ``values``, which are trained, and ``indices``, which say where the values belong and are never trained.
 
-Indices are whole numbers in float32. JAX does not differentiate a tree with integer leaves, and the adapter is the very tree that users, the
-trainer and `optax` differentiate, add to and map over; so an adapter holds floats only. The gradient of the indices is zero and their label
-is "freeze", so an optimizer from `jpeft.optimizer` keeps neither state nor updates for them.
+Indices are whole numbers in float32. JAX does not differentiate a tree with integer leaves, and the adapter is the very tree that users,
+the trainer and `optax` differentiate, add to and map over; so an adapter holds floats only. The gradient of the indices is zero and their
+label is "freeze", so an optimizer from `jpeft.optimizer` keeps neither state nor updates for them.
 """
 
 from collections.abc import Callable
