@@ -17,7 +17,7 @@ from flax import linen as nn
 import jpeft
 from jpeft.models import BertConfig, BertForSequenceClassification, GPT2Config, GPT2Model, LlamaConfig, LlamaModel, Rope
 from jpeft.selective.far import FEED_FORWARD
-from jpeft.stats import fisher
+from jpeft.stats import Movement, fisher
 
 WIDTH, HEADS, LENGTH, BATCH, LAYERS, CLASSES, VOCAB = 16, 2, 6, 5, 2, 3, 23
 
@@ -277,7 +277,8 @@ def information(model_name: str) -> Any:
     def losses(params, batch):
         return optax.softmax_cross_entropy_with_integer_labels(MODELS[model_name].apply({"params": params}, batch["x"]), batch["y"])
 
-    return fisher(losses, base(model_name), [batch()], chunk=BATCH)
+    found = fisher(losses, base(model_name), [batch()], chunk=BATCH)
+    return [found, Movement(found.values)]
 
 
 @functools.cache

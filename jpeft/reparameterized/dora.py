@@ -74,6 +74,9 @@ class DoRA(WeightMethod):
         merged = layer.merged(layer.params)
         if linear.scale_outputs is None or linear.add_bias is None or merged is None:
             return super().call_linear(layer, linear, inputs, leaves, path, rng)
+        if merged.get("bias") is not layer.params.get("bias"):
+            # Inner middleware changes the bias (FAR's learners, (IA)³), so the bias cannot be taken out of the layer's outputs below.
+            return super().call_linear(layer, linear, inputs, leaves, path, rng)
         form, s = MatrixForm(layer.params[linear.name].shape, linear.axes), self._scale(path)
         a, b = (form.leaf_to_matrix(leaves[name], self.leaf_axes[name]) for name in "ab")
         kernel = form.to_matrix(merged[linear.name]).astype(a.dtype)
