@@ -441,9 +441,10 @@ def test_starts_from_another_prompt(tmp_path):
         ({"template": [["start", [4, 5]]]}, "The template has no pseudo tokens.*jpeft.hard_prompt"),
         ({"template": [["middle", 3]]}, r"\('middle', 3\) is not a pair of a place"),
         ({"template": [["start", 0]]}, "at 'start' a number of pseudo tokens or a tuple of token ids must stand, not 0"),
-        ({"edges": (1, -1)}, r"edges=\(1, -1\) must be .*at least 0"),
+        ({"edges": (1, -1)}, r"edges=\(1, -1\) must be \(a whole number of at least 0, a whole number of at least 0\), or None"),
         ({"embedding": "wpe/embedding"}, "embedding='wpe/embedding' matches none"),
         ({"body": "encoder"}, "body='encoder' does not contain the embedding 'wte/embedding'"),
+        ({"body": "wte"}, "body='wte' does not contain the embedding 'wte/embedding'"),
     ],
 )
 def test_errors(options, message):

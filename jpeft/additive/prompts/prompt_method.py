@@ -28,7 +28,7 @@ class PromptMethod(Method):
       head: Task head to train along: "auto", a regex, or None.
     """
 
-    template: Sequence[Any] | None = None
+    template: Sequence[tuple[Any, Any]] | None = None
     edges: tuple[CountOrZero, CountOrZero] | None = None
     causal: bool | None = None
     embedding: str = EMBEDDING
