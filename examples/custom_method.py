@@ -29,7 +29,7 @@ args = parser.parse_args()
 class OutputScale(WeightMethod):
     """Scale the outputs of the layers of these names."""
 
-    target: Names = ["key", "value", "up"]  # noqa: RUF012  (jpeft makes a tuple of it)
+    target: Names = ("key", "value", "up")
 
     name = "output_scale"
     leaf_axes = {"g": (OUTPUTS,)}  # noqa: RUF012
