@@ -56,7 +56,7 @@ def test_summaries_are_pairs_of_head_and_first_line():
 def test_builtin_names():
     assert splits("builtin:reference")["test"].text == reference()["test"].text
     with pytest.raises(
-        ValueError, match=r"there is no built-in data 'builtin:refrence'; there are builtin, builtin:docs, .*builtin:summaries"
+        ValueError, match=r"There is no built-in data 'builtin:refrence'; there are builtin, builtin:docs, .*builtin:summaries"
     ):
         splits("builtin:refrence")
 
