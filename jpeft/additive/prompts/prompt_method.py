@@ -73,7 +73,7 @@ class PromptMethod(Method):
         site = self.site(params)
         replaced, _, _ = tree.split(params, adapter)
         prompt = self.prompt(adapter, site)
-        grafts = {site.body: {tree.ADDED: {"site": site}}}
+        grafts: dict[str, Any] = {site.body: {tree.ADDED: {"site": site}}}
         if prompt is not None:
             grafts[site.module] = {tree.ADDED: {"site": site, "prompt": prompt}}
         return tree.put_grafts(tree.replace(params, replaced) if replaced else params, grafts)

@@ -84,7 +84,7 @@ def _token_ids(inputs: tuple[Any, ...], where: str) -> Int[Array, "batch length"
     return jnp.asarray(inputs[0], jnp.int32)
 
 
-def _text_mask(named: dict[str, Any], shape: tuple[int, int], where: str) -> Shaped[Array, "#batch length"] | None:
+def _text_mask(named: dict[str, Any], shape: tuple[int, ...], where: str) -> Shaped[Array, "#batch length"] | None:
     """The mask of the body's inputs that marks padding by zeros; None if there is none."""
     masks = {name: x for name, x in named.items() if name in MASKS and x is not None}
     for name, x in masks.items():
@@ -93,7 +93,7 @@ def _text_mask(named: dict[str, Any], shape: tuple[int, int], where: str) -> Sha
     return jnp.asarray(next(iter(masks.values()))) if masks else None
 
 
-def _for_each_token(x: Any, shape: tuple[int, int]) -> bool:
+def _for_each_token(x: Any, shape: tuple[int, ...]) -> bool:
     """Whether an input has an entry for each token, for all texts or for each text."""
     return getattr(x, "shape", ()) in (shape, (1, shape[1]))
 
@@ -107,7 +107,7 @@ def _inserted_ids(blocks: tuple[TokenBlock, ...], first_row: int) -> Int[Array, 
     return jnp.array(ids, jnp.int32)
 
 
-def _lengthen_input(plan: InsertionPlan, shape: tuple[int, int], where: str, name: str, x: Any) -> Any:
+def _lengthen_input(plan: InsertionPlan, shape: tuple[int, ...], where: str, name: str, x: Any) -> Any:
     """An input of the body besides the ids: longer if it has an entry for each token, else as it is.
 
     Raises:

@@ -69,10 +69,10 @@ class PromptTuning(PromptMethod):
     """
 
     length: Count | None = None
-    initializer: Literal["vocab", "uniform", "tokens", "labels"] = option("vocab", alias="init")
+    initializer: Literal["vocab", "uniform", "tokens", "labels"] = option(default="vocab", alias="init")
     sample: Count = 5000
     tokens: Sequence[CountOrZero] | None = None
-    label_tokens: Sequence[Sequence[CountOrZero]] | None = option(None, alias="labels")
+    label_tokens: Sequence[Sequence[CountOrZero]] | None = option(default=None, alias="labels")
 
     name = "prompt_tuning"
     summary = "trained embeddings in front of the text's own"

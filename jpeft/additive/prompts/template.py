@@ -4,7 +4,7 @@ Users give a template as pairs of a place and tokens. `parse_template` checks th
 """
 
 from collections.abc import Iterable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeGuard
 
 PSEUDO = -1  # stands for a pseudo token: its embedding is a row of the prompt, not one of the vocabulary
 DEFAULT_LENGTH = 20  # pseudo tokens of a soft prompt without a template
@@ -51,7 +51,7 @@ def parse_template(template: Iterable[Any]) -> tuple[TokenBlock, ...]:
     return tuple(blocks)
 
 
-def _is_place(place: Any) -> bool:
+def _is_place(place: Any) -> TypeGuard[TextPlace]:
     anchored = isinstance(place, tuple) and len(place) == 2 and place[0] in ("before", "after") and isinstance(place[1], int)
     return anchored or place in ("start", "end")
 
