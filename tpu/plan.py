@@ -127,10 +127,10 @@ def make_model(args: Args) -> Any:
     from transformers import AutoConfig
 
     config = AutoConfig.from_pretrained(args.config)
-    family = families.of(config.model_type) if config.model_type in families.model_types("causal-lm") else None
+    family = families.family_of(config.model_type) if config.model_type in families.model_types("causal-lm") else None
     if family is None:
         raise ValueError(f"{args.config}: model_type {config.model_type!r}; supported: {', '.join(families.model_types('causal-lm'))}")
-    cls: Any = family.tasks["causal-lm"][0]
+    cls: Any = family.models["causal-lm"].module
     return cls(family.config.from_hf(config, **sizes, **numerics))
 
 

@@ -105,9 +105,10 @@ def _load_language_model(args: ClozeArgs) -> models.Loaded:
     loaded = models.load(args.model, task="language-model")
     if args.max_length > loaded.config.max_length:
         raise ValueError(f"max_length={args.max_length} is more than the model's {loaded.config.max_length} positions.")
-    if loaded.new:
+    if loaded.initialised:
+        missing = ", ".join(sorted(loaded.initialised)[:3])
         raise ValueError(
-            f"{args.model} is not a language model: it lacks {', '.join(sorted(loaded.new)[:3])}, which predicts the word in the gap. "
+            f"{args.model} is not a language model: it lacks {missing}, which predicts the word in the gap. "
             "Give a checkpoint with its language modelling head."
         )
     return loaded
