@@ -11,8 +11,7 @@ from jpeft.tree.head import not_head
 from jpeft.tree.select import select
 
 # In the paper, two kinds of biases make up most of the effect: those of the query and of the first feed-forward layer.
-QUERY = r"(.*/)?(query|q_lin|q_proj|q)/bias"
-MIDDLE = r"(.*/)?(intermediate/dense|lin1|fc1|c_fc|up_proj|wi|mlp/up|mlp/Dense_0)/bias"
+SMALLER_SUBSET = "@query/bias|@ffn_in/bias"
 
 
 class BitFit(Method):
@@ -20,8 +19,8 @@ class BitFit(Method):
 
     Args:
       subset: "all" biases, those of LayerNorms included; "query+middle", the paper's smaller set (query biases and those of the first
-        feed-forward layer); a regex; or a list of module names. Names are compared whole, component by component: the name ``dense``
-        matches ``output/dense`` and not ``output/dense_2``.
+        feed-forward layer); a regex; roles (`jpeft.layouts`); or a list of module names. Names are compared whole, component by component:
+        the name ``dense`` matches ``output/dense`` and not ``output/dense_2``.
       head: Task head to train along: "auto", a regex, or None.
 
     Returns:
@@ -64,10 +63,9 @@ class BitFit(Method):
             )
         if self.subset == "all":
             chosen = list(biases)
-        elif self.subset == "query+middle":
-            chosen = select(biases, QUERY, option="subset") + select(biases, MIDDLE, option="subset")
         else:
-            chosen = select(biases, self.subset, option="subset")
+            subset = SMALLER_SUBSET if self.subset == "query+middle" else self.subset
+            chosen = select(biases, subset, option="subset", params=params)
         return with_head({path: tree.copy(biases[path]) for path in chosen}, params, self.head)
 
 

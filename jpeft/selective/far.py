@@ -21,18 +21,12 @@ from jpeft.tree.head import not_head
 from jpeft.tree.kernels import STACKED
 from jpeft.tree.select import select
 
-# The linear layers of the MLP, by their names in common families. Attention's own `output/dense` is none of them.
-FEED_FORWARD = (
-    r"(.*/)?(intermediate/dense|(?<!attention/)output/dense|(ffn/)?lin[12]|fc[12]|c_fc|mlp/c_proj|(up|gate|down)_proj|wi(_[01])?|wo|"
-    r"(mlp/)?(up|gate|down)|mlp/Dense_[01])/kernel"
-)
-
 
 class NeuronMethod(Method):
     """The options of FAR, which both stages have, and the leaves that they name."""
 
     retention: Share = 0.25
-    target: Names = FEED_FORWARD
+    target: Names = "@ffn_in|@ffn_out"
     also: Names | None = None
     priming_share: ShareBelowOne = 0.1
     head: str | None = "auto"
@@ -94,7 +88,8 @@ class FAR(NeuronMethod):
 
     Args:
       retention: Share of the output neurons of each layer that are learners.
-      target: The kernels, a regex or a list of names; their biases are trained along. By default the linear layers of all MLPs.
+      target: The kernels: a regex, a list of names, or roles (`jpeft.layouts`); their biases are trained too. By default the linear
+        layers of all MLPs.
       also: Further leaves that are trained whole in both stages: a regex or names, such as ``r".*attention/.*"``. The paper trains MLPs
         only.
       priming_share: Share of the steps for priming.

@@ -6,7 +6,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jpeft import tree
+from jpeft import layouts, tree
 from jpeft.core.method import Method, with_head
 from jpeft.core.options import CountOrZero, Names
 from jpeft.tree.head import not_head
@@ -14,7 +14,6 @@ from jpeft.tree.kernels import STACKED
 from jpeft.tree.select import select
 
 _INDEXED = re.compile(r"(?P<stack>.*?[^/\d])[_/](?P<index>\d+)/(?P<rest>.*)")
-_AFTER = r"(pooler|ln_f|final_?layer_?norm|final_norm|norm|layer_?norm|encoder_norm|decoder_norm|ln_post)(/.*)?"
 
 
 class Freeze(Method):
@@ -106,7 +105,7 @@ class Freeze(Method):
     def _find_also(self, outside: dict[str, Any], params: tree.Params) -> list[str]:
         """The leaves outside the stack of layers that the option `also` names."""
         if self.also == "auto":
-            return [path for path in outside if self.top and re.search(rf"(^|/){_AFTER}$", path) and "embed" not in path]
+            return layouts.find(outside, "@pooler|@final_norm", required=False) if self.top else []
         return select(outside, self.also, option="also", params=params) if self.also is not None else []
 
 

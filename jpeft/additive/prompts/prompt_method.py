@@ -9,7 +9,7 @@ from jaxtyping import Array, Float
 
 from jpeft import tree
 from jpeft.additive.prompts.prompt_middleware import look_up, run_on_longer_text
-from jpeft.additive.prompts.prompt_site import EMBEDDING, PromptSite, find_site
+from jpeft.additive.prompts.prompt_site import PromptSite, find_site
 from jpeft.additive.prompts.template import TokenBlock
 from jpeft.core.layer import Layer
 from jpeft.core.method import Method
@@ -23,7 +23,7 @@ class PromptMethod(Method):
       template: Which tokens are inserted and where; see `jpeft.p_tuning`.
       edges: How many tokens of each text stay outside of the prompt, at the start and at the end.
       causal: Whether the model reads from left to right only.
-      embedding: The table of word embeddings, a regex over paths.
+      embedding: The table of word embeddings: a role (`jpeft.layouts`), or a regex over paths.
       body: Path of the module that takes the token ids.
       head: Task head to train along: "auto", a regex, or None.
     """
@@ -31,7 +31,7 @@ class PromptMethod(Method):
     template: Sequence[tuple[Any, Any]] | None = None
     edges: tuple[CountOrZero, CountOrZero] | None = None
     causal: bool | None = None
-    embedding: str = EMBEDDING
+    embedding: str = "@embedding"
     body: str | None = None
     head: str | None = "auto"
 

@@ -1,19 +1,13 @@
 """The site of a prompt: the two modules of a model that a prompt changes, found by the paths of the parameters."""
 
 import dataclasses
-import re
 
 import jax
 
-from jpeft import tree
+from jpeft import layouts, tree
 from jpeft.additive.prompts.template import PSEUDO, TokenBlock, count_pseudo_tokens
 from jpeft.tree.head import not_head
 from jpeft.tree.select import select
-
-# The word embeddings of common families.
-EMBEDDING = r"(.*/)?(word_embeddings|wte|embed_tokens|token_embeddings?|embedder|embed|embeddings?|shared)/embedding"
-# The word embeddings of encoders, whose texts begin with [CLS] and end with [SEP].
-ENCODER_EMBEDDING = re.compile(r"(.*/)?embeddings/word_embeddings/embedding")
 
 
 # A static node of the bound parameters: a pytree without leaves. Its numbers shape the computation, so they must be known while tracing.
@@ -86,7 +80,8 @@ def find_site(
         raise ValueError(f"The embedding '{table}' is the whole model; a prompt needs a model around it that takes token ids.")
     vocabulary, width = tables[table].shape
     _check_tokens(blocks, vocabulary)
-    encoder = ENCODER_EMBEDDING.fullmatch(table) is not None
+    # The texts of encoders begin with [CLS] and end with [SEP].
+    encoder = (layout := layouts.detect(params)) is not None and layout.enclosed
     return PromptSite(
         table=table,
         body=_find_body(table, body),
