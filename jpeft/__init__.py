@@ -1,8 +1,8 @@
 """jpeft: parameter-efficient fine-tuning for JAX.
 
     peft = jpeft.apply(params, method="lora", rank=8)      # frozen base + small trained pytree
-    forward = jpeft.wrap(model.apply, peft.method)         # the model, with the method in it
-    logits = forward(peft.variables, x)
+    forward = jpeft.wrap(model.apply)                      # the model, with the method in it
+    logits = forward(peft, x)
     params = jpeft.merge(peft)                             # plain parameters again
 
 Pretrained models (`jpeft.models`), the trainer (`jpeft.training`) and the command line are imported on demand.
@@ -44,7 +44,7 @@ from jpeft.core.peft import wrap as wrap
 from jpeft.core.stages import Stage as Stage
 from jpeft.core.summary import Summary as Summary
 from jpeft.core.summary import summary as summary
-from jpeft.hosts.linen import kernel_axes as kernel_axes
+from jpeft.hosts.registry import kernel_axes as kernel_axes
 from jpeft.registry import MethodInfo as MethodInfo
 from jpeft.registry import make as make
 from jpeft.registry import methods as methods

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jpeft.hosts import linen
+from jpeft.hosts import registry as hosts
 from jpeft.tree.adapters import ADDED, Adapter
 from jpeft.tree.paths import Params, unflatten
 
@@ -120,7 +120,7 @@ def key_values(model: Any, params: Params, input_ids: Any) -> Adapter:
     input_ids = jnp.asarray(input_ids)
     if input_ids.ndim != 2 or input_ids.shape[0] != 1:
         raise ValueError(f"key_values: a prefix starts from one text, [1, length], and was given {input_ids.shape}.")
-    cores = linen.inputs_of(model, params, "core", input_ids)
+    cores = hosts.inputs_of(model, params, "core", input_ids)
     if not cores:
         raise ValueError("key_values: no module called 'core' ran. A prefix needs a model with attention cores, as those of jpeft.models.")
     # [*stack, 1, l, heads, head_dim] -> [*stack, l, heads * head_dim]
