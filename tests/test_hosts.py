@@ -114,7 +114,8 @@ def test_one_function_for_every_method():
 
 def test_a_step_is_compiled_once_for_equal_options():
     model, x = MODELS["plain"], batch()["x"]
-    step = jax.jit(chex.assert_max_traces(jpeft.wrap(model.apply), n=1))
+    forward = jpeft.wrap(model.apply)
+    step = jax.jit(chex.assert_max_traces(lambda peft, x: forward(peft, x), n=1))
     for seed in (0, 1):
         step(jpeft.apply(base("plain"), method="lora", rank=2, key=jax.random.key(seed)), x)
 
@@ -362,6 +363,36 @@ def test_a_decorated_method_is_adapted():
         chex.assert_trees_all_close(jpeft.wrap(model.apply)(peft, x), fn(jpeft.merge(peft), x), atol=1e-5)
 
 
+def test_a_layer_that_calls_its_base_class_is_adapted_once():
+    """A subclass whose `__call__` calls `super().__call__`, with and without more around it; also of a lifted class."""
+
+    class Plain(nn.Dense):
+        def __call__(self, x):
+            return super().__call__(x)
+
+    class Active(nn.Dense):
+        def __call__(self, x):
+            return jnp.tanh(super().__call__(x))
+
+    class Lifted(nn.remat(nn.Dense)):
+        def __call__(self, x):
+            return super().__call__(x)
+
+    x = jax.random.normal(KEY, (2, 8))
+    for cls in (Plain, Active, Lifted):
+        model = nn.Sequential([cls(8)])
+        params = model.init(KEY, x)["params"]
+        axes = jpeft.kernel_axes(model, params, x)
+        for method in (jpeft.lora(rank=2, view="factored"), jpeft.lora(rank=2, view="two-view"), jpeft.dora(rank=2, axes=axes)):
+            peft = noisy(params, method)
+            chex.assert_trees_all_close(jpeft.wrap(model.apply)(peft, x), model.apply({"params": jpeft.merge(peft)}, x), atol=1e-5)
+        peft = noisy(params, jpeft.adapter(size=2, target=".*kernel", activation="tanh", head=None))
+        down, up = (peft.adapter["layers_0"]["+"][name] for name in ("down", "up"))
+        y = model.apply({"params": params}, x)
+        want = y + toy_host.dense(up, jnp.tanh(toy_host.dense(down, y)))
+        chex.assert_trees_all_close(jpeft.wrap(model.apply)(peft, x), want, atol=1e-5)
+
+
 # --- static settings among the leaves ---------------------------------------------------------------------------------------------------
 
 
@@ -542,11 +573,10 @@ def test_a_toy_host_runs_every_kind_of_method():
 
 def test_a_toy_host_runs_what_cannot_merge():
     host, params, x = ToyHost(), toy_params(), jax.random.normal(KEY, (4, D))
-    peft = noisy(params, jpeft.adapter(size=2, target=["heads"], activation="tanh", head=None))
-    leaves = peft.adapter["heads"]["+"]
-    y = toy_host.heads(params["heads"], x)
-    after = y + jnp.tanh(y @ leaves["down"]["kernel"] + leaves["down"]["bias"][None]) @ leaves["up"]["kernel"] + leaves["up"]["bias"][None]
-    want = toy_host.dense(params["out"], toy_host.scale(params["scale"], jnp.tanh(after)))
+    peft = noisy(params, jpeft.adapter(size=2, target=["out"], activation="tanh", head=None))
+    down, up = (peft.adapter["out"]["+"][name] for name in ("down", "up"))
+    y = toy_model(params, x)
+    want = y + toy_host.dense(up, jnp.tanh(toy_host.dense(down, y)))
     chex.assert_trees_all_close(jpeft.wrap(toy_model, host=host)(peft, x), want, atol=1e-5)
     with pytest.raises(ValueError, match=r"adds to the layers \['gone'\]"):
         lost = {**params, "gone": {"kernel": jnp.ones((2, 2)), "bias": jnp.zeros(2)}}
@@ -558,7 +588,7 @@ def test_a_toy_host_records_inputs_and_maps_outputs():
     (given,) = host.inputs_of(toy_model, params, "out", x)["out"]
     chex.assert_trees_all_close(given, toy_host.scale(params["scale"], jnp.tanh(toy_host.heads(params["heads"], x))), atol=1e-6)
     zero = registry.map_outputs(jpeft.wrap(toy_model, host=host), jnp.zeros_like)
-    chex.assert_trees_all_equal(zero(jpeft.apply(params, method="bitfit", head=None), x), jnp.zeros((4, 3)))
+    chex.assert_trees_all_equal(zero(jpeft.apply(params, method=jpeft.bitfit(head=None)), x), jnp.zeros((4, 3)))
 
 
 def test_the_skeleton_of_a_host_runs():
@@ -622,7 +652,7 @@ LIFTS = {
     "jit": nn.jit(nn.Dense),
     "vmap": nn.vmap(nn.Dense, variable_axes={"params": None}, split_rngs={"params": False}),
     "scan": nn.scan(nn.Dense, variable_axes={"params": 0}, split_rngs={"params": True}),
-    "map_variables": nn.map_variables(nn.Dense, "params", lambda tree: tree),
+    "map_variables": nn.map_variables(nn.Dense, "params", lambda tree: tree, init=True),
 }
 
 
@@ -636,8 +666,15 @@ def test_flax_tells_lifted_classes(name):
     if name == "scan":
         return
     x = jnp.ones((2, 3))
-    calls = seen_inside(lifted, lambda c: flax_internals.enters_transform(c.module, c.method_name), x, **lifted.init(KEY, x))
-    assert calls == [True, False], VERSION + "a lifted class must be intercepted twice, outside and inside of the transform."
+    calls = seen_inside(lifted, lambda context: type(context.module), x, **lifted.init(KEY, x))
+    assert calls == [nn.Dense], VERSION + "an interceptor must see the module inside of the transform, of the class that was lifted."
+
+    class Subclass(LIFTS[name]):
+        def __call__(self, x):
+            return super().__call__(x)
+
+    calls = seen_inside(Subclass(4), lambda c: flax_internals.enters_transform(c.module, c.method_name), x, **lifted.init(KEY, x))
+    assert calls == [True, False], VERSION + message
 
 
 @pytest.mark.parametrize("transform", [nn.remat, nn.jit])

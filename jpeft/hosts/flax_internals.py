@@ -22,10 +22,11 @@ def collection(module: nn.Module, name: str) -> Mapping[str, Any]:
 
 
 def enters_transform(module: nn.Module, method_name: str) -> bool:
-    """Whether calling this method of a module only enters a lifted class, as made by ``nn.remat(Block)`` or ``nn.scan(Block)``.
+    """Whether calling this method of a module enters a lifted class, as made by ``nn.remat(Block)`` or ``nn.scan(Block)``.
 
-    Such a module is called twice: once around the transform, with the parameters of all layers, and once inside, with those of one layer.
-    A module whose method is *decorated* (``@nn.remat`` above ``def __call__``) is called once, so it does not count.
+    Inside, a module of the class that was lifted runs under the same path. It sees the parameters of one layer, where the module around a
+    scan sees those of all layers. flax shows interceptors the inner call alone, except where a subclass of the lifted class has a method
+    of that name. A module whose method is *decorated* (``@nn.remat`` above ``def __call__``) runs once and has no module inside.
     """
     return _class_enters_transform(type(module), method_name)
 
@@ -34,5 +35,6 @@ def enters_transform(module: nn.Module, method_name: str) -> bool:
 def _class_enters_transform(cls: type, method_name: str) -> bool:
     # flax marks lifted classes nowhere. Their methods are closures of two functions in flax's file of transforms,
     # `module_class_lift_transform` and `module_class_lift_transform_cached`. Decorated methods are closures of `decorator_lift_transform`.
-    code = getattr(getattr(cls, method_name), "__code__", None)
-    return code is not None and code.co_filename == transforms.__file__ and code.co_qualname.startswith("module_class_lift_transform")
+    codes = [getattr(vars(base).get(method_name), "__code__", None) for base in cls.__mro__]
+    lifted = "module_class_lift_transform"
+    return any(code is not None and code.co_filename == transforms.__file__ and code.co_qualname.startswith(lifted) for code in codes)

@@ -108,25 +108,33 @@ class Interceptor:
       method: The method.
       tag: The key under which the leaves stand, see `tag_grafts`.
       ran: The paths of the modules that found leaves, filled while the model is traced.
+      active: The scopes of the modules that are being run with the method around them.
     """
 
     method: Method
     tag: str
     ran: set[str] = dataclasses.field(default_factory=set)
+    active: list[Any] = dataclasses.field(default_factory=list)
 
     def __call__(self, next_fun: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], context: Any) -> Any:
         """Run one method of one module."""
         module, name = context.module, context.method_name
-        # Around a lifted transform nothing is done: its leaves are those of all layers, and the module inside sees its own.
         if not is_layer_call(context) or not module.scope.has_variable("params", GRAFT):
             return next_fun(*args, **kwargs)
         tagged = module.scope.get_variable("params", GRAFT)
         if self.tag not in tagged:
             return next_fun(*args, **kwargs)  # the leaves of another wrap: a wrapped model inside a wrapped model
+        # A layer's method may call another method in the same scope, as a subclass of Dense calls `super().__call__`: it is adapted once.
+        if any(scope is module.scope for scope in self.active):
+            return next_fun(*args, **kwargs)
         self.ran.add("/".join(module.path))
         args, kwargs = bind_by_position(module, name, args, kwargs)
         layer = as_layer(module, name, next_fun, args, kwargs)
-        return self.method.call(layer, args, tagged[self.tag], dropout_key(module))
+        self.active.append(module.scope)
+        try:
+            return self.method.call(layer, args, tagged[self.tag], dropout_key(module))
+        finally:
+            self.active.pop()
 
 
 def tag_grafts(params: Params, tag: str) -> Params:

@@ -18,7 +18,10 @@ LAYER_METHODS = ("__call__", "attend")  # the methods by which layers are run; `
 
 
 def is_layer_call(context: nn.module.InterceptorContext) -> bool:
-    """Whether an intercepted call runs a bound module, and not only the lifted transform around it."""
+    """Whether an intercepted call runs a bound module, and does not enter a lifted transform around the module that will run.
+
+    The leaves around a transform are those of all layers. The module inside sees its own, so it is the one to adapt.
+    """
     module, name = context.module, context.method_name
     return module.scope is not None and name in LAYER_METHODS and not flax_internals.enters_transform(module, name)
 

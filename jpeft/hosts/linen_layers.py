@@ -33,6 +33,8 @@ def linear_of(
       args: The positional arguments of the call.
       kwargs: Its keyword arguments.
     """
+    if not any(_runs_as(module, cls, method_name) for cls in (nn.Embed, nn.Einsum, nn.DenseGeneral, nn.Dense, nn.Conv)):
+        return None
     if isinstance(module, nn.Embed):
         return _attend(module) if method_name == "attend" else _lookup(module)
     if "kernel" not in own or method_name != "__call__":
@@ -44,10 +46,15 @@ def linear_of(
         return _dense_general(module, ndim)
     if isinstance(module, nn.Dense):
         return _dense(module)
-    # A subclass of Conv may convolve otherwise, as `nn.ConvLocal` does, and groups or a mask leave parts of the kernel unused.
-    if type(module) is nn.Conv and module.feature_group_count == 1 and module.mask is None:
+    # Groups or a mask leave parts of the kernel unused.
+    if isinstance(module, nn.Conv) and module.feature_group_count == 1 and module.mask is None:
         return _conv(module, ndim)
     return None
+
+
+def _runs_as(module: nn.Module, cls: type, method_name: str) -> bool:
+    """Whether a module runs as a layer class does. A subclass with a method of its own may do anything, such as apply an activation."""
+    return isinstance(module, cls) and getattr(type(module), method_name, None) is getattr(cls, method_name, ...)
 
 
 def compute_dtype(module: nn.Module, own: Mapping[str, Any], args: tuple[Any, ...]) -> Any:
