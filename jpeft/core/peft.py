@@ -146,8 +146,8 @@ def wrap(fn: Callable[..., Any], method: Method | None = None, *, host: str | Ho
             raise ValueError(f"The model was wrapped with {method!r} and is called with a Peft of {used!r}: wrap it without a method.")
         return of_method(used)(variables, *args, **kwargs)
 
-    forward.method = method  # pyright: ignore[reportFunctionMemberAccess]
-    forward.host = chosen  # pyright: ignore[reportFunctionMemberAccess]
+    forward.method = method  # pyright: ignore[reportAttributeAccessIssue]
+    forward.host = chosen  # pyright: ignore[reportAttributeAccessIssue]
     return forward
 
 
