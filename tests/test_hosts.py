@@ -3,7 +3,11 @@
 import dataclasses
 import importlib.util
 import inspect
+import os
 import re
+import shutil
+import subprocess
+import sys
 import warnings
 from pathlib import Path
 from typing import Any
@@ -717,3 +721,28 @@ def test_jit_keeps_traces_by_structure():
     for extra in ({}, {}, {"jpeft": {"one": {}}}, {"jpeft": {"two": {"leaf": 1.0}}}, {"jpeft": {"two": {"leaf": 1.0}}}):
         model.apply({"params": {**params, **extra}}, x)
     np.testing.assert_array_equal(len(traces), 3, VERSION + "nn.jit must trace anew for another structure, and only then.")
+
+
+WALK = """
+import jax, jax.numpy as jnp, jpeft
+from jpeft.hosts import frame
+from jpeft.hosts.registry import hosts
+
+assert [host.name for host in hosts()] == ["linen", "list", "dense"]
+model = frame.Model(("up", frame.dense))
+peft = jpeft.apply({"up": {"kernel": jnp.ones((4, 3)), "bias": jnp.zeros(3)}}, method="lora", rank=2)
+forward = jpeft.wrap(model.apply)
+assert forward.host.name == "list"
+assert forward(peft, jnp.ones((2, 4))).shape == (2, 3)
+"""
+
+
+def test_a_host_is_one_file(tmp_path):
+    """In a copy of the package, the skeleton of a host is found and chosen for the models that it recognises."""
+    shutil.copytree(ROOT / "jpeft", tmp_path / "jpeft", ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copy(ROOT / "docs" / "skeletons" / "host.py", tmp_path / "jpeft" / "hosts" / "frame.py")
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"} | {"PYTHONPATH": str(tmp_path)}
+    done = subprocess.run(
+        [sys.executable, "-W", "error", "-c", WALK], cwd=tmp_path, capture_output=True, text=True, check=False, env=environment
+    )
+    assert done.returncode == 0, done.stderr
