@@ -38,7 +38,7 @@ from jpeft.core.stages import Stage as Stage
 from jpeft.core.summary import Summary as Summary
 from jpeft.core.summary import summary as summary
 from jpeft.factories import *
-from jpeft.hosts.linen import kernel_axes as kernel_axes
+from jpeft.hosts.registry import kernel_axes as kernel_axes
 from jpeft.registry import MethodInfo as MethodInfo
 from jpeft.registry import make as make
 from jpeft.registry import methods as methods

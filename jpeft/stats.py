@@ -18,7 +18,7 @@ from jpeft.core.statistics import KeyValues as KeyValues
 from jpeft.core.statistics import LabelTokens as LabelTokens
 from jpeft.core.statistics import Movement as Movement
 from jpeft.core.statistics import Prompt as Prompt
-from jpeft.hosts import linen
+from jpeft.hosts import registry as hosts
 from jpeft.tree.adapters import ADDED
 from jpeft.tree.paths import Params, unflatten
 
@@ -121,7 +121,7 @@ def key_values(model: Any, params: Params, input_ids: Any) -> KeyValues:
     input_ids = jnp.asarray(input_ids)
     if input_ids.ndim != 2 or input_ids.shape[0] != 1:
         raise ValueError(f"key_values: a prefix starts from one text, [1, length], and was given {input_ids.shape}.")
-    cores = linen.inputs_of(model, params, "core", input_ids)
+    cores = hosts.inputs_of(model, params, "core", input_ids)
     if not cores:
         raise ValueError("key_values: no module called 'core' ran. A prefix needs a model with attention cores, as those of jpeft.models.")
     # A core is called with (query, key, value, ...).

@@ -388,7 +388,7 @@ def test_each_part_of_a_batch_has_its_own_dropout():
     model, x, shift = Noisy(), jnp.ones((8, 4)), jnp.arange(4.0)
     params = model.init(jax.random.key(0), x, shift, times=1)["params"]
     peft = noised_peft(params, "fish_mask", sparsity=0.5, head=None, stats=jax.tree.map(jnp.abs, params))
-    assert peft.method.reduces
+    assert peft.method.reduce_grads_locally
     forward = jpeft.wrap(model.apply, peft.method)
     alone = forward(peft.variables, x, shift, times=3)
     for name in MESHES:

@@ -2,7 +2,7 @@
 
 import functools
 import inspect
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -11,6 +11,7 @@ from jaxtyping import Array, Float, Int
 
 from jpeft.core.method import Method
 from jpeft.core.peft import Peft
+from jpeft.hosts.base import Host
 
 
 def stack(pefts: Sequence[Peft]) -> Peft:
@@ -43,37 +44,43 @@ def ensemble(forward: Callable[..., Any]) -> Callable[..., Any]:
     works for adapters of any method.
 
     Args:
-      forward: What `jpeft.wrap` gave.
+      forward: A function that `jpeft.wrap` made.
 
     Returns:
-      ``(variables, *args, **kwargs) -> outputs`` with a new first axis N; `variables` are those of `stack`. Collections other
-      than the adapter's and "cache", a cache that such a call returned, are shared by the members.
+      ``(peft, *args, **kwargs) -> outputs`` with a new first axis N, for the result of `stack`; or ``(variables, ...)`` if `forward` was
+      made with a method. Collections other than the adapter's and "cache", a cache that such a call returned, are shared by the members.
 
     Raises:
-      ValueError: if `forward` is not what `jpeft.wrap` gave.
+      ValueError: if `forward` was not made by `jpeft.wrap`.
 
     >>> import jax.numpy as jnp, jpeft
     >>> from flax import linen as nn
     >>> model, x = nn.Dense(4), jnp.ones((2, 8))
     >>> params = model.init(jax.random.key(0), x)["params"]
     >>> stacked = jpeft.stack([jpeft.apply(params, method="lora", rank=2, key=jax.random.key(i)) for i in range(3)])
-    >>> jpeft.ensemble(jpeft.wrap(model.apply, stacked.method))(stacked.variables, x).shape
+    >>> jpeft.ensemble(jpeft.wrap(model.apply))(stacked, x).shape
     (3, 2, 4)
     """
-
     wrapped = inspect.unwrap(forward, stop=lambda fn: hasattr(fn, "method"))
-    if not isinstance(getattr(wrapped, "method", None), Method):
+    if not isinstance(getattr(wrapped, "host", None), Host):
         raise ValueError(f"ensemble needs a function that jpeft.wrap made, and was given {forward!r}.")
-    method: Method = wrapped.method  # pyright: ignore[reportFunctionMemberAccess]
-    # Its adapter, and what it wrote into a cache, are a member's own. All else, such as running means, belongs to the base.
-    own = {*([name for name, _ in method.parts] or [method.name]), "cache"}
+    method: Method | None = wrapped.method  # pyright: ignore[reportFunctionMemberAccess]
 
     @functools.wraps(forward)
-    def run(variables: Mapping[str, Any], *args: Any, **kwargs: Any) -> Any:
-        axes = {name: 0 if name in own else None for name in variables}
-        return jax.vmap(lambda variables: forward(variables, *args, **kwargs), in_axes=(axes,))(dict(variables))
+    def run(variables: Peft | Mapping[str, Any], *args: Any, **kwargs: Any) -> Any:
+        if isinstance(variables, Peft):
+            peft, collections = variables, kwargs.pop("collections", None) or {}
+            member = lambda peft, collections: forward(peft, *args, collections=collections, **kwargs)
+            return jax.vmap(member, in_axes=(peft.replace(params=None, adapter=0), _axes(collections)))(peft, dict(collections))
+        own = method.to_collections(method.from_collections(variables)) if method is not None else ()
+        return jax.vmap(lambda variables: forward(variables, *args, **kwargs), in_axes=(_axes(variables, own),))(dict(variables))
 
     return run
+
+
+def _axes(collections: Mapping[str, Any], adapter: Collection[str] = ()) -> dict[str, int | None]:
+    """The axis of members in each collection: an adapter, and what it wrote into a cache, are a member's own; all else is shared."""
+    return {name: 0 if name in adapter or name == "cache" else None for name in collections}
 
 
 def majority(logits: Float[Array, "members batch labels"]) -> Int[Array, " batch"]:

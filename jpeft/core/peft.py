@@ -1,6 +1,7 @@
 """The public verbs: apply a method to parameters, wrap a model, advance, merge, fold, and the penalty."""
 
 import dataclasses
+import functools
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -9,7 +10,8 @@ import jax
 from jpeft import registry
 from jpeft.core.method import FREEZE, Method
 from jpeft.core.statistics import find
-from jpeft.hosts import dense, linen
+from jpeft.hosts import registry as registry_of_hosts
+from jpeft.hosts.base import Host, innermost
 from jpeft.tree.adapters import Adapter
 from jpeft.tree.paths import Params, copy
 
@@ -56,8 +58,8 @@ def apply(
     """Split pretrained parameters into a frozen base and a small adapter to train.
 
     Args:
-      params: Parameters of any model: a nested dict, a FrozenDict, an NNX state, a dataclass module. Or their shapes, under
-        `jax.eval_shape`. They are kept as they are, neither copied nor changed.
+      params: Parameters of any model as a pytree: a nested dict, a FrozenDict, an NNX state, a registered dataclass. Or their shapes,
+        under `jax.eval_shape`. They are kept as they are, neither copied nor changed.
       method: Name of a method (`jpeft.methods`), its configuration, or a `Method`.
       key: For the adapter's random leaves; `jax.random.key(0)` if not given.
       stats: The statistics that a data-driven method requires, such as the Fisher information; a list of several for a chain. `jpeft.stats`
@@ -76,22 +78,36 @@ def apply(
     (8, 2)
     """
     made = registry.make(method, **options)
-    params = linen.unbox(params)
+    params = registry_of_hosts.unwrap(params)
     return Peft(params, made.init(jax.random.key(0) if key is None else key, params, stats=stats), made)
 
 
-def wrap(fn: Callable[..., Any], method: Method, *, host: str = "auto") -> Callable[..., Any]:
-    """The model with a method applied: a function of `Peft.variables` with the signature of `fn`.
+def wrap(fn: Callable[..., Any], method: Method | None = None, *, host: str | Host = "auto") -> Callable[..., Any]:
+    """The model with a method applied: a function with the signature of `fn`, called with a `Peft` in place of the parameters.
+
+    There are two forms::
+
+        forward = jpeft.wrap(model.apply)                   # any method: the one of the Peft that forward is given
+        logits = forward(peft, x)
+
+        forward = jpeft.wrap(model.apply, peft.method)      # one method; for a TrainState that holds variables
+        logits = forward(peft.variables, x)                 # forward(peft, x) works too
+
+    Both are pure: jit them, map them over stacked adapters, differentiate them by ``peft.adapter``::
+
+        jax.grad(lambda adapter: loss(forward(peft.replace(adapter=adapter), x), y))(peft.adapter)
 
     Args:
       fn: ``model.apply`` of a linen module, or any function of parameters.
-      method: As in `Peft.method`.
+      method: As in `Peft.method`; None to take it from the `Peft` of each call.
       host: "linen" calls ``fn(variables, ...)`` and adapts the linen layers that run inside it; "dense" calls ``fn(params, ...)`` with
-        merged weights; "auto" is linen for a linen module's own ``apply`` and dense for anything else.
+        merged weights; "auto" is linen for a linen module's own ``apply`` and dense for anything else. A `jpeft.hosts.base.Host` adapts
+        the layers of another framework.
 
     Returns:
-      ``forward(variables, *args, **kwargs)``. Other collections in the variables, ``rngs=`` and ``mutable=`` pass through. The method is
-      its attribute ``method``.
+      ``forward(peft, *args, collections=None, **kwargs)``, or ``forward(variables, *args, **kwargs)`` if `method` is given. Other
+      collections of the model, such as running means, are given as ``collections={"batch_stats": ...}`` beside a `Peft` and stand in the
+      variables otherwise. ``rngs=`` and ``mutable=`` pass through. The attributes ``method`` and ``host`` say what `fn` was wrapped with.
 
     Raises:
       ValueError: if `fn` is jitted already: its trace was, or will be, made without the method. Jit the result instead.
@@ -100,22 +116,47 @@ def wrap(fn: Callable[..., Any], method: Method, *, host: str = "auto") -> Calla
     >>> from flax import linen as nn
     >>> model, x = nn.Dense(4), jnp.ones((2, 8))
     >>> peft = jpeft.apply(model.init(jax.random.key(0), x)["params"], method="lora", rank=2)
-    >>> jpeft.wrap(model.apply, peft.method)(peft.variables, x).shape
-    (2, 4)
+    >>> jpeft.wrap(model.apply)(peft, x).shape, jpeft.wrap(model.apply, peft.method)(peft.variables, x).shape
+    ((2, 4), (2, 4))
     """
-    if not isinstance(method, Method):
+    if not isinstance(method, Method | None):
         raise ValueError(f"wrap needs a jpeft.Method, such as peft.method, and was given {method!r}.")
     if hasattr(fn, "lower"):
         raise ValueError(
             "wrap was given a function that is jitted already: its compiled form does not know the method and would silently ignore it. "
-            "Wrap first, jit the result instead: jax.jit(jpeft.wrap(model.apply, method))."
+            "Wrap first, jit the result instead: jax.jit(jpeft.wrap(model.apply))."
         )
-    if host not in ("auto", "linen", "dense"):
-        raise ValueError(f"host={host!r} is not one of 'auto', 'linen', 'dense'.")
-    hosted = linen if host == "linen" or (host == "auto" and linen.is_linen(fn)) else dense
-    forward = hosted.wrap(fn, method)
-    forward.method = method  # pyright: ignore[reportFunctionMemberAccess]
+    chosen = registry_of_hosts.host_for(fn, host)
+    of_method = functools.cache(functools.partial(chosen.wrap, fn))
+    if method is not None:
+        of_method(method)  # what the host says of the method, it says now
+
+    @functools.wraps(innermost(fn))
+    def forward(variables: Peft | Mapping[str, Any], *args: Any, **kwargs: Any) -> Any:
+        if isinstance(variables, Peft):
+            used, variables = variables.method, _with_collections(variables, kwargs.pop("collections", None))
+        else:
+            used = method
+        if used is None:
+            raise ValueError(
+                "A model wrapped without a method is called with a Peft, forward(peft, x), and was given a "
+                f"{type(variables).__name__}. To call it with variables, give the method: jpeft.wrap(model.apply, peft.method)."
+            )
+        if method not in (None, used):
+            raise ValueError(f"The model was wrapped with {method!r} and is called with a Peft of {used!r}: wrap it without a method.")
+        return of_method(used)(variables, *args, **kwargs)
+
+    forward.method = method  # pyright: ignore[reportAttributeAccessIssue]
+    forward.host = chosen  # pyright: ignore[reportAttributeAccessIssue]
     return forward
+
+
+def _with_collections(peft: Peft, collections: Mapping[str, Any] | None) -> dict[str, Any]:
+    """The variables of a `Peft` beside other collections of its model."""
+    own, others = peft.variables, collections or {}
+    if own.keys() & others.keys():
+        raise ValueError(f"collections={sorted(others)} may not hold {sorted(own.keys() & others.keys())}, which the Peft holds.")
+    return {**others, **own}
 
 
 def advance(peft: Peft, *, key: jax.Array | None = None, stats: Any = None) -> Peft:

@@ -1,1 +1,1 @@
-"""Where methods meet frameworks: these files alone know what a model is."""
+"""Hosts: each connects methods to the models of one framework. `jpeft.hosts.base` has the contract; no other folder names a framework."""

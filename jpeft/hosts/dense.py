@@ -1,7 +1,8 @@
 """The dense host: any function of parameters, run on merged weights.
 
-Right for every mergeable method and every framework (equinox, haiku, NNX state, a closed model), at the cost of full fine-tuning: the
-gradient of a merged kernel is formed whole before it is contracted to the adapter. Methods that only replace leaves pay nothing.
+The parameters may be any pytree: nested dicts, an NNX state, a registered dataclass. A method that only replaces leaves costs nothing here.
+A method with leaves beside its kernels must merge, and then costs as much as full fine-tuning: the gradient of a merged kernel is formed
+whole before it is contracted to the adapter.
 """
 
 import functools
@@ -11,38 +12,52 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from jpeft.core.method import Method
+from jpeft.hosts.base import Host, dropout_key
 
 
-def wrap(fn: Callable[..., Any], method: Method) -> Callable[..., Any]:
-    """``forward(variables, *args)`` that calls ``fn(params, *args)`` with the adapter bound or merged into the parameters.
+class DenseHost(Host):
+    """Runs any function of parameters. It cannot see the function's layers, so it gives a method no layers to wrap."""
 
-    A method that draws does so by the ``rngs`` of the call, as in the linen host; `fn` is given them only if it has such an argument.
+    name = "dense"
+    takes_any = True
 
-    Raises:
-      ValueError: from the first call, with the method's own reason, if it cannot be merged.
-    """
-    replaces = not method.wraps_layers
-    if not replaces:
-        warnings.warn(
-            f"{method.name}: this model is not a linen module, so its weights are merged inside every step, which costs as much as full "
-            "fine-tuning. Pass a linen model's own `apply`, or host='linen' for a function that calls one.",
-            stacklevel=3,
-        )
-    takes_rngs = _takes(fn, "rngs")
+    def recognises(self, target: Any) -> bool:
+        """True: any function can be run on merged weights."""
+        del target
+        return True
 
-    @functools.wraps(fn)
-    def forward(variables: Mapping[str, Any], *args: Any, **kwargs: Any) -> Any:
-        adapter = method.from_collections(variables)
-        rngs = kwargs.get("rngs") if takes_rngs else kwargs.pop("rngs", None)
-        rng = rngs.get("dropout") if isinstance(rngs, Mapping) else rngs
-        params = method.bind(variables["params"], adapter, rng=rng) if replaces else method.merge(variables["params"], adapter)
-        return fn(params, *args, **kwargs)
+    def wrap(self, fn: Callable[..., Any], method: Method) -> Callable[..., Any]:
+        """Return ``forward(variables, *args)`` that calls ``fn(params, *args)`` with the adapter bound or merged into the parameters.
 
-    return forward
+        The method takes its random key from the ``rngs`` of the call. `fn` is given them only if it has an argument of that name.
+
+        Raises:
+          ValueError: from the first call, with the method's own reason, if the method cannot be merged.
+        """
+        if method.wraps_layers:
+            warnings.warn(
+                f"{method.name}: no host knows the layers of this model, so its weights are merged inside every step, which costs as much "
+                "as full fine-tuning. If it is a linen module, pass the module's own `apply`; if it calls one, say host='linen'.",
+                stacklevel=3,
+            )
+        takes_rngs = _has_argument(fn, "rngs")
+
+        @functools.wraps(fn)
+        def forward(variables: Mapping[str, Any], *args: Any, **kwargs: Any) -> Any:
+            adapter = method.from_collections(variables)
+            rngs = kwargs.get("rngs") if takes_rngs else kwargs.pop("rngs", None)
+            # `bind` draws random numbers where the method does; `merge` never does, and only it can write a change into a weight.
+            if method.wraps_layers:
+                params = method.merge(variables["params"], adapter)
+            else:
+                params = method.bind(variables["params"], adapter, rng=dropout_key(rngs))
+            return fn(params, *args, **kwargs)
+
+        return forward
 
 
-def _takes(fn: Callable[..., Any], name: str) -> bool:
-    """Whether a function has a keyword argument of that name; one that does not say is taken to have it."""
+def _has_argument(fn: Callable[..., Any], name: str) -> bool:
+    """Whether a function takes a keyword argument of that name. A function without a signature is taken to have it."""
     try:
         parameters = inspect.signature(fn).parameters
     except (TypeError, ValueError):

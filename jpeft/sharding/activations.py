@@ -1,5 +1,6 @@
 """Activations and gradients on a mesh: split by examples, wherever they are."""
 
+import functools
 import math
 import re
 from collections.abc import Callable, Mapping
@@ -10,7 +11,8 @@ import jax.numpy as jnp
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from jpeft.hosts import linen
+from jpeft.core.peft import Peft
+from jpeft.hosts import registry as hosts
 from jpeft.sharding.mesh import DATA, Mesh, batch_axes, batch_parts
 from jpeft.tree.kernels import STACKED
 from jpeft.tree.paths import flatten
@@ -21,20 +23,21 @@ def by_example(fn: Callable[..., Any], mesh: Mesh) -> Callable[..., Any]:
 
     XLA chooses the placement of everything between inputs and outputs. A kernel whose inputs are split over ``fsdp`` may be gathered when
     its layer runs, which is what ``fsdp`` is for, or else the activations may be exchanged and summed, for every layer and token. This
-    leaves no choice: the first axis of each output of each linen module is held in place, if it is as long as the batch. All other axes,
+    leaves no choice: the first axis of each output of each module is held in place, if it is as long as the batch. All other axes,
     ``tensor`` included, are XLA's as before.
 
-    A method whose adapter's gradient is worked out of larger ones (`Method.reduces`) runs by itself on each part of the batch. Every part
-    then has a gradient of the adapter, and these are summed, once for each leaf; XLA would sum the large ones and then reduce the sum. A
-    weight that the adapter changes is then whole on every device, so if layers are stacked, which would be all of them at once, only the
-    parts that ``data`` makes run by themselves. Each draws its own dropout masks, which here, and only here, depend on the number of parts.
+    A method whose adapter's gradient is computed from larger gradients (`Method.reduce_grads_locally`) runs separately on each part of the
+    batch. Every part then has a gradient of the adapter, and these are summed, once for each leaf; XLA would sum the large gradients and
+    then reduce the sum. A weight that the adapter changes is then whole on every device. If layers are stacked, these would be the weights
+    of all layers at once, so then only the parts along ``data`` run separately. Each part draws its own dropout masks, which here, and only
+    here, depend on the number of parts.
 
     Args:
-      fn: ``model.apply`` or `jpeft.wrap` of it, called with variables, then arrays whose first axis is the batch.
+      fn: ``model.apply`` or `jpeft.wrap` of it, called with variables or a `Peft`, then with arrays whose first axis is the batch.
       mesh: As for the parameters.
 
     Returns:
-      A function with the signature of `fn`. Of a function that runs no linen modules only the result is held.
+      A function with the signature of `fn`. Of a function whose modules no host knows only the result is held.
 
     >>> import jax.numpy as jnp
     >>> from flax import linen as nn
@@ -44,19 +47,35 @@ def by_example(fn: Callable[..., Any], mesh: Mesh) -> Callable[..., Any]:
     >>> jax.jit(forward)(model.init(jax.random.key(0), x), x).shape
     (8, 4)
     """
-    reduces = getattr(getattr(fn, "method", None), "reduces", False)
 
     def forward(variables: Any, *args: Any, **kwargs: Any) -> Any:
+        run, method = fn, getattr(fn, "method", None)
+        if isinstance(variables, Peft):
+            run, method = _of_variables(fn, variables), variables.method
+            variables = {**(kwargs.pop("collections", None) or {}), **variables.variables}
         arrays = [leaf for leaf in jax.tree.leaves((args, kwargs)) if getattr(leaf, "ndim", 0)]
         if not arrays or arrays[0].shape[0] % batch_parts(mesh):
-            return fn(variables, *args, **kwargs)
+            return run(variables, *args, **kwargs)
         examples = arrays[0].shape[0]
-        alone = _alone(variables["params"], mesh) if reduces else ()
-        if alone and _by_example(jax.eval_shape(lambda variables: fn(variables, *args, **kwargs), variables), examples):
-            return _each_part(fn, mesh, alone, examples)(variables, *args, **kwargs)
-        return _held(fn, mesh, batch_axes(mesh), examples)(variables, *args, **kwargs)
+        alone = _alone(variables["params"], mesh) if method is not None and method.reduce_grads_locally else ()
+        if alone and _by_example(jax.eval_shape(lambda variables: run(variables, *args, **kwargs), variables), examples):
+            return _each_part(run, mesh, alone, examples)(variables, *args, **kwargs)
+        return _held(run, mesh, batch_axes(mesh), examples)(variables, *args, **kwargs)
 
     return forward
+
+
+def _of_variables(fn: Callable[..., Any], peft: Peft) -> Callable[..., Any]:
+    """A function of a `Peft` as a function of its variables, whose collections can be placed and mapped over one by one."""
+
+    @functools.wraps(fn)
+    def run(variables: Mapping[str, Any], *args: Any, **kwargs: Any) -> Any:
+        adapter = peft.method.from_collections(variables)
+        own = {"params", *peft.method.to_collections(adapter)}
+        others = {name: tree for name, tree in variables.items() if name not in own}
+        return fn(peft.replace(params=variables["params"], adapter=adapter), *args, **({"collections": others} if others else {}), **kwargs)
+
+    return run
 
 
 def _alone(params: Any, mesh: Mesh) -> tuple[str, ...]:
@@ -79,7 +98,7 @@ def _held(fn: Callable[..., Any], mesh: Mesh, axes: tuple[str, ...], examples: i
         spec = P(axes, *[P.UNCONSTRAINED] * (leaf.ndim - 1))
         return jax.lax.with_sharding_constraint(leaf, NamedSharding(mesh, spec))
 
-    run = linen.mapped(fn, lambda outputs: jax.tree.map(hold, outputs))
+    run = hosts.map_outputs(fn, lambda outputs: jax.tree.map(hold, outputs))
     return lambda *args, **kwargs: jax.tree.map(hold, run(*args, **kwargs))
 
 

@@ -1,0 +1,98 @@
+"""One call of a linen module as an interceptor sees it: its arguments by position, and the module as a `Layer`."""
+
+import functools
+import inspect
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from flax import linen as nn
+from flax.core import meta
+
+from jpeft.core.layer import Layer
+from jpeft.hosts import flax_internals
+from jpeft.hosts.base import DROPOUT
+from jpeft.hosts.linen_layers import compute_dtype, linear_of
+from jpeft.tree.adapters import GRAFT
+
+LAYER_METHODS = ("__call__", "attend")  # the methods by which layers are run; `attend` is that of `nn.Embed`
+
+
+def is_layer_call(context: nn.module.InterceptorContext) -> bool:
+    """Whether an intercepted call runs a bound module, and does not enter a lifted transform around the module that will run.
+
+    The leaves around a transform are those of all layers. The module inside sees its own, so it is the one to adapt.
+    """
+    module, name = context.module, context.method_name
+    return module.scope is not None and name in LAYER_METHODS and not flax_internals.enters_transform(module, name)
+
+
+def own_params(module: nn.Module) -> dict[str, Any]:
+    """A bound module's own parameters, as arrays, and those of its submodules, as dicts."""
+    return {name: meta.unbox(value) for name, value in flax_internals.collection(module, "params").items() if name != GRAFT}
+
+
+def dropout_key(module: nn.Module) -> Any:
+    """A key from the module's stream for dropout; None where the call draws no random numbers."""
+    return module.make_rng(DROPOUT) if module.has_rng(DROPOUT) else None
+
+
+def as_layer(module: nn.Module, method_name: str, next_fun: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Layer:
+    """A module that is about to run as a `Layer`, for middleware that may run it any number of times, on any parameters.
+
+    linen lets a compact module run once in its scope. So the first run on the module's own parameters happens in place, by `next_fun`,
+    where submodules are intercepted and variables of other collections can be written. Every other run is a pure function of its
+    parameters: `apply` of an unbound copy.
+    """
+    own = own_params(module)
+    unbound = module.clone(parent=None, name=None)
+    # A layer without submodules draws nothing that its own middleware does not draw.
+    draws = module.has_rng(DROPOUT) and any(isinstance(value, Mapping) for value in own.values())
+    rngs = {DROPOUT: module.make_rng(DROPOUT)} if draws else None
+    in_place = [next_fun]
+
+    def run(params: Mapping[str, Any], *inputs: Any, **keywords: Any) -> Any:
+        if params is own and in_place:
+            return in_place.pop()(*inputs, **{**kwargs, **keywords})
+        return unbound.apply({"params": params}, *inputs, rngs=rngs, method=method_name, **{**kwargs, **keywords})
+
+    return Layer(
+        run=run,
+        params=own,
+        path="/".join(module.path),
+        linear=linear_of(unbound, method_name, own, args, kwargs),
+        dtype=compute_dtype(module, own, args),
+        names=_names(type(module), method_name),
+        keywords=kwargs,
+        method=method_name,
+        cached=bool(flax_internals.collection(module, "cache")),
+    )
+
+
+def bind_by_position(
+    module: nn.Module, method_name: str, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Move keyword arguments that may be positional to their places, so that `Method.call` need not know how a model spells its calls.
+
+    ``dense(inputs=x)`` becomes ``dense(x)``.
+    """
+    if not kwargs:
+        return args, kwargs
+    signature = inspect.signature(getattr(type(module), method_name))
+    try:
+        bound = signature.bind(module, *args, **kwargs)
+    except TypeError:
+        return args, kwargs  # the module itself will say what is wrong with the call
+    # An argument that is left out in front of one that is given gets its default: without it the later one could not be positional.
+    names = _names(type(module), method_name)
+    given = [i for i, name in enumerate(names) if name in bound.arguments]
+    for name in names[: max(given, default=0)]:
+        bound.arguments.setdefault(name, signature.parameters[name].default)
+    return bound.args[1:], bound.kwargs
+
+
+@functools.cache
+def _names(cls: type, method_name: str) -> tuple[str, ...]:
+    """The names of a method's positional arguments, without self."""
+    positional = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    parameters = inspect.signature(getattr(cls, method_name)).parameters.values()
+    return tuple(parameter.name for parameter in parameters if parameter.kind in positional)[1:]
