@@ -405,7 +405,7 @@ def test_encode_errors():
         encode(table, make_tokenizer(), labels=None, max_length=2)
     with pytest.raises(ValueError, match="max_length=17 .* at most 16"):
         encode(table, make_tokenizer(model_max_length=16), labels=None, max_length=17)
-    with pytest.raises(ValueError, match=r"no padding token; .*tokenizer\.eos_token"):
+    with pytest.raises(ValueError, match=r"no padding token: .*tokenizer\.eos_token"):
         encode(table, make_tokenizer(pad_token=None), labels=None, max_length=4)
 
 
