@@ -468,7 +468,7 @@ def test_batch_errors():
         batches(columns(0), 2, seed=0)
     with pytest.raises(ValueError, match="batch_size must be at least 1, got 0"):
         batches(columns(3), 0, seed=0)
-    with pytest.raises(ValueError, match="got -1"):
+    with pytest.raises(ValueError, match="seed=-1 must"):
         batches(columns(3), 2, seed=-1)
     with pytest.raises(ValueError, match=r"same number of rows, got \{'a': 2, 'b': 3\}"):
         list(eval_batches({"a": np.arange(2), "b": np.arange(3)}, 2))
