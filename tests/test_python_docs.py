@@ -74,7 +74,7 @@ def made(tmp_path_factory):
 
 def test_the_decoder_is_an_ordinary_folder(made):
     loaded = jpeft.models.load(made[1], task="causal-lm")
-    assert not loaded.new
+    assert not loaded.initialised
     assert not loaded.unused
     assert loaded.config.vocab_size == len(loaded.tokenizer) == 300
     text = "Any text, a naïve “one” too:\n    def f(x): ...\n"

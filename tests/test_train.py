@@ -319,7 +319,7 @@ def test_export_writes_the_merged_model(config):
     result = train(dataclasses.replace(config, export=True))
     merged = jpeft.models.load(RunFolder(config.output).merged)
     assert merged.labels == ("fruit", "metal", "water")
-    assert not merged.new
+    assert not merged.initialised
     chex.assert_trees_all_close(merged.params, jpeft.merge(result.peft), atol=1e-6)
 
 

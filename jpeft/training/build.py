@@ -68,7 +68,7 @@ def make_method(config: TrainConfig, loaded: models.Loaded) -> Method:
     keep its random initial values.
     """
     options = method_options(config, loaded.tokenizer if "tokens" in parse_options(config.options) else None)
-    others = [path for path in loaded.new if not re.fullmatch(HEAD, path)]
+    others = [path for path in loaded.initialised if not re.fullmatch(HEAD, path)]
     if others and "head" not in options:
         options["head"] = "|".join([HEAD, *sorted(map(re.escape, others))])
     return jpeft.make(config.method, **options)

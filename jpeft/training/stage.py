@@ -86,7 +86,7 @@ def begin_stage(setup: Setup, peft: Peft, stage: int) -> StageState:
     peft = devices.put(peft)
     schedule = _schedule(setup, segment)
     tx = jpeft.optimizer(clipped_adamw(schedule, weight_decay=config.weight_decay, clip=config.clip), peft)
-    tx = scale_updates(tx, peft.adapter, setup.loaded.new, setup.head_lr_scale)
+    tx = scale_updates(tx, peft.adapter, setup.loaded.initialised, setup.head_lr_scale)
     forward = devices.forward(jpeft.wrap(setup.loaded.model.apply, peft.method))
     # A copy, because the step overwrites its arguments, and the caller still needs its own adapter.
     adapter = jax.tree.map(jnp.copy, peft.adapter)
