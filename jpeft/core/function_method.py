@@ -40,7 +40,8 @@ class FunctionMethod(Method):
     def deprecated(cls, **fields: Any) -> "FunctionMethod":
         """The method that ``jpeft.Method(...)`` made in earlier versions."""
         warn_renamed("jpeft.Method(init=..., ...)", "a subclass of jpeft.Method with the function init", stacklevel=4)
-        functions = tuple((name, fields.pop(name)) for name in FUNCTIONS if fields.get(name) is not None)
+        given_functions = {name: fields.pop(name, None) for name in FUNCTIONS}
+        functions = tuple((name, fn) for name, fn in given_functions.items() if fn is not None)
         needs = fields.pop("needs", None)
         given = fields.pop("options", None)
         settings = {"requires_stats": (KINDS[needs],) if needs else (), **fields}

@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 from collections.abc import Callable, Mapping
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from jpeft.tree.kernels import KernelAxes
 
 
+@runtime_checkable
 class Wrapper(Protocol):
     """The part of a method that goes around layers; see `jpeft.core.method.Method`."""
 

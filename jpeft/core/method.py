@@ -74,7 +74,8 @@ class MethodType(abc.ABCMeta):
                 return FunctionMethod.deprecated(*args, **options)
             if "stage" in options and cls.stage:
                 return cls.of_stage(options.pop("stage"))(**options)
-            opt.refuse_unknown(cls.name, inspect.signature(cls).parameters, args, options)
+            name = cls.name if isinstance(cls.name, str) else cls.__name__
+            opt.refuse_unknown(name, inspect.signature(cls).parameters, args, options)
             fields = opt.spellings(cls)
             return super().__call__(**{fields[name]: value for name, value in options.items()})
 

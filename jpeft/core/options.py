@@ -23,17 +23,18 @@ from typing import Annotated, Any, Literal, TypeVar, Union
 from jpeft.tree.kernels import KernelAxes
 
 T = TypeVar("T")
+Number = int | float
 
 
 @dataclasses.dataclass(frozen=True)
 class Range:
     """The numbers that an option may take: from `low` to `high`, without an end that is `open`."""
 
-    low: float = -math.inf
-    high: float = math.inf
+    low: Number = -math.inf
+    high: Number = math.inf
     open: Literal["neither", "low", "high", "both"] = "neither"
 
-    def __contains__(self, value: float) -> bool:
+    def __contains__(self, value: Number) -> bool:
         """Whether a finite number lies in the range."""
         above = value > self.low if self.open in ("low", "both") else value >= self.low
         below = value < self.high if self.open in ("high", "both") else value <= self.high
@@ -48,11 +49,11 @@ class Range:
 
 Count = Annotated[int, Range(1)]  # 1, 2, 3, ...
 CountOrZero = Annotated[int, Range(0)]  # 0, 1, 2, ...
-Positive = Annotated[float, Range(0, open="low")]  # (0, inf)
-NotNegative = Annotated[float, Range(0)]  # [0, inf)
-Probability = Annotated[float, Range(0, 1, open="high")]  # [0, 1)
-Share = Annotated[float, Range(0, 1, open="low")]  # (0, 1]
-ShareBelowOne = Annotated[float, Range(0, 1, open="both")]  # (0, 1)
+Positive = Annotated[Number, Range(0, open="low")]  # (0, inf)
+NotNegative = Annotated[Number, Range(0)]  # [0, inf)
+Probability = Annotated[Number, Range(0, 1, open="high")]  # [0, 1)
+Share = Annotated[Number, Range(0, 1, open="low")]  # (0, 1]
+ShareBelowOne = Annotated[Number, Range(0, 1, open="both")]  # (0, 1)
 
 Names = str | Sequence[str]  # a regex for whole paths, or a list of names
 Axes = Sequence[tuple[str, tuple[Sequence[int], ...]]]  # rules (regex, KernelAxes), as of `jpeft.kernel_axes`
@@ -128,7 +129,7 @@ def hashable(value: Any) -> Hashable:
         return KernelAxes(*map(tuple, value))
     if hasattr(value, "tolist"):  # a NumPy or JAX array, or a scalar of one
         return hashable(value.tolist())
-    if isinstance(value, (list, set)) or isinstance(value, tuple):
+    if isinstance(value, (list, set, tuple)):
         return tuple(hashable(item) for item in value)
     hash(value)
     return value
@@ -163,7 +164,7 @@ def _fits(value: Any, hint: Any) -> bool:
         return any(_fits(value, part) for part in args)
     if origin is Literal:
         return any(type(value) is type(choice) and value == choice for choice in args)
-    if hint is float:
+    if hint is float or hint == Number:
         return isinstance(value, numbers.Real) and not isinstance(value, bool) and math.isfinite(value)
     if hint is int:
         return isinstance(value, int) and not isinstance(value, bool)
@@ -193,6 +194,8 @@ def describe(hint: Any) -> str:
     """
     origin, args = typing.get_origin(hint), typing.get_args(hint)
     words = {int: "a whole number", float: "a number", str: "a text", bool: "True or False", type(None): "None"}
+    if hint == Number:
+        return "a number"
     if origin is Annotated:
         return " ".join([describe(args[0]), *(str(limit) for limit in args[1:] if isinstance(limit, Range))])
     if origin in (Union, types.UnionType):
