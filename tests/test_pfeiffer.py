@@ -173,10 +173,11 @@ def test_reduction_must_be_positive():
 def test_parallel_needs_the_input_as_wide_as_the_output():
     model = Classifier()
     peft = jpeft.apply(model.init(KEY, batch()["x"])["params"], method="parallel_adapter", target=["up"])
-    with pytest.raises(
-        ValueError,
-        match=r"'layer_0/up' was called with arguments of the shapes \[\(5, 6, 16\)\], where the argument with the index 0 should be x, 32 wide",
-    ):
+    message = (
+        r"'layer_0/up' was called with arguments of the shapes \[\(5, 6, 16\)\], "
+        "where the argument with the index 0 should be x, 32 wide"
+    )
+    with pytest.raises(ValueError, match=message):
         jpeft.wrap(model.apply, peft.method)(peft.variables, batch()["x"])
 
 

@@ -52,7 +52,10 @@ class PrefixMethod(Method):
     head: str | None = "auto"
 
     family = "additive"
-    why_no_merge = "a prefix lengthens the keys and values of every attention, which no weight of the base can take up; keep using it through jpeft.wrap"
+    why_no_merge = (
+        "a prefix lengthens the keys and values of every attention, which no weight of the base can take up; "
+        "keep using it through jpeft.wrap"
+    )
 
     @property
     @abc.abstractmethod
