@@ -30,7 +30,7 @@ lint: .venv/.dev ## ruff and pyright, without changing a file
 	.venv/bin/ruff format --check .
 	.venv/bin/pyright --pythonpath .venv/bin/python
 
-format: .venv/.dev ## mend what ruff can mend
+format: .venv/.dev ## fix what ruff can fix
 	.venv/bin/ruff check --fix .
 	.venv/bin/ruff format .
 

@@ -1,29 +1,29 @@
-"""What FAR's reconfiguration saves: FLOPs, memory and time of a training step before it and after it.
+"""What FAR's reconfiguration saves: FLOPs, memory and time of a training step before and after the reconfiguration.
 
     python benchmarks/far.py --output benchmarks/results/far.md
 
-The model is an encoder of MiniLM's size, d = 384, feed-forward 1536, 12 heads, 6 layers, float32. A step is what a trainer does: loss,
+The model is an encoder of MiniLM's size, d = 384, feed-forward 1536, 12 heads, 6 layers, float32. A step is that of a trainer: loss,
 gradient, clipping by global norm, AdamW, new adapter, with adapter and optimizer state donated. "primed" is FAR's first stage, which
-trains the MLPs whole, "reconfigured" its second. FLOPs and bytes are XLA's own figures for the compiled step: exact and free of noise.
-Times are medians of interleaved runs, and the ratio is the median over pairs. FLOPs are left out where the step has a loop, whose body XLA
-counts once.
+trains whole MLPs, "reconfigured" is its second stage. FLOPs and bytes are XLA's figures for the compiled step; they are exact. Times are
+medians of interleaved runs, and the ratio is the median over pairs. FLOPs are left out if the step has a loop, because XLA counts the body
+of a loop once.
 
-"temp" is memory that exists during the step only: activations, gradients, scratch. "peak" is all that the step needs: arguments, results
-and temp, less what results take over from donated arguments. Base parameters that a step does not read are no argument of it: "primed" is
-not charged with the pretrained MLPs, of which it trains copies, though they must be kept somewhere for the reconfiguration.
+"temp" is memory that exists only during the step: activations, gradients, scratch. "peak" is all memory that the step needs: arguments,
+results and temp, less the results that reuse the memory of donated arguments. Base parameters that a step does not read are not arguments
+of the step. So "primed" does not include the pretrained MLPs, of which it trains copies, although the reconfiguration needs them.
 
-The yardstick for FLOPs is what the gradients of the frozen neurons' weights cost, (1 - retention) * 2 * tokens * 2 d f in each layer;
-for bytes it is the buffers of these gradients, (1 - retention) * 2 d f floats. FAR makes gradients, moments and trained copies smaller, not
-activations: all neurons of a layer share its input, so the learners need what all needed. What it saves of temp depends on whether
-gradients are there when activations are:
+The FLOPs are compared with the cost of the gradients of the frozen neurons' weights, (1 - retention) * 2 * tokens * 2 d f in each layer,
+and the bytes with the buffers of these gradients, (1 - retention) * 2 d f floats. FAR makes gradients, moments and trained copies smaller,
+but not activations: all neurons of a layer share its input, so the learners need the same inputs as all neurons. How much FAR saves of temp
+depends on whether gradients exist at the same time as activations:
 
-* layer by layer, they are not. Temporary memory peaks when the backward pass begins (long batches: activations, and the gradient of one
-  kernel) or when it ends (short ones: gradients). At the first of these two, the reconfigured step has the kernel with its learners, a
-  copy, in place of that one gradient, and temp is the same to within half a kernel.
-* scanned layers have one buffer for the gradients of all, which exists throughout the backward pass.
-* micro-batches add their gradients up, and the sum exists throughout the step; less the fraction of a kernel of above.
+* Layer by layer, they do not. Temporary memory peaks at the start of the backward pass (long batches: activations, and the gradient of one
+  kernel) or at its end (short batches: gradients). At the start, the reconfigured step has a copy of the kernel with its learners instead
+  of this gradient, so temp is the same to within half a kernel.
+* Scanned layers have one buffer for the gradients of all layers, which exists throughout the backward pass.
+* Micro-batches add their gradients, and the sum exists throughout the step; the saving is smaller by the same fraction of a kernel.
 
-What is saved of the peak comes on top, from the moments and the trained copies: it does not depend on any of this.
+The saving of the moments and the trained copies is added in the peak; it does not depend on these cases.
 """
 
 import argparse
@@ -43,7 +43,7 @@ CLASSES = 4
 
 
 class Sizes(NamedTuple):
-    """Of the encoder; those of MiniLM-L6."""
+    """Sizes of the encoder; the defaults are those of MiniLM-L6."""
 
     d: int = 384
     f: int = 1536
@@ -55,7 +55,7 @@ MINILM = Sizes()
 
 
 class Block(nn.Module):
-    """A pre-norm encoder block of plain Dense layers; returns a pair, as `nn.scan` wants it."""
+    """A pre-norm encoder block of plain Dense layers; returns a pair, as `nn.scan` requires."""
 
     sizes: Sizes
 
@@ -72,7 +72,7 @@ class Block(nn.Module):
 
 
 class Encoder(nn.Module):
-    """A projection of given embeddings, blocks, and a head on their mean."""
+    """A projection of embeddings, blocks, and a head on the mean over positions."""
 
     sizes: Sizes
     scan: bool
@@ -93,7 +93,7 @@ class Encoder(nn.Module):
 
 
 class Case(NamedTuple):
-    """A row's setting: the shape of a batch, how the layers are run, and into how many micro-batches the batch is split."""
+    """The setting of a row: the shape of a batch, whether layers are scanned, and the number of micro-batches."""
 
     batch: int
     length: int
@@ -102,7 +102,7 @@ class Case(NamedTuple):
     parts: int = 1
 
     def __str__(self) -> str:
-        """As in the table."""
+        """The name in the table."""
         how = [*["scan"] * self.scan, *["remat"] * self.remat, *[f"{self.parts} parts"] * (self.parts > 1)]
         return ", ".join([f"{self.batch} x {self.length}", *how])
 
@@ -122,7 +122,7 @@ CASES = (
 
 
 class Spent(NamedTuple):
-    """What a compiled step costs, in FLOPs (of a loop's body once) and bytes."""
+    """The cost of a compiled step, in FLOPs (the body of a loop counts once) and bytes."""
 
     flops: float
     temp: int
@@ -143,7 +143,7 @@ def compiled(case: Case, retention: float, sizes: Sizes = MINILM) -> dict[str, t
     x = jax.ShapeDtypeStruct((case.batch, case.length, sizes.d), jnp.float32)
     y = jax.ShapeDtypeStruct((case.batch,), jnp.int32)
     params = jax.eval_shape(model.init, jax.random.key(0), x)["params"]
-    # With the projection trained in both stages, all blocks pass gradients on: none is a special case.
+    # The projection is trained in both stages, so that all blocks must pass gradients on and none is a special case.
     primed = jax.eval_shape(lambda p: jpeft.apply(p, method="far", retention=retention, also="embed/.*"), params)
     out = {}
     for name, peft in (("primed", primed), ("reconfigured", jax.eval_shape(jpeft.advance, primed))):
@@ -218,7 +218,7 @@ def main() -> None:
 
 
 def _times(rows: dict[str, tuple[Any, tuple[Any, ...]]], steps: int) -> dict[str, list[float]]:
-    """Seconds of every run of each row, in turn; the first is left out."""
+    """Seconds of every run of each row. The rows take turns, and the first run is left out."""
     seconds: dict[str, list[float]] = {name: [] for name in rows}
     states = {name: _arrays(arguments) for name, (_, arguments) in rows.items()} if steps else {}
     for i in range(steps + 1 if steps else 0):
@@ -232,7 +232,7 @@ def _times(rows: dict[str, tuple[Any, tuple[Any, ...]]], steps: int) -> dict[str
 
 
 def _arrays(shapes: Any) -> Any:
-    """Small random arrays of these shapes; integers are zero. The learners are the first neurons, wherever their places are asked for."""
+    """Small random arrays of these shapes; integers are zero. The learners are the first neurons of each layer."""
     paths, treedef = jax.tree_util.tree_flatten_with_path(shapes)
     out = []
     for i, (path, shape) in enumerate(paths):

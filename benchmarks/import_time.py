@@ -1,8 +1,8 @@
-"""What `import jpeft` costs beside what it builds on.
+"""The time of `import jpeft`, compared with the packages that it imports.
 
     python benchmarks/import_time.py [--runs 7]
 
-Interleaved fresh processes; the median of each, and their ratio.
+Runs new processes in turn and prints the median of each, and the ratio.
 """
 
 import argparse

@@ -1,14 +1,14 @@
-"""What a LoRA step costs, and what it would cost otherwise: FLOPs, temporary memory and time of one training step.
+"""The cost of a LoRA step, and of the alternatives: FLOPs, temporary memory and time of one training step.
 
     python benchmarks/lora_views.py --output benchmarks/results/lora_views.md
 
 The model is GPT-2 small cut to 4 layers: a causal decoder of d = 768, feed-forward 3072, 12 heads, its vocabulary, 8 x 128 tokens,
-float32; LoRA of rank 8 on all kernels of its layers. FLOPs and bytes are XLA's own figures for the compiled step (`cost_analysis`,
-`memory_analysis`): exact and free of noise. Times are the median of interleaved runs, so all rows meet the same conditions. The
-yardstick is twice the forward pass: what remains when no gradient of a frozen kernel is formed. With plain remat it is three times, as
-the blocks' forward pass runs again; remat that saves the products of matrices (`jax.checkpoint_policies.dots_saveable`) and recomputes
-what lies between them is held to twice the forward pass again. For a scanned stack XLA counts the loop's body once, in the forward pass
-as in the step.
+float32; LoRA of rank 8 on all kernels of its layers. FLOPs and bytes are XLA's figures for the compiled step (`cost_analysis`,
+`memory_analysis`); they are exact. Times are medians of interleaved runs, so all rows have the same conditions. The costs are compared with
+twice the forward pass: this is what remains if no gradient of a frozen kernel is computed. With plain remat it is three times, because the
+forward pass of the blocks runs again. Remat that keeps the results of matrix products (`jax.checkpoint_policies.dots_saveable`) and
+recomputes everything between them is compared with twice the forward pass. In a scanned stack XLA counts the body of the loop once, in the
+forward pass and in the step.
 """
 
 import argparse
@@ -62,7 +62,7 @@ class Decoder(nn.Module):
 
 
 def steps(variant: str, rank: int) -> dict[str, tuple[Callable[..., Any], tuple[Any, ...]]]:
-    """The compared functions by name, each with its arguments: all return a loss and the gradients of what they train."""
+    """The compared functions by name, each with its arguments. All return a loss and the gradients of the trained leaves."""
     model = Decoder(variant)
     ids = jax.ShapeDtypeStruct((BATCH, LENGTH), jnp.int32)
     params = jax.eval_shape(model.init, jax.random.key(0), ids)["params"]

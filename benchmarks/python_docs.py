@@ -1,14 +1,15 @@
-"""Generation: what each method makes of a small decoder's perplexity on texts of another domain, beside full fine-tuning.
+"""Generation: the perplexity of a small decoder on texts of another domain, with each method and with full fine-tuning.
 
     python benchmarks/python_docs.py --runs compare-out/generation
 
-The decoder (`jpeft.training.small_decoder`) has learned docstrings of numerical packages; it is made first, in a few minutes on two CPU
-cores, if it is not in the cache. Then the Python language reference (plain text) and summaries of the standard library's functions (pairs)
-are learned with every method (`jpeft compare`), with the library's defaults and the step that the validation split picks, and scored on the
-test split. Two rows have a rate of their own: full fine-tuning, whose default is meant for large encoders, and P-Tuning v2, whose default
-is meant for classification. A hard prompt without words is the frozen base; beside it stands one with words, the better of two by the
-validation split.
-Writes results/python_docs.md and a picture for each data set beside this file. Finished runs in --runs are kept and not repeated; with
+The decoder (`jpeft.training.small_decoder`) was trained on docstrings of numerical packages. If it is not in the cache, the script trains
+it first, in a few minutes on two CPU cores. Then `jpeft compare` trains every method on the Python language reference (plain text) and on
+summaries of the standard library's functions (pairs), with the defaults of jpeft. The validation split selects the step, the test split
+gives the results. Two rows have a special learning rate: full fine-tuning, whose default is for large encoders, and P-Tuning v2, whose
+default is for classification. A hard prompt without words is the frozen base. There is also a hard prompt with words, the better of two on
+the validation split.
+
+Writes results/python_docs.md and a picture for each data set beside this file. Finished runs in --runs are kept and not repeated. With
 --report nothing is trained.
 """
 
@@ -42,7 +43,7 @@ def main() -> None:
     parser.add_argument("--data", nargs="+", default=[*DATA], choices=[*DATA])
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--methods", nargs="+", help="rows, as for `jpeft compare`")
-    parser.add_argument("--report", action="store_true", help="train nothing: write what the finished runs say")
+    parser.add_argument("--report", action="store_true", help="do not train; write the results of finished runs")
     parser.add_argument("--epochs", type=int, default=3)
     parser.add_argument("--model", help="another decoder's folder")
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder for python_docs.md and the pictures")
@@ -69,7 +70,7 @@ def main() -> None:
 
 
 def section(comparison: Comparison) -> str:
-    """The table, and below it what share of the frozen base's perplexity each row leaves, and of targets it writes token for token."""
+    """The table; below the table the perplexity of each row as a share of the frozen base's, and the share of exact matches."""
     mean = lambda entry, metric: statistics.mean(scores) if (scores := entry.scores("test", metric)) else None
     perplexities = {entry.label: mean(entry, "perplexity") for entry in comparison.entries}
     base = perplexities.get("frozen base")

@@ -3,9 +3,9 @@
     make compare
     python benchmarks/scipy_docs.py --runs compare-out --seeds 0 1 2
 
-`jpeft compare` with all-MiniLM-L6-v2, 64 tokens, and the library's defaults for everything else: batches of 16, 5 epochs, each method's own
-learning rate. Writes results/compare.md and results/compare.png beside this file and the table into the README. Finished runs in --runs are
-kept and not repeated; with --report nothing is trained.
+Runs `jpeft compare` with all-MiniLM-L6-v2, 64 tokens, and jpeft's defaults for everything else: batches of 16, 5 epochs, the default
+learning rate of each method. Writes results/compare.md and results/compare.png beside this file and the table into the README. Finished
+runs in --runs are kept and not repeated. With --report nothing is trained.
 """
 
 import argparse
@@ -25,7 +25,7 @@ ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 ROWS = ("all",)
 NOTE = "Hard prompts are here without words of their own, which is the head alone."
-# Of the README's table, which is not as wide.
+# Columns of the table in the README, which has fewer than compare.md.
 COLUMNS = ("method", "test accuracy", "trained", "stored", "GFLOP/step", "memory/step", "adapter")
 MARKED = re.compile(r"(<!-- compare -->\n).*?(<!-- /compare -->)", re.DOTALL)
 
@@ -36,7 +36,7 @@ def main() -> None:
     parser.add_argument("--runs", type=Path, default=ROOT / "compare-out", help="folder of the runs")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--methods", nargs="+", default=ROWS, help="rows, as for `jpeft compare`")
-    parser.add_argument("--report", action="store_true", help="train nothing: write what the finished runs say")
+    parser.add_argument("--report", action="store_true", help="do not train; write the results of finished runs")
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder for compare.md and compare.png")
     parser.add_argument("--readme", type=Path, default=ROOT / "README.md", help="file to fill between the marks")
     parser.add_argument("--model", help="folder of the encoder; by default the installed all-MiniLM-L6-v2")
@@ -51,7 +51,7 @@ def main() -> None:
 
 
 def write(comparison: Comparison, results: Path, readme: Path) -> None:
-    """Writes compare.md and compare.png, and fills the README."""
+    """Write compare.md and compare.png, and the table of the README."""
     results.mkdir(parents=True, exist_ok=True)
     comparison = dataclasses.replace(comparison, subject="all-MiniLM-L6-v2 on SciPy's documentation")
     comparison.plot(results / "compare.png")

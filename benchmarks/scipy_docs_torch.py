@@ -1,11 +1,11 @@
-"""The built-in data by torch and HF PEFT: what a method is worth on these texts, whoever computes it.
+"""The results of torch and HF PEFT on the built-in data, to compare with those of jpeft.
 
     python benchmarks/scipy_docs_torch.py --seeds 0 1 2
     python benchmarks/scipy_docs_torch.py --rows freeze full --seeds 0
 
 Encoder, texts, splits, batches of 16 × 64 tokens, 5 epochs, AdamW, warmup, schedule, clipping and learning rates are
-those of `make compare`; the model is transformers' `BertForSequenceClassification`, LoRA is peft's. Results go into
-results/scipy_docs_torch.json, from which a finished row is not run again, and results/scipy_docs_torch.md.
+those of `make compare`; the model is transformers' `BertForSequenceClassification`, LoRA is peft's. Results are written to
+results/scipy_docs_torch.json and results/scipy_docs_torch.md. Rows that are in the JSON file already are not run again.
 """
 
 import argparse
@@ -34,7 +34,7 @@ KERNELS = ["query", "key", "value", "dense"]
 
 
 def only(*kept: str) -> Callable[[Any], Any]:
-    """Train what has one of these in its name, and the head."""
+    """Train the parameters with one of these texts in their names, and the head."""
 
     def prepare(model: Any) -> Any:
         for name, parameter in model.named_parameters():
@@ -65,11 +65,11 @@ class Row(NamedTuple):
 
     prepare: Callable[[Any], Any]
     rate: float
-    head_rate: float  # a multiple
+    head_rate: float  # a multiple of the learning rate
 
 
 def row(name: str, prepare: Callable[[Any], Any], rate: float | None = None) -> Row:
-    """A row with the rates of a method of jpeft; those baselines that it has no name for have rates of their own."""
+    """A row with the learning rates of a method of jpeft; for baselines that are not methods, `rate` replaces the learning rate."""
     return Row(prepare, rate or USUAL[name].learning_rate, USUAL[name].head_rate)
 
 
@@ -83,7 +83,7 @@ ROWS = {
 
 
 def run(name: str, seed: int) -> dict[str, Any]:
-    """Test accuracy after training, with the seconds that it took."""
+    """Return the test accuracy after training, and the seconds of the training."""
     how = ROWS[name]
     tables, tokenizer = builtin(), AutoTokenizer.from_pretrained(minilm())
     names = sorted(set(tables["train"].label or ()))

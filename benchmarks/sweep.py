@@ -1,17 +1,18 @@
-"""What a sweep by `vmap` gains: N adapters trained in one step, against N steps of one adapter each.
+"""The gain of a sweep by `vmap`: N adapters trained in one step, compared with N steps of one adapter each.
 
     python benchmarks/sweep.py --output benchmarks/results/sweep.md
 
-The model is an encoder of MiniLM's shape (width 384, feed-forward 1536, 12 heads, 6 layers), float32, random weights; the method LoRA of
-rank 8 on every query and value, factored, each adapter with a learning rate, a random start and an AdamW state of its own. A step is loss,
-gradient, clipping by global norm, AdamW and new adapter, with adapter and optimizer state donated. "together" is that step under `vmap`,
-"in turn" the same step compiled once for one adapter and called N times, with N states. FLOPs and temporary bytes are XLA's own figures
-for the compiled programs; in turn they are N times one step's FLOPs, and one step's memory. Times are medians of pairs measured in turn;
-the gain is the median over pairs.
+The model is an encoder of MiniLM's shape (width 384, feed-forward 1536, 12 heads, 6 layers), float32, random weights. The method is LoRA of
+rank 8 on every query and value, factored. Each adapter has a learning rate, a random initialisation and an AdamW state. A step is loss,
+gradient, clipping by global norm, AdamW and new adapter, with adapter and optimizer state donated. "together" is this step under `vmap`.
+"in turn" is the same step compiled once for one adapter and called N times, with N states. FLOPs and temporary bytes are XLA's figures for
+the compiled programs; in turn they are N times the FLOPs of one step, and the memory of one step. Times are medians of pairs measured in
+turn; the gain is the median over pairs.
 
-The frozen products are the same sums either way, so there is nothing to gain in FLOPs. What can be gained is utilisation: one small batch
-leaves an accelerator idle, reads all weights for few tokens, and pays for a launch per operation; N of them share all three. A CPU core is
-busy with one batch already, so there the gain is small, and none where N sets of activations no longer fit its caches.
+Both variants compute the same products with frozen kernels, so the sweep cannot save FLOPs. It can improve utilisation: with one small
+batch, an accelerator is partly idle, reads all weights for few tokens, and launches each operation for few tokens. N adapters share these
+costs. A CPU core is busy with one batch already, so there the gain is small, and there is none if N sets of activations do not fit into the
+caches.
 """
 
 import argparse
@@ -30,11 +31,11 @@ from jpeft.models import BertConfig, BertForSequenceClassification
 
 
 class Sweep:
-    """The two compiled steps for N adapters, and what they start from.
+    """The two compiled steps for N adapters, and their first inputs.
 
     Args:
-        count: N.
-        args: The flags.
+      count: N.
+      args: The flags.
     """
 
     def __init__(self, count: int, args: argparse.Namespace):
@@ -97,7 +98,7 @@ def measure(sweep: Sweep, steps: int) -> tuple[float, float, float]:
     """Median seconds of a step together and in turn, and the median of their ratio; the first pair is left out."""
     pairs = []
     for i in range(steps + 1):
-        # Each goes first every other time.
+        # Alternate which of the two runs first.
         order = (sweep.run_together, sweep.run_in_turn) if i % 2 else (sweep.run_in_turn, sweep.run_together)
         seconds = {run.__name__: run() for run in order}
         pairs.append((seconds["run_together"], seconds["run_in_turn"]))

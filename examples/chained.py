@@ -1,9 +1,9 @@
-"""Two methods chained: LoRA on the attention and BitFit on every bias, one adapter each, trained together and merged together.
+"""Two methods as one: LoRA on attention and BitFit on every bias, each with an adapter, trained and merged together.
 
     python examples/chained.py
 
-Prints the collections and counts of the chain, the loss, that the part of the order that matters is refused when it is wrong, and the
-largest difference between the wrapped and the merged model.
+Prints the collections and parameter counts of the chain, the loss, the error that a wrong order gives, and the largest difference between
+the wrapped and the merged model.
 """
 
 import argparse
@@ -27,20 +27,20 @@ ids = jax.random.randint(jax.random.key(1), (128, 16), 0, 100)
 label = ids.max(1) % 4
 params = model.init(jax.random.key(0), ids)["params"]
 
-# The first is closest to the base. Each part is a collection of its own; the head belongs to the first that trains it.
+# The first method is the closest to the base. Each method has a collection; the head belongs to the first method that trains it.
 method = jpeft.chain(bitfit=jpeft.bitfit(), lora=jpeft.lora(rank=4, target=["query", "value"]))
 peft = jpeft.apply(params, method=method)
 print(jpeft.summary(peft, depth=1))
 print(f"collections: {list(peft.variables)}")
 
-# Each part could have an optimizer of its own, by its labels; here one does for both.
+# The labels allow a different optimizer for each method; here both have the same.
 forward = jpeft.wrap(model.apply, method)
 tx = jpeft.optimizer(optax.adamw(3e-3), peft)
 
 
 @jax.jit
 def step(adapter, opt_state, peft):
-    """One step on the one batch."""
+    """One step on the batch."""
 
     def loss_fn(adapter):
         logits = forward(peft.replace(adapter=adapter).variables, ids)
@@ -61,7 +61,7 @@ peft = peft.replace(adapter=adapter)
 merged = jax.jit(model.apply)({"params": jpeft.merge(peft)}, ids)
 print(f"merged and wrapped logits differ by at most {jnp.abs(merged - forward(peft.variables, ids)).max():.1e}")
 
-# A part that replaces what an earlier one adapts would throw that part's change away, so the order is checked.
+# If a later method replaced a leaf that an earlier one adapts, the earlier change would be lost. So jpeft checks the order.
 try:
     jpeft.apply(params, method=jpeft.chain(lora=jpeft.lora(), freeze=jpeft.freeze(top=1)))
 except ValueError as error:

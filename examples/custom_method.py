@@ -1,4 +1,4 @@
-"""A method of your own: scale and shift the outputs of chosen kernels.
+"""Write your own method: scale and shift the outputs of chosen kernels.
 
     python examples/custom_method.py
 
@@ -29,7 +29,7 @@ args = parser.parse_args()
 class OutputScale(WeightMethod):
     """Scale the outputs of the layers of these names."""
 
-    target: Names = ["key", "value", "up"]  # noqa: RUF012  (jpeft makes a tuple of it)
+    target: Names = ("key", "value", "up")
 
     name = "output_scale"
     leaf_axes = {"g": (OUTPUTS,)}  # noqa: RUF012
@@ -52,11 +52,11 @@ class OutputScale(WeightMethod):
         return linear.scale_outputs(layer(*inputs), 1 + leaves["g"])
 
 
-# --- put to use -----------------------------------------------------------------------------------------------------------------------
+# --- a model that uses it -------------------------------------------------------------------------------------------------------------
 
 
 class Block(nn.Module):
-    """Attention with two heads and an MLP; returns a pair, as `nn.scan` wants it."""
+    """Attention with two heads and an MLP; returns a pair, as `nn.scan` requires."""
 
     @nn.compact
     def __call__(self, x, _):
@@ -89,7 +89,7 @@ tx = jpeft.optimizer(optax.adam(1e-2), peft)
 
 @jax.jit
 def step(adapter, opt_state, peft):
-    """One step on the one batch."""
+    """One step on the batch."""
     loss_fn = lambda a: optax.softmax_cross_entropy_with_integer_labels(forward(peft.replace(adapter=a), ids), label).mean()
     loss, grads = jax.value_and_grad(loss_fn)(adapter)
     updates, opt_state = tx.update(grads, opt_state, adapter)

@@ -1,10 +1,10 @@
-"""The whole job in one file: fine-tune a pretrained encoder three ways, compare, save, reload, merge.
+"""All of a fine-tuning project in one file: fine-tune a pretrained encoder three ways, compare, save, reload, merge.
 
     make demo
 
 Trains all-MiniLM-L6-v2 on the built-in data (which SciPy subpackage does this paragraph document?) with the head alone, with LoRA and with
-BitFit; prints test accuracy, trained parameters and seconds; checks that the saved adapter reloads bit for bit and that the merged model,
-read back from its Hugging Face folder, predicts the same; leaves the learning curves in demo-out/curves.png.
+BitFit. Prints test accuracy, trained parameters and seconds. Checks that the saved adapter reloads bit for bit, and that the merged model,
+read from its Hugging Face folder, makes the same predictions. Saves the learning curves as demo-out/curves.png.
 """
 
 import argparse
@@ -25,7 +25,7 @@ from jpeft.training.config import TrainConfig
 from jpeft.training.plot import plot_curves
 from jpeft.training.train import train
 
-# Name -> method, options, learning rate (None: the method's own; that of `freeze` is for layers, a head alone can take larger steps).
+# Name -> method, options, learning rate (None: the method's default; that of `freeze` is for layers, a head alone can take larger steps).
 ROWS = {"head only": ("freeze", ("top=0",), 4e-3), "LoRA": ("lora", (), None), "BitFit": ("bitfit", (), None)}
 
 
@@ -77,9 +77,9 @@ def main() -> None:
 
 
 def check_reload_and_merge(lora, model: str, args: argparse.Namespace, console: Console) -> None:
-    """Reload the adapter from disk, merge it, write a Hugging Face folder, read that back: the same predictions each time."""
+    """Reload the adapter, merge it, write a Hugging Face folder and read the folder: the predictions are the same each time."""
     labels = tuple(json.loads((lora.path / "config.json").read_text())["labels"])
-    # Another seed for the fresh head: the adapter brings its own.
+    # Another seed for the new head: loading the adapter replaces the head.
     loaded = models.load(model, task="sequence-classification", labels=labels, key=jax.random.key(123))
     test = find_task("sequence-classification").encode(
         data.splits("builtin")["test"], loaded.tokenizer, labels=labels, max_length=args.max_length

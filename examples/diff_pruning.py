@@ -1,10 +1,10 @@
-"""DiffPruning in its two stages, in a training loop of your own: gates that decide which weights change, then those weights alone.
+"""DiffPruning with its two stages in your own training loop: first gates decide which weights change, then only these weights are trained.
 
     python examples/diff_pruning.py --steps 300
 
-A loop that drives stages has nothing to know of the method: it trains `peft.method`, and where a stage ends, `jpeft.advance` gives the next
-method and adapter; optimizer and step are built anew. Prints for each stage what is trained and the size of the optimizer's state, the
-loss, how many gates are open at the end, and that exactly as many weights differ from the base as the budget allows.
+A training loop with stages does not depend on the method: it trains `peft.method`, and at the end of a stage `jpeft.advance` returns the
+next method and adapter. Then the loop makes a new optimizer and a new step. Prints for each stage what is trained and the size of the
+optimizer state, the loss, how many gates are open at the end, and that exactly as many weights differ from the base as the budget allows.
 """
 
 import argparse
@@ -42,7 +42,7 @@ def make_step(method: jpeft.Method, tx: optax.GradientTransformation):
     def step(adapter, opt_state, peft, key):
         def loss_fn(adapter):
             now = peft.replace(adapter=adapter)
-            # The dropout key also draws the gates. The penalty is their expected number; it is zero in the second stage.
+            # The dropout key also draws the gates. The penalty is the expected number of open gates; it is zero in the second stage.
             logits = forward(now.variables, ids, deterministic=False, rngs={"dropout": key})
             return optax.softmax_cross_entropy_with_integer_labels(logits, label).mean() + jpeft.penalty(now)
 
@@ -58,11 +58,11 @@ def count(tree) -> int:
     return sum(jnp.size(leaf) for leaf in jax.tree.leaves(tree))
 
 
-# `plan` divides the steps: a later stage gets the share that the method asks for.
+# `plan` divides the steps: each later stage gets the share that the method asks for.
 for number, segment in enumerate(plan(peft.method.stages, args.steps, first="gates")):
     if number:
         peft = jpeft.advance(peft, key=jax.random.key(number))
-    # The gates are a parameter group: the method says that they take Adam at a constant rate, and `jpeft.optimizer` does it.
+    # The gates are a parameter group: the method asks for Adam at a constant rate, and `jpeft.optimizer` follows.
     rate = optax.linear_schedule(5e-3, 0.0, segment.end - segment.begin)
     tx = jpeft.optimizer(optax.adamw(rate, weight_decay=0.01), peft)
     step, adapter, opt_state = make_step(peft.method, tx), peft.adapter, tx.init(peft.adapter)

@@ -1,9 +1,9 @@
-"""FAR, with its saving shown: prime the feed-forward layers, keep the quarter of their neurons that moved the most, train only those.
+"""FAR and what it saves: prime the feed-forward layers, then train only the quarter of their neurons that changed the most.
 
     python examples/far.py --steps 200
 
-The step is built twice, before and after `jpeft.advance`, and XLA says what each costs. Prints FLOPs, the bytes of gradients and of the
-optimizer's state for both, the loss, and that merged weights of frozen neurons are bit for bit the pretrained ones.
+The step is made twice, before and after `jpeft.advance`, and XLA reports the cost of each. Prints FLOPs, the bytes of gradients and of the
+optimizer state for both, the loss, and that the merged weights of frozen neurons are bit for bit the pretrained ones.
 """
 
 import argparse
@@ -19,7 +19,7 @@ from jpeft.models import BertConfig, BertForSequenceClassification
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
 parser.add_argument("--steps", type=int, default=200)
 parser.add_argument("--priming", type=float, default=0.1, help="share of the steps before the neurons are chosen")
-parser.add_argument("--retention", type=float, default=0.25, help="share of the neurons that go on")
+parser.add_argument("--retention", type=float, default=0.25, help="share of the neurons that are trained after priming")
 args = parser.parse_args()
 
 config = BertConfig(
@@ -32,7 +32,7 @@ params = model.init(jax.random.key(0), ids)["params"]
 
 
 def compiled(peft: jpeft.Peft):
-    """Step and optimizer state for what the method trains now."""
+    """Return the step and the optimizer state of the present stage."""
     forward, tx = jpeft.wrap(model.apply, peft.method), jpeft.optimizer(optax.adamw(3e-3, weight_decay=0.01), peft)
 
     def step(adapter, opt_state, peft):
@@ -57,7 +57,7 @@ peft = jpeft.apply(params, method="far", retention=args.retention)
 done = 0
 for name, end in (("priming", round(args.priming * args.steps)), ("learners", args.steps)):
     if name == "learners":
-        peft = jpeft.advance(peft)  # from priming to learners: the movement since the beginning decides
+        peft = jpeft.advance(peft)  # from priming to learners: the neurons that changed the most since the start
     step, opt_state = compiled(peft)
     cost: Any = step.cost_analysis()
     print(

@@ -2,8 +2,8 @@
 
     python examples/fish_mask.py --model sentence-transformers/all-MiniLM-L6-v2 --steps 200
 
-Prints where the chosen weights lie, the loss, the test accuracy, how many weights of the model have changed, and the size of the saved
-adapter beside the model's own: what is stored is one number and one index for each chosen weight.
+Prints which tensors have chosen weights, the loss, the test accuracy, how many weights of the model have changed, and the sizes of the
+saved adapter and of the model. The adapter stores one number and one index for each chosen weight.
 """
 
 import argparse
@@ -23,7 +23,7 @@ parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.R
 parser.add_argument("--model", default="sentence-transformers/all-MiniLM-L6-v2", help="folder of a checkpoint, or a hub id")
 parser.add_argument("--data", default="builtin")
 parser.add_argument("--sparsity", type=float, default=0.005)
-parser.add_argument("--samples", type=int, default=256, help="texts that the Fisher information is taken from")
+parser.add_argument("--samples", type=int, default=256, help="number of texts for the Fisher information")
 parser.add_argument("--steps", type=int, default=200)
 parser.add_argument("--max-length", type=int, default=64)
 args = parser.parse_args()
@@ -41,11 +41,11 @@ def losses(logits, batch):
 
 
 def inputs(batch):
-    """What the model takes of a batch."""
+    """The inputs of the model in a batch."""
     return {name: column for name, column in batch.items() if name not in ("label", "weight")}
 
 
-# --- what matters: squared gradients of each text by itself, summed over texts, of the model as it is ------------------------------------
+# --- which weights matter: the squared gradient of each text, summed over texts, of the pretrained model ---------------------------------
 
 information = fisher(
     lambda params, batch: losses(loaded.model.apply({"params": params}, **inputs(batch)), batch),
@@ -63,7 +63,7 @@ for path, leaf in jpeft.flatten(peft.adapter).items():
 for module, count in chosen.most_common(5):
     print(f"{count:8,} of them in {module}")
 
-# --- training: gradients, moments and checkpoint have the size of what is chosen ---------------------------------------------------------
+# --- training: gradients, moments and checkpoint have one entry for each chosen weight ---------------------------------------------------
 
 forward = jpeft.wrap(loaded.model.apply, peft.method)
 tx = jpeft.optimizer(optax.adamw(optax.linear_schedule(2e-3, 0.0, args.steps)), peft)

@@ -1,10 +1,10 @@
-"""Generation: adapt a decoder to pairs of text and target, measure its perplexity before and after, and let it write.
+"""Generation: adapt a decoder to pairs of text and target, measure its perplexity before and after, and generate text.
 
-    python examples/generation.py                      # a small decoder made here, in minutes the first time; function heads and summaries
+    python examples/generation.py                      # trains a small decoder first, in minutes; function heads and summaries
     python examples/generation.py --model gpt2 --data pairs.jsonl --target answer
 
-Prints the test perplexity and the share of exact matches of the decoder as it is and with the trained adapter, and for a few test texts
-what each of them writes beside what was wanted.
+Prints the test perplexity and the share of exact matches of the decoder without and with the trained adapter, and for a few test texts
+the target and what both generate.
 """
 
 import argparse
@@ -29,11 +29,11 @@ parser.add_argument("--steps", type=int, default=400)
 parser.add_argument("--batch-size", type=int, default=16)
 parser.add_argument("--max-length", type=int, default=96)
 parser.add_argument("--new-tokens", type=int, default=24)
-parser.add_argument("--shown", type=int, default=5, help="how many continuations are shown")
+parser.add_argument("--shown", type=int, default=5, help="number of generated texts to show")
 parser.add_argument("--output", help="folder of the run; a temporary one by default")
 args = parser.parse_args()
 
-# --- the trainer does the work: rows of fixed length, a loss on the targets alone, one compiled step -------------------------------------
+# --- training with jpeft's trainer: rows of fixed length, a loss on the targets only, one compiled step ----------------------------------
 
 result = train(
     TrainConfig(
@@ -59,14 +59,14 @@ rows = task.encode(test, loaded.tokenizer, labels=(), max_length=args.max_length
 prompts = task.encode(data.Table(text=test.text[: args.shown]), loaded.tokenizer, labels=None, max_length=args.max_length)
 end = loaded.tokenizer.eos_token_id
 decoding = Decoding(max_new_tokens=args.new_tokens, stop=(end,), pad=end)
-# With all weights trainable and none of them trained yet, a model is what it was.
+# `freeze` with all weights, before any training, is the pretrained model.
 variants = {"as it is": jpeft.apply(loaded.params, method="freeze", target=".*"), args.method: result.peft}
 
 written = {}
 for name, peft in variants.items():
     evaluator = Evaluator(jpeft.wrap(loaded.model.apply, peft.method), task, args.batch_size)
     metrics = evaluator.metrics(peft, rows)
-    exact = f" exact match {metrics['exact_match']:.3f}" if "exact_match" in metrics else ""  # only pairs have something to match
+    exact = f" exact match {metrics['exact_match']:.3f}" if "exact_match" in metrics else ""  # plain texts have no targets to match
     print(f"{name:<12} test perplexity {metrics['perplexity']:8.2f}{exact}")
     lines = task.predictions(evaluator.answers(peft, prompts, decoding), (), loaded.tokenizer)
     written[name] = [line["generated"] for line in lines]

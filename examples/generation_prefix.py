@@ -1,11 +1,11 @@
-"""Generation with prefix tuning: a decoder learns to say in one line what a function does, from nothing but its head.
+"""Generation with prefix tuning: a decoder learns to summarise a function in one line, given the function's head.
 
     python examples/generation_prefix.py --steps 300
 
-The decoder is a small one that is trained on the spot the first time (minutes on a CPU; see `jpeft.training.small_decoder`); --model takes
-any causal language model. The pairs are heads of functions of Python's standard library and the first lines of their docstrings. Trained
-are keys and values of a few virtual tokens in every layer; the network that makes them is left out afterwards. Prints the loss, perplexity
-of held-out summaries before and after, what is stored, and what model and base write for three functions.
+The decoder is a small one, which the first call trains (minutes on a CPU; see `jpeft.training.small_decoder`). --model takes any causal
+language model. The pairs are heads of functions of Python's standard library and the first lines of their docstrings. The method trains
+keys and values of a few virtual tokens in every layer; the network that computes them is dropped after training. Prints the loss, the
+perplexity of held-out summaries before and after, the size of the adapter, and what model and base generate for three functions.
 """
 
 import argparse
@@ -24,7 +24,7 @@ parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.R
 parser.add_argument("--model", help="folder of a checkpoint, or a hub id; by default the small decoder")
 parser.add_argument("--length", type=int, default=10, help="virtual tokens of the prefix")
 parser.add_argument("--steps", type=int, default=300)
-parser.add_argument("--rows", type=int, default=2000, help="most pairs to train on")
+parser.add_argument("--rows", type=int, default=2000, help="largest number of pairs to train on")
 parser.add_argument("--max-length", type=int, default=64)
 args = parser.parse_args()
 
@@ -53,7 +53,7 @@ tx = jpeft.optimizer(optax.adamw(optax.linear_schedule(1e-3, 0.0, args.steps)), 
 
 
 def mean_loss(logits, batch):
-    """Negative log-likelihood of a target's token, averaged over all of the batch."""
+    """Negative log-likelihood of a token of a target, averaged over all targets of the batch."""
     seen = batch["label"] != generation.IGNORE
     losses = optax.softmax_cross_entropy_with_integer_labels(logits.astype(jnp.float32), jnp.where(seen, batch["label"], 0))
     return jnp.mean(losses, where=seen)
@@ -78,7 +78,7 @@ for i in range(args.steps):
         print(f"step {i:4d}  loss {loss:.4f}")
 peft = peft.replace(adapter=adapter)
 
-# The network that made the prefix is left out: the model is the same, and what there is to store is much less.
+# Without the network that computes the prefix, the outputs are the same and the adapter is much smaller.
 folded = jpeft.fold(peft)
 print(f"trained {jpeft.summary(peft).trained:,} parameters, stored {jpeft.summary(folded).stored:,} of {jpeft.summary(peft).base:,}")
 forward = jpeft.wrap(loaded.model.apply, folded.method)
@@ -88,7 +88,7 @@ for name, apply, variables in (("base", loaded.model.apply, base), ("with prefix
     loss = mean_loss(jax.jit(apply)(variables, test["input_ids"], test["attention_mask"]), test)
     print(f"perplexity of {len(test['label'])} summaries, {name}: {np.exp(loss):.1f}")
 
-# --- what it writes -------------------------------------------------------------------------------------------------------------------
+# --- generated text -------------------------------------------------------------------------------------------------------------------
 
 heads = data.Table(text=pairs["test"].text[:3])
 prompts = generation.encode(heads, tokenizer, labels=None, max_length=args.max_length)

@@ -3,9 +3,9 @@
     pip install "jpeft[hf,hub,cuda]"
     python examples/hub_model.py --model FacebookAI/roberta-large --data hub:stanfordnlp/imdb --batch-size 32
 
-Needs a network for the model and the data. The computation is in bfloat16, the parameters and the adapter stay float32; blocks are
-recomputed in the backward pass, so that 512 tokens by 32 reviews of RoBERTa-large fit into 24 GB. Everything else is the command line's:
-this is `jpeft train` called from Python. Prints progress, the test metrics, and where the run lies; run it again to resume after a crash.
+Needs a network connection for the model and the data. The computation is in bfloat16; the parameters and the adapter stay float32. Blocks
+are recomputed in the backward pass, so that 512 tokens by 32 reviews of RoBERTa-large fit into 24 GB. This is `jpeft train` called from
+Python. Prints progress, the test metrics, and the folder of the run. Run the script again to resume after a crash.
 """
 
 import argparse
@@ -32,7 +32,7 @@ result = train(
         output=args.output,
         method="lora",
         options=("rank=16", "alpha=32"),
-        learning_rate=4e-4,  # the larger the model, the smaller: the default is for small encoders
+        learning_rate=4e-4,  # a larger model needs a smaller rate; the default is for small encoders
         batch_size=args.batch_size,
         max_length=args.max_length,
         epochs=args.epochs,

@@ -1,9 +1,9 @@
-"""LoRA on a pretrained encoder in a training loop of your own: nothing of jpeft's trainer, nothing hidden.
+"""LoRA on a pretrained encoder in your own training loop, without jpeft's trainer.
 
     python examples/own_loop.py --model sentence-transformers/all-MiniLM-L6-v2 --steps 200
 
-Prints what is trained, the loss every 20 steps, the test accuracy, and that the merged model has the same. The data are paragraphs of
-SciPy's documentation, to be told apart by subpackage; --data takes any folder, file or hub data set that `jpeft train` takes.
+Prints what is trained, the loss every 20 steps, the test accuracy, and that the merged model has the same accuracy. The data are paragraphs
+of SciPy's documentation with their subpackages as labels. --data takes any folder, file or hub data set that `jpeft train` takes.
 """
 
 import argparse
@@ -30,7 +30,7 @@ labels = data.label_names(tables["train"])
 loaded = models.load(args.model, labels=labels)  # a linen module and its parameters; the head is new
 encode = lambda table: data.encode(table, loaded.tokenizer, labels=labels, max_length=args.max_length)
 train, test = encode(tables["train"]), encode(tables["test"])
-batches = data.batches(train, args.batch_size, seed=0)  # batches[step], endless, shuffled anew in every epoch
+batches = data.batches(train, args.batch_size, seed=0)  # batches[step], without end, shuffled in every epoch
 
 # --- the method -----------------------------------------------------------------------------------------------------------------------
 
@@ -41,13 +41,13 @@ tx = jpeft.optimizer(optax.adamw(optax.linear_schedule(3e-3, 0.0, args.steps), w
 
 
 def inputs(batch):
-    """What the model takes of a batch."""
+    """The inputs of the model in a batch."""
     return {name: batch[name] for name in ("input_ids", "attention_mask", "token_type_ids") if name in batch}
 
 
 @jax.jit
 def step(adapter, opt_state, peft, batch, key):
-    """One optimizer step. The base comes in with `peft`: an argument, neither a constant of the program nor donated."""
+    """One optimizer step. The base is an argument, in `peft`: neither a constant of the compiled program nor donated."""
 
     def loss_fn(adapter):
         logits = forward(peft.replace(adapter=adapter).variables, **inputs(batch), deterministic=False, rngs={"dropout": key})
@@ -69,7 +69,7 @@ peft = peft.replace(adapter=adapter)
 
 
 def accuracy(apply, variables):
-    """Share of right answers on the test split; `weight` is 0 for the rows that only fill the last batch."""
+    """Share of correct predictions on the test split; `weight` is 0 for the rows that fill up the last batch."""
     right = total = 0.0
     for batch in data.eval_batches(test, 64):
         predicted = np.asarray(apply(variables, **inputs(batch))).argmax(-1)
@@ -79,5 +79,5 @@ def accuracy(apply, variables):
 
 
 print(f"test accuracy {accuracy(jax.jit(forward), peft.variables):.4f}")
-merged = jpeft.merge(peft)  # plain parameters: the adapter costs nothing any more
+merged = jpeft.merge(peft)  # plain parameters: inference costs nothing more than the base
 print(f"merged model  {accuracy(jax.jit(loaded.model.apply), {'params': merged}):.4f}")

@@ -1,9 +1,9 @@
-"""Prompt tuning from a hard prompt: words first, then the same words as a place to start training from, then read back as words.
+"""A hard prompt, a soft prompt that starts from the same words, and the words nearest to the trained soft prompt.
 
     python examples/prompt_from_words.py --model sentence-transformers/all-MiniLM-L6-v2 --steps 200
 
-A hard prompt puts words into every text and trains the head alone. A soft prompt starts at the embeddings of these words and moves on.
-Prints the test accuracy of both, the parameters that each trains, and the words nearest to each row of the soft prompt afterwards.
+A hard prompt inserts words into every text and trains the head alone. A soft prompt starts from the embeddings of these words and trains
+them. Prints the test accuracy of both, the number of parameters that each trains, and the words nearest to each row of the trained prompt.
 """
 
 import argparse
@@ -32,7 +32,7 @@ words = loaded.tokenizer(args.prompt, add_special_tokens=False)["input_ids"]
 
 
 def inputs(batch):
-    """What the model takes of a batch."""
+    """The inputs of the model in a batch."""
     return {name: column for name, column in batch.items() if name not in ("label", "weight")}
 
 
@@ -58,7 +58,7 @@ def fit(peft: jpeft.Peft, rate: float) -> jpeft.Peft:
 
 
 def accuracy(peft: jpeft.Peft) -> float:
-    """On the test split."""
+    """Accuracy on the test split."""
     forward, right, total = jax.jit(jpeft.wrap(loaded.model.apply, peft.method)), 0.0, 0.0
     for batch in data.eval_batches(test, 64):
         predicted = np.asarray(forward(peft.variables, **inputs(batch))).argmax(-1)

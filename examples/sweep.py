@@ -1,9 +1,9 @@
-"""Many adapters trained at once: a sweep of learning rates and seeds as one `vmap`, in one compiled step on one base.
+"""Train many adapters at once: a sweep over learning rates and seeds as one `vmap`, in one compiled step on one base.
 
     python examples/sweep.py --rates 1e-4 3e-4 1e-3 3e-3 --seeds 0 1
 
-Every adapter has its own learning rate, its own random start and its own optimizer state; they share the base and each batch. Prints the
-loss of each after training, the best, and the time of one joint step beside that of one adapter's own step.
+Every adapter has a learning rate, a random initialisation and an optimizer state; all share the base and each batch. Prints the loss of
+each adapter after training, the best adapter, and the time of one step of all adapters and of one step of a single adapter.
 """
 
 import argparse
@@ -37,20 +37,20 @@ params = model.init(jax.random.key(0), ids[:1])["params"]
 
 # --- one adapter for each pair of rate and seed, stacked along a new first axis ---------------------------------------------------------
 
-# Factored: the frozen product x W is then one large product for all adapters. Merged, each would have a kernel of its own.
+# In the factored view, the frozen product x W is one large product for all adapters. Merged, each adapter would have its own kernel.
 method = jpeft.lora(rank=4, view="factored")
 rate, seed = (jnp.asarray(axis) for axis in zip(*[(r, s) for r in args.rates for s in args.seeds], strict=True))
 make = lambda seed: jpeft.apply(params, method=method, key=jax.random.key(seed)).adapter
 adapters = jax.vmap(make)(seed)
 forward = jpeft.wrap(model.apply, method)
 
-# The learning rate is part of the optimizer's state, so that each adapter can have another one.
+# The learning rate is part of the optimizer state, so that each adapter can have a different one.
 one = jpeft.Peft(params, make(0), method)
 tx = optax.inject_hyperparams(lambda learning_rate: jpeft.optimizer(optax.adamw(learning_rate), one))(learning_rate=0.0)
 
 
 def init(adapter, rate):
-    """The optimizer state of one adapter at its rate."""
+    """The optimizer state of one adapter with its learning rate."""
     state: Any = tx.init(adapter)
     return state._replace(hyperparams=state.hyperparams | {"learning_rate": rate})
 
@@ -68,7 +68,7 @@ def step(adapter, opt_state, params, batch):
 
 
 def fit(step, adapter, opt_state):
-    """Train; returns the adapter, the last ten steps' mean loss (of each adapter) and the median time of a step."""
+    """Train; return the adapter, the mean loss of the last ten steps (of each adapter) and the median time of a step."""
     order, losses, seconds = np.random.default_rng(1), [], []
     for _ in range(args.steps):
         rows = order.integers(0, len(ids), 32)

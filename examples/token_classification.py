@@ -2,9 +2,8 @@
 
     python examples/token_classification.py --model sentence-transformers/all-MiniLM-L6-v2 --steps 200
 
-The words of SciPy's documentation are labelled by their form (a rule: parentheses, underscores, dots and "=" make code, digits a number);
-the tagger sees word pieces and has to find it out. Prints the loss, precision and recall of each class on held-out paragraphs, and one
-tagged paragraph.
+A rule labels the words of SciPy's documentation: parentheses, underscores, dots and "=" make code, digits a number. The tagger sees word
+pieces and must learn the rule. Prints the loss, precision and recall of each class on held-out paragraphs, and one tagged paragraph.
 """
 
 import argparse
@@ -21,13 +20,13 @@ from jpeft import data, models
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
 parser.add_argument("--model", default="sentence-transformers/all-MiniLM-L6-v2", help="folder of a checkpoint, or a hub id")
 parser.add_argument("--data", default="builtin")
-parser.add_argument("--length", type=int, default=20, help="rows of the deep prompt")
+parser.add_argument("--length", type=int, default=20, help="virtual tokens in every layer")
 parser.add_argument("--steps", type=int, default=200)
 parser.add_argument("--max-length", type=int, default=64)
 args = parser.parse_args()
 
 TAGS = ("word", "code", "number")
-NONE = -1  # of special tokens, padding, and all pieces of a word but the first
+NONE = -1  # label of special tokens, padding, and all pieces of a word but the first
 
 
 def tag(word: str) -> int:
@@ -56,7 +55,7 @@ loaded = models.load(args.model, task="token-classification", labels=TAGS)
 train, test = encode(tables["train"], loaded.tokenizer), encode(tables["test"], loaded.tokenizer)
 batches = data.batches(train, 16, seed=0)
 
-# Keys and values of 20 virtual tokens in every layer, and the new head: the encoder itself stays as it is.
+# Trained are keys and values of 20 virtual tokens in every layer, and the new head; the encoder is frozen.
 peft = jpeft.apply(loaded.params, method="p_tuning_v2", length=args.length)
 print(f"trains {jpeft.summary(peft).trained:,} of {jpeft.summary(peft).base:,} parameters")
 forward = jpeft.wrap(loaded.model.apply, peft.method)

@@ -1,9 +1,9 @@
-"""A Flax `TrainState` that holds all variables, base and adapter, with `optax.multi_transform`: for loops that expect one tree.
+"""A Flax `TrainState` that holds all variables, base and adapter, with `optax.multi_transform`, for training loops that expect one tree.
 
     python examples/train_state.py
 
-Trains a small classifier on five noisy patterns, then adapts it to five others with BitFit. Prints the loss, that the base has not moved
-by a bit although weight decay is on, and the size of the optimizer's state beside that of full fine-tuning.
+Trains a small classifier on five noisy patterns, then adapts it to five others with BitFit. Prints the loss, that every bit of the base is
+unchanged although weight decay is on, and the sizes of the optimizer state here and with full fine-tuning.
 """
 
 import argparse
@@ -34,7 +34,7 @@ class Classifier(nn.Module):
 
 
 def noisy_patterns(seed: int) -> dict[str, np.ndarray]:
-    """Five fixed patterns of 64 numbers, seen through noise, 2,000 times."""
+    """2,000 noisy copies of five fixed patterns of 64 numbers."""
     rng = np.random.default_rng(seed)
     patterns = rng.normal(size=(5, 64))
     label = rng.integers(0, 5, 2000)
@@ -48,7 +48,7 @@ def loss_fn(apply, variables, batch):
 
 @jax.jit
 def step(state: TrainState, batch):
-    """One step on everything that the state holds. `multi_transform` zeroes the base's updates; XLA then drops its gradients as well."""
+    """One step on the whole state. `multi_transform` sets the updates of the base to zero; XLA then removes the base gradients too."""
     loss, grads = jax.value_and_grad(lambda variables: loss_fn(state.apply_fn, variables, batch))(state.params)
     return state.apply_gradients(grads=grads), loss
 

@@ -11,6 +11,7 @@ Pretrained models (`jpeft.models`), the trainer (`jpeft.training`) and the comma
 from importlib.metadata import version as _version
 from typing import TYPE_CHECKING as _TYPE_CHECKING
 
+from jpeft import layouts as layouts
 from jpeft import sharding as sharding
 from jpeft import stats as stats
 from jpeft import tree as tree

@@ -1,6 +1,7 @@
 """Old spellings that keep working, with a warning."""
 
 import functools
+import sys
 import warnings
 from collections.abc import Callable
 from typing import Any, TypeVar
@@ -46,6 +47,25 @@ def renamed_fields(**names: str) -> Callable[[C], C]:
         return cls
 
     return decorate
+
+
+def renamed_members(module: str, **names: str) -> Callable[[str], Any]:
+    """Return a module's `__getattr__` that finds its functions and classes under their old names, ``old="new"``.
+
+    Args:
+      module: `__name__` of the module.
+      **names: New name of each old name.
+
+    Example: `__getattr__ = renamed_members(__name__, from_first="on_first_process")`.
+    """
+
+    def __getattr__(name: str) -> Any:
+        if name not in names:
+            raise AttributeError(f"module {module!r} has no attribute {name!r}")
+        warn_renamed(f"{module}.{name}", f"{module}.{names[name]}")
+        return getattr(sys.modules[module], names[name])
+
+    return __getattr__
 
 
 def _read(cls: str, old: str, new: str, self: Any) -> Any:

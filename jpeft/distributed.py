@@ -1,8 +1,9 @@
-"""Several processes that run one program, one on each host of a slice or for each GPU of a cluster: what they must know of each other.
+"""Several processes that run one program, one on each host of a TPU slice or one for each GPU of a cluster.
 
-All run the same code on the same files and take the same decisions, so what is computed on the mesh needs nothing from here. Here is the
-rest: files that one of them writes, values that all must share, arrays that no process has whole, and stopping at the same step. Alone,
-a process does all of it without any communication. Everything but `is_first` and `initialize` is to be called by all processes.
+All processes run the same code on the same files and take the same decisions, so computation on the mesh needs nothing from this file. It
+has the rest: files that one process writes, values that all processes must share, arrays that no process holds whole, and a common last
+step. A process that is alone does all of it without communication. All processes must call each function except `is_first` and
+`initialize` together.
 """
 
 from __future__ import annotations
@@ -22,37 +23,40 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jaxtyping import PyTree
 
+from jpeft.deprecation import renamed_members
+
 T = TypeVar("T")
 
-# Counts the calls of `stop_signal`, which are as many in every process.
-_asked = itertools.count(1)
+# Number of the next call of `stop_signal`. It is the same in every process, because each asks once a step. JAX's preemption service itself
+# is one for the whole process, so the counter cannot belong to a run.
+_calls_of_stop_signal = itertools.count(1)
 
 
 def initialize(coordinator: str | None = None, num_processes: int | None = None, process_id: int | None = None) -> None:
-    """Joins the other processes, if there are to be any; before anything else is done with JAX.
+    """Connect to the other processes, if there are any. Call this before anything else is done with JAX.
+
+    Without arguments, JAX finds the other processes by itself on Cloud TPU and under SLURM (`srun`); elsewhere this process is alone.
 
     Args:
-        coordinator: Address of the first process, HOST:PORT.
-        num_processes: How many there are.
-        process_id: Which of them this is, from 0.
-
-    With none of these given, JAX finds out by itself on Cloud TPU and under SLURM (`srun`); elsewhere this process is alone.
+      coordinator: Address of the first process, HOST:PORT.
+      num_processes: Number of processes.
+      process_id: Number of this process, from 0.
 
     Raises:
-        ValueError: if only some are given.
+      ValueError: if only some of the arguments are given.
     """
     given = {"coordinator": coordinator, "num_processes": num_processes, "process_id": process_id}
     missing = [name for name, value in given.items() if value is None]
     if 0 < len(missing) < len(given):
-        raise ValueError(f"{', '.join(missing)}: missing; to start the processes by hand, give all of {', '.join(given)}")
+        raise ValueError(f"{', '.join(missing)}: missing. To start the processes by hand, give all of {', '.join(given)}.")
     if not missing:
         jax.distributed.initialize(coordinator, num_processes, process_id)
-    elif _expected(os.environ):
+    elif _expects_others(os.environ):
         jax.distributed.initialize()
 
 
-def _expected(environment: Mapping[str, str]) -> bool:
-    """Whether this looks like one of several processes."""
+def _expects_others(environment: Mapping[str, str]) -> bool:
+    """Return whether this looks like one of several processes."""
     if int(environment.get("SLURM_STEP_NUM_TASKS") or 1) > 1 or "JAX_COORDINATOR_ADDRESS" in environment:
         return True
     chips = glob.glob("/dev/accel*") + glob.glob("/dev/vfio/[0-9]*")
@@ -60,21 +64,26 @@ def _expected(environment: Mapping[str, str]) -> bool:
 
 
 def is_first() -> bool:
-    """Whether this process is the one that writes and reports."""
+    """Return whether this process is the one that writes files and reports progress."""
     return jax.process_index() == 0
 
 
-def from_first(make: Callable[[], T]) -> T:
-    """What `make()` gives in the first process, in all of them, and not before it is done there. It is called in no other.
+# --- values and files ---------------------------------------------------------------------------------------------------------------
+
+
+def on_first_process(make: Callable[[], T]) -> T:
+    """Call `make()` in the first process only, and return its result in all of them, once the call is done.
+
+    Reading and writing of files belongs into `make`: other hosts may see files later, or half-written.
 
     Args:
-        make: Gives anything that JSON can hold. What reads or writes files belongs here: other hosts may see them later, or half-written.
+      make: Returns anything that JSON can hold.
 
     Raises:
-        ValueError: where `make` raises one, in all processes.
-        RuntimeError: in the other processes, where it raises something else.
+      ValueError: in all processes, if `make` raises one.
+      RuntimeError: in the other processes, if `make` raises anything else.
 
-    >>> from_first(lambda: {"step": 3})
+    >>> on_first_process(lambda: {"step": 3})
     {'step': 3}
     """
     if jax.process_count() == 1:
@@ -83,7 +92,7 @@ def from_first(make: Callable[[], T]) -> T:
     if is_first():
         try:
             message = {"value": make()}
-        except Exception as error:  # the others wait: they must be told
+        except Exception as error:  # the other processes wait for a message, so they must be told
             failure, message = error, {"error": str(error), "kind": type(error).__name__}
     message = _broadcast(message)
     if failure is not None:
@@ -94,10 +103,10 @@ def from_first(make: Callable[[], T]) -> T:
 
 
 def _broadcast(value: Any) -> Any:
-    """The first process's value in all of them."""
+    """Return the first process's value in all processes."""
     content = np.frombuffer(json.dumps(value).encode(), np.uint8)
     size = int(multihost_utils.broadcast_one_to_all(np.int32(content.size)))
-    # A power of two, for few compilations.
+    # Sizes are padded to powers of two, because each new size is compiled anew.
     padded = np.zeros(1 << max(size - 1, 63).bit_length(), np.uint8)
     if is_first():
         padded[:size] = content
@@ -105,14 +114,14 @@ def _broadcast(value: Any) -> Any:
 
 
 def check_done(failure: Exception | None) -> None:
-    """Makes sure that all processes have done what each did by itself: one that fails alone would leave the others waiting.
+    """Raise an error in all processes if one of them failed: otherwise the others would wait for it.
 
     Args:
-        failure: What kept this process from it, None if nothing did.
+      failure: The error of this process; None if it succeeded.
 
     Raises:
-        Exception: `failure`, in its own process.
-        RuntimeError: in the others, that says where it is to be found.
+      Exception: `failure`, in the process that failed.
+      RuntimeError: in the others, naming the process that failed.
 
     >>> check_done(None)
     """
@@ -122,37 +131,38 @@ def check_done(failure: Exception | None) -> None:
     if failure is not None:
         raise failure
     if failed.any():
-        raise RuntimeError(f"process {int(failed.argmax())} failed; its own message says why")
+        raise RuntimeError(f"Process {int(failed.argmax())} failed; its own message says why.")
 
 
 def check_equal(values: Mapping[str, Any]) -> None:
-    """Makes sure that all processes were started alike: with different data they would train something, but nothing of use.
+    """Raise an error if the processes were started with different values, such as different data.
 
     Args:
-        values: What must be the same, by name, as JSON can hold it. The names are those of every process.
+      values: Values by name, as JSON can hold them. The names are the same in every process.
 
     Raises:
-        ValueError: in all processes, that says what differs and where.
+      ValueError: in all processes, naming the values and the processes that differ.
     """
     if jax.process_count() == 1:
         return
     digests = [hashlib.sha256(json.dumps(value, sort_keys=True).encode()).digest() for value in values.values()]
+    # [processes, values, 32]
     every = multihost_utils.process_allgather(np.frombuffer(b"".join(digests), np.uint8).reshape(len(digests), -1))
     if found := differences(tuple(values), every):
-        raise ValueError(f"{found}: start all processes with the same flags and versions, on the same files")
+        raise ValueError(f"{found[0].upper()}{found[1:]}: start all processes with the same flags and versions, on the same files.")
 
 
 def differences(names: Sequence[str], every: np.ndarray) -> str:
-    """Which processes differ from the first in what; empty if none does.
+    """Return which processes differ from the first one, and in which values; an empty string if none does.
 
     Args:
-        names: Of the values.
-        every: A digest of each value in each process, [processes, values, bytes].
+      names: Names of the values.
+      every: A digest of each value in each process, [processes, values, bytes].
 
     >>> differences(("data", "model"), np.array([[[1], [2]], [[1], [3]], [[1], [2]]]))
     'process 1 differs from process 0 in its model'
     """
-    differ = (every != every[:1]).any(-1)
+    differ = (every != every[:1]).any(-1)  # [processes, values]
     parts = [
         f"process {process} differs from process 0 in its {', '.join(name for name, other in zip(names, row, strict=True) if other)}"
         for process, row in enumerate(differ)
@@ -161,39 +171,49 @@ def differences(names: Sequence[str], every: np.ndarray) -> str:
     return "; ".join(parts[:4]) + ("; ..." if len(parts) > 4 else "")
 
 
+# --- arrays -------------------------------------------------------------------------------------------------------------------------
+
+
 def place(leaf: Any, sharding: jax.sharding.Sharding) -> jax.Array:
-    """An array that every process has whole, put where it belongs; each takes its own parts of it."""
+    """Put an array that every process holds whole onto the mesh; each process contributes the parts of its own devices."""
     if sharding.is_fully_addressable or (isinstance(leaf, jax.Array) and not leaf.is_fully_addressable):
         return jax.device_put(leaf, sharding)
-    # Unlike `device_put`, which compares the arrays of all processes first.
-    whole = np.asarray(leaf)
-    return jax.make_array_from_callback(whole.shape, sharding, lambda index: whole[index])
+    # Not `device_put`, which first compares the arrays of all processes.
+    host = np.asarray(leaf)
+    return jax.make_array_from_callback(host.shape, sharding, lambda index: host[index])
 
 
-def whole(tree: PyTree) -> PyTree:
-    """Arrays on the mesh as NumPy arrays in every process."""
+def to_numpy(tree: PyTree) -> PyTree:
+    """Return arrays on the mesh as whole NumPy arrays, in every process."""
     gather = lambda leaf: leaf if _is_here(leaf) else multihost_utils.process_allgather(leaf, tiled=True)
     return jax.device_get(jax.tree.map(gather, tree))
 
 
-def within_reach(tree: PyTree) -> PyTree:
-    """Arrays that this process can read: as they are if it is alone, else `whole`. For files, and for choices made on the host."""
-    return tree if jax.process_count() == 1 else whole(tree)
+def gather_to_host(tree: PyTree) -> PyTree:
+    """Return arrays that this process can read, to be written to files or examined: `to_numpy`, or as they are if it is alone."""
+    return tree if jax.process_count() == 1 else to_numpy(tree)
 
 
 def _is_here(leaf: Any) -> bool:
     return not isinstance(leaf, jax.Array) or leaf.is_fully_addressable or leaf.is_fully_replicated
 
 
-def stop_signal(caught: Sequence[int]) -> int | None:
-    """The signal that ends training, in all processes after the same step; None if it goes on. To be asked at every step.
+# --- stopping -----------------------------------------------------------------------------------------------------------------------
 
-    Several processes leave SIGTERM to JAX's preemption service: it tells all of them, and they agree on a step that none has passed yet.
+
+def stop_signal(caught: Sequence[int]) -> int | None:
+    """Return the signal that ends training, in all processes after the same step; None to continue. Call this at every step.
+
+    Several processes leave SIGTERM to JAX's preemption service: it informs all of them, and they agree on a step that none has passed yet.
 
     Args:
-        caught: The signals that this process has caught by itself; see `jpeft.training.interrupt.deferred_signals`.
+      caught: The signals that this process has caught itself; see `jpeft.training.interrupt.deferred_signals`.
     """
     if jax.process_count() == 1:
         return caught[0] if caught else None
-    # The service agrees on a number that none has asked with yet. Steps would not do: those of a continued run begin beyond it.
-    return int(signal.SIGTERM) if multihost_utils.reached_preemption_sync_point(next(_asked)) else None
+    # The service agrees on a number that no process has asked with yet. The number of the step would not do: a continued run begins at a
+    # later one.
+    return int(signal.SIGTERM) if multihost_utils.reached_preemption_sync_point(next(_calls_of_stop_signal)) else None
+
+
+__getattr__ = renamed_members(__name__, from_first="on_first_process", within_reach="gather_to_host", whole="to_numpy")

@@ -1,4 +1,4 @@
-"""A Hugging Face hub of one's own: what `huggingface_hub` and `datasets` ask of a server, answered from a folder."""
+"""A local Hugging Face hub: a server that answers the requests of `huggingface_hub` and `datasets` from a folder."""
 
 import contextlib
 import hashlib
@@ -15,7 +15,7 @@ COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
 @contextlib.contextmanager
 def serve(root: Path) -> Iterator[tuple[str, list[str]]]:
-    """Serves `root`/models/OWNER/NAME/... and `root`/datasets/OWNER/NAME/...; its address, and "METHOD PATH" of each request so far."""
+    """Serve `root`/models/OWNER/NAME/... and `root`/datasets/OWNER/NAME/...; yield the address, and "METHOD PATH" of each request."""
     requests: list[str] = []
 
     class Handler(BaseHTTPRequestHandler):
@@ -89,5 +89,5 @@ def serve(root: Path) -> Iterator[tuple[str, list[str]]]:
 
 
 def etag(content: bytes) -> str:
-    """The hash that a file is known by."""
+    """Return the hash that identifies a file."""
     return hashlib.sha1(content).hexdigest()

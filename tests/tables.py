@@ -3,7 +3,10 @@
 import contextlib
 import dataclasses
 import functools
+import importlib.util
+import sys
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -128,87 +131,99 @@ MODELS = {
     **DECODERS,
 }
 
-# Where the default is relu, another activation: central differences are to be compared with.
-METHODS = {
-    "freeze": jpeft.freeze(top=1),
-    "bitfit": jpeft.bitfit(),
-    "fish_mask": jpeft.fish_mask(sparsity=0.05),
-    # A penalty that leaves the loss of so small a model visible beside it.
-    "diff_pruning": jpeft.diff_pruning(sparsity=0.05, l0=1e-5),
-    "diff_pruning-mask": jpeft.diff_pruning(sparsity=0.05, stage="mask"),
-    "far": jpeft.far(),
-    "far-learners": jpeft.far(retention=0.4, stage="learners"),
-    "adapter": jpeft.adapter(size=4),
-    "pfeiffer": jpeft.pfeiffer(size=4, activation="gelu"),
-    "pfeiffer-lin": jpeft.pfeiffer(size=4, activation="silu", own_norm=True),
-    "compacter": jpeft.compacter(size=4),
-    "parallel_adapter": jpeft.parallel_adapter(size=4, activation="gelu"),
-    "lora": jpeft.lora(rank=2),
-    "lora-two-view": jpeft.lora(rank=2, view="two-view"),
-    "lora-factored": jpeft.lora(rank={r".*(up|down)/kernel": 3, ".*": 2}, view="factored", rslora=True, target=r".*(kernel|embedding)"),
-    "hard_prompt": jpeft.hard_prompt(tokens=(3, 7)),
-    "prompt_tuning": jpeft.prompt_tuning(length=3),
-    "p_tuning": jpeft.p_tuning(template=(("start", 2), ("end", (-1, 3))), hidden=3),
-    "prefix_tuning": jpeft.prefix_tuning(length=3, mlp=5),
-    "p_tuning_v2": jpeft.p_tuning_v2(length=3),
-    "chain": jpeft.chain(bitfit=jpeft.bitfit(), lora=jpeft.lora(rank=2), adapter=jpeft.adapter(size=3)),
-    "chain-sparse": jpeft.chain(lora=jpeft.lora(rank=1), fish=jpeft.fish_mask(sparsity=0.03)),
-    "chain-mergeable": jpeft.chain(lora=jpeft.lora(rank=2), second=jpeft.lora(rank=1, target=FEED_FORWARD), bitfit=jpeft.bitfit()),
-}
 
-# Methods that are told by data what to train.
-NEED_STATS = {"fish_mask", "chain-sparse", "diff_pruning-mask", "far-learners"}
+def skeleton(name: str) -> Any:
+    """A module of docs/skeletons."""
+    spec = importlib.util.spec_from_file_location(f"skeleton_{name}", Path(__file__).parents[1] / "docs" / "skeletons" / f"{name}.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[module.__name__] = module  # where `typing.get_type_hints` looks up the annotations of its classes
+    spec.loader.exec_module(module)
+    return module
 
-# Methods that put tokens into the text.
-PROMPTS = ["hard_prompt", "prompt_tuning", "p_tuning"]
 
-# What a method's first output may differ from the base by, and whether it merges: True, or the reason it gives.
-NEAR_IDENTITY = {
-    "adapter": 1e-2,
-    "chain": 1e-2,
-    "compacter": 1e-3,
-    "pfeiffer": 0.1,
-    "pfeiffer-lin": 0.1,
-    "prefix_tuning": 10.0,
-    "p_tuning_v2": 10.0,
-}
-MERGES = dict.fromkeys(["adapter", "pfeiffer", "pfeiffer-lin", "parallel_adapter", "compacter", "chain"], "nonlinear layer of its own") | {
-    "prefix_tuning": "lengthens the keys and values",
-    "p_tuning_v2": "lengthens the keys and values",
-}
-NEAR_IDENTITY |= dict.fromkeys(PROMPTS, 10.0)
-MERGES |= dict.fromkeys(PROMPTS, "lengthens the text")
+# --- methods: one row each ---------------------------------------------------------------------------------------------------------------
 
-# Which models a method meets: plain, rematerialised and scanned ones, an encoder and a decoder, one of Llama's family among them. Two that
-# go around layers meet every small model; the others one of each kind that tells them apart.
-SMALL = ["plain", "remat", "jit", "scan", "mha", "einsum", "scan-mha"]
-MEETS = {
-    "adapter": [*SMALL, "bert-scan", "gpt2-scan", "llama-remat"],
-    "lora": [*SMALL, "bert", "gpt2", "llama-scan"],
-    "lora-two-view": ["einsum", "bert-scan", "llama-remat"],
-    "lora-factored": ["einsum", "bert-remat", "llama-scan"],
+LARGE = ("bert-remat", "gpt2", "llama-scan")
+SMALL = ("plain", "remat", "jit", "scan", "mha", "einsum", "scan-mha")
+NONLINEAR = "nonlinear layer of its own"
+LONGER_KEYS = "lengthens the keys and values"
+LONGER_TEXT = "lengthens the text"
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """A method, and what the conformance suite must know of it.
+
+    Attributes:
+      method: The method. Where its default activation is relu, another one: central differences are to be compared with.
+      models: Which models it meets: plain, rematerialised and scanned ones, an encoder and a decoder, one of Llama's family among them.
+        Methods that go around layers meet every small model; the others one of each kind that tells them apart.
+      tolerance: How far its first output may be from the base's.
+      why_no_merge: Part of the reason that it gives; None if it merges.
+    """
+
+    method: jpeft.Method
+    models: tuple[str, ...]
+    tolerance: float = 1e-5
+    why_no_merge: str | None = None
+
+
+ROWS = {
     # What only replaces leaves has nothing to do with kinds of layers.
-    "freeze": ["plain", "remat", "bert-scan", "gpt2", "llama-scan"],
-    "bitfit": ["plain", "jit", "scan-mha", "bert", "gpt2-remat", "llama-scan"],
-    "fish_mask": ["scan", "bert-remat", "llama"],
-    "diff_pruning": ["gpt2", "bert-scan", "llama-remat"],
-    "diff_pruning-mask": ["scan", "bert-remat", "llama"],
-    "far": ["plain", "bert-scan", "llama-remat"],
-    "far-learners": ["jit", "bert-remat", "gpt2", "llama-scan"],
-    "pfeiffer": ["jit", "bert-scan", "gpt2", "llama-remat"],
-    "pfeiffer-lin": ["bert", "gpt2-scan", "llama-remat"],
-    "compacter": ["jit", "scan-mha", "bert", "gpt2-remat", "llama-scan"],
-    "parallel_adapter": ["bert-scan", "gpt2-remat", "llama"],
-    "prefix_tuning": ["bert-scan", "gpt2-remat", "llama", "llama-scan"],
-    "p_tuning_v2": ["bert-remat", "gpt2", "llama-scan"],
-    "hard_prompt": ["bert-scan", "gpt2-remat", "llama"],
-    "prompt_tuning": ["plain", "bert-scan", "gpt2-remat", "llama-scan"],
-    "p_tuning": ["bert", "gpt2-remat", "llama-scan"],
-    "chain": ["jit", "bert-remat", "llama-scan"],
-    "chain-sparse": ["scan", "bert-remat", "llama"],
-    "chain-mergeable": ["einsum", "bert-remat", "llama-scan"],
+    "freeze": Row(jpeft.freeze(top=1), ("plain", "remat", "bert-scan", "gpt2", "llama-scan")),
+    "bitfit": Row(jpeft.bitfit(), ("plain", "jit", "scan-mha", "bert", "gpt2-remat", "llama-scan")),
+    "fish_mask": Row(jpeft.fish_mask(sparsity=0.05), ("scan", "bert-remat", "llama")),
+    # A penalty that leaves the loss of so small a model visible beside it.
+    "diff_pruning": Row(jpeft.diff_pruning(sparsity=0.05, l0=1e-5), ("gpt2", "bert-scan", "llama-remat")),
+    "diff_pruning-mask": Row(jpeft.diff_pruning(sparsity=0.05, stage="mask"), ("scan", "bert-remat", "llama")),
+    "far": Row(jpeft.far(), ("plain", "bert-scan", "llama-remat")),
+    "far-learners": Row(jpeft.far(retention=0.4, stage="learners"), ("jit", "bert-remat", "gpt2", "llama-scan")),
+    "adapter": Row(jpeft.adapter(size=4), (*SMALL, "bert-scan", "gpt2-scan", "llama-remat"), 1e-2, NONLINEAR),
+    "pfeiffer": Row(jpeft.pfeiffer(size=4, activation="gelu"), ("jit", "bert-scan", "gpt2", "llama-remat"), 0.1, NONLINEAR),
+    "pfeiffer-lin": Row(jpeft.pfeiffer(size=4, activation="silu", own_norm=True), ("bert", "gpt2-scan", "llama-remat"), 0.1, NONLINEAR),
+    "compacter": Row(jpeft.compacter(size=4), ("jit", "scan-mha", "bert", "gpt2-remat", "llama-scan"), 1e-3, NONLINEAR),
+    "parallel_adapter": Row(
+        jpeft.parallel_adapter(size=4, activation="gelu"), ("bert-scan", "gpt2-remat", "llama"), why_no_merge=NONLINEAR
+    ),
+    "lora": Row(jpeft.lora(rank=2), (*SMALL, "bert", "gpt2", "llama-scan")),
+    "lora-two-view": Row(jpeft.lora(rank=2, view="two-view"), ("einsum", "bert-scan", "llama-remat")),
+    "lora-factored": Row(
+        jpeft.lora(rank={r".*(up|down)/kernel": 3, ".*": 2}, view="factored", rslora=True, target=r".*(kernel|embedding)"),
+        ("einsum", "bert-remat", "llama-scan"),
+    ),
+    "dora": Row(jpeft.dora(rank=2), (*SMALL, "bert-remat", "gpt2", "llama-scan")),
+    "ia3": Row(jpeft.ia3(), (*SMALL, "bert-remat", "gpt2", "llama-scan")),
+    "hard_prompt": Row(jpeft.hard_prompt(tokens=(3, 7)), ("bert-scan", "gpt2-remat", "llama"), 10.0, LONGER_TEXT),
+    "prompt_tuning": Row(jpeft.prompt_tuning(length=3), ("plain", "bert-scan", "gpt2-remat", "llama-scan"), 10.0, LONGER_TEXT),
+    "p_tuning": Row(
+        jpeft.p_tuning(template=(("start", 2), ("end", (-1, 3))), hidden=3), ("bert", "gpt2-remat", "llama-scan"), 10.0, LONGER_TEXT
+    ),
+    "prefix_tuning": Row(jpeft.prefix_tuning(length=3, mlp=5), ("bert-scan", "gpt2-remat", "llama", "llama-scan"), 10.0, LONGER_KEYS),
+    "p_tuning_v2": Row(jpeft.p_tuning_v2(length=3), ("bert-remat", "gpt2", "llama-scan"), 10.0, LONGER_KEYS),
+    "chain": Row(
+        jpeft.chain(bitfit=jpeft.bitfit(), lora=jpeft.lora(rank=2), adapter=jpeft.adapter(size=3)),
+        ("jit", "bert-remat", "llama-scan"),
+        1e-2,
+        NONLINEAR,
+    ),
+    "chain-sparse": Row(jpeft.chain(lora=jpeft.lora(rank=1), fish=jpeft.fish_mask(sparsity=0.03)), ("scan", "bert-remat", "llama")),
+    "chain-mergeable": Row(
+        jpeft.chain(lora=jpeft.lora(rank=2), second=jpeft.lora(rank=1, target=FEED_FORWARD), bitfit=jpeft.bitfit()),
+        ("einsum", "bert-remat", "llama-scan"),
+    ),
+    # What docs/skeletons offers to copy.
+    "skeleton-method": Row(
+        skeleton("method").OutputShift(target=".*(out|down|o_proj|c_proj|dense)/kernel"), SMALL + LARGE, why_no_merge="bias"
+    ),
+    "skeleton-weight-method": Row(skeleton("weight_method").RowScale(), SMALL + LARGE),
 }
-assert MEETS.keys() == METHODS.keys()
+
+METHODS = {name: row.method for name, row in ROWS.items()}
+MERGES = {name: row.why_no_merge for name, row in ROWS.items() if row.why_no_merge}  # those that do not, and why
+PROMPTS = ["hard_prompt", "prompt_tuning", "p_tuning"]  # methods that put tokens into the text
+NEED_STATS = {name for name, row in ROWS.items() if row.method.requires_stats}  # methods that are told by data what to train
 
 
 @dataclasses.dataclass(frozen=True)

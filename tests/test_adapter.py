@@ -9,8 +9,8 @@ from flax import linen as nn
 from tables import noised
 
 import jpeft
-from jpeft.models.bert import BertModel
-from jpeft.models.bert_config import BertConfig
+from jpeft.models import BertModel
+from jpeft.models.bert.config import BertConfig
 
 KEY = jax.random.key(0)
 
@@ -80,7 +80,7 @@ def test_sits_before_the_residual():
     config = BertConfig(
         vocab_size=17, hidden_size=8, num_hidden_layers=1, num_attention_heads=2, intermediate_size=12, max_position_embeddings=12
     )
-    from jpeft.models.bert_encoder import ResidualOutput
+    from jpeft.models.bert.encoder import ResidualOutput
 
     block, x, residual = ResidualOutput(config), jax.random.normal(KEY, (1, 4, 12)), jax.random.normal(KEY, (1, 4, 8))
     params = block.init(KEY, x, residual, True)["params"]

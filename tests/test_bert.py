@@ -1,4 +1,4 @@
-"""The BERT family as linen modules: parity with torch, parameter trees, dtypes, dropout, and room for middleware."""
+"""The BERT family as linen modules: parity with torch, parameter trees, dtypes, dropout, and modules that methods wrap."""
 
 import dataclasses
 import itertools
@@ -55,7 +55,7 @@ def batch(config):
 
 
 def random_params(model):
-    """Parameters where nothing is 0 or 1 as in a fresh model, which would hide mix-ups; the same for every dtype."""
+    """Random parameters. A fresh model has many zeros and ones, which would hide parameters that are mixed up."""
     rng = np.random.default_rng(1)
 
     def draw(path, leaf):
@@ -70,7 +70,7 @@ def run(model, params, *inputs, **options):
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory):
-    """(family, task) -> folder of a tiny random torch model, and what it answers to `batch`."""
+    """(family, task) -> folder of a tiny random torch model, and its outputs for `batch`."""
     import torch
     import transformers
 
@@ -112,7 +112,7 @@ def checkpoint(tmp_path_factory):
 def test_equals_torch(checkpoint, family, task, variant):
     folder, expected, expected_states, expected_pooled = checkpoint(family, task)
     loaded = load(folder, task=task, **VARIANTS[variant])
-    assert loaded.new == frozenset()
+    assert loaded.initialised == frozenset()
     assert loaded.unused == frozenset()
     inputs = batch(loaded.config)
     options = {"output_hidden_states": True} if task == "encoder" else {}
@@ -145,7 +145,7 @@ def test_padding_does_not_matter(family):
 
 
 def stacked(params, layers):
-    """Parameters of the unrolled model as those of the scanned one: layer/0, layer/1, ... stacked as layer."""
+    """Stack the parameters of the unrolled model, layer/0, layer/1, ..., as the scanned model has them in layer."""
     flat = flatten_dict(params, sep="/")
     result = {path: leaf for path, leaf in flat.items() if "/layer/" not in path}
     for path in [path for path in flat if "/layer/0/" in path]:
@@ -262,7 +262,7 @@ def test_dropout_is_active_in_training_only(family, variant):
 
 @pytest.mark.parametrize("scan", [False, True])
 def test_dropout_differs_between_layers(scan):
-    """With blocks that are all the same, equal dropout masks would give equal outputs."""
+    """All blocks have the same parameters here, so equal dropout masks would give equal outputs."""
     config = tiny("bert", scan=scan, hidden_dropout_prob=0.5, attention_probs_dropout_prob=0.0)
     model = BertModel(config, pooling=False)
     params = jax.tree.map(jnp.zeros_like, random_params(model))
@@ -281,7 +281,7 @@ def test_dropout_differs_between_layers(scan):
 @pytest.mark.parametrize("scan", [False, True])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_positions_and_core_can_be_widened(family, scan):
-    """What prompts and prefixes do: lengthen what passes through the two parameterless modules and the embedding."""
+    """Prompts and prefixes lengthen the inputs of the two parameterless modules and of the embedding."""
     extra, before = 2, (2, 0)
     model = BertModel(tiny(family, scan=scan), pooling=False)
     params, inputs = random_params(model), batch(model.config)
@@ -334,8 +334,8 @@ def test_too_long_input_is_refused(family):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"model_type": "gpt2"}, "unknown model_type 'gpt2'; supported: bert, roberta, distilbert"),
-        ({"hidden_act": "mish"}, "unknown hidden_act 'mish'"),
+        ({"model_type": "gpt2"}, "Unknown model_type 'gpt2'; supported: bert, roberta, distilbert"),
+        ({"hidden_act": "mish"}, "Unknown hidden_act 'mish'"),
         ({"num_attention_heads": 5}, "hidden_size 768 is not a multiple of num_attention_heads 5"),
     ],
 )
@@ -352,7 +352,7 @@ def test_config_from_and_to_hf(family):
     hf = transformers.AutoConfig.for_model(family, **config.to_hf())
     assert BertConfig.from_hf(hf) == config
     assert BertConfig.from_hf(hf, scan=True, dtype=jnp.bfloat16) == dataclasses.replace(config, scan=True, dtype=jnp.bfloat16)
-    with pytest.raises(ValueError, match="unsupported model_type 'gpt2'"):
+    with pytest.raises(ValueError, match="Unsupported model_type 'gpt2'"):
         BertConfig.from_hf(transformers.GPT2Config())
     if family == "bert":
         with pytest.raises(ValueError, match="is_decoder"):
@@ -364,7 +364,7 @@ def test_activations_equal_torch(activation):
     import torch
     from transformers import activations
 
-    from jpeft.models.activations import ACTIVATIONS
+    from jpeft.models.common.activations import ACTIVATIONS
 
     x = np.linspace(-4, 4, 41, dtype=np.float32)
     expected = activations.ACT2FN[activation](torch.tensor(x)).numpy()

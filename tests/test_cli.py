@@ -1,14 +1,27 @@
 """The command line, in this process: what each subcommand prints, and one clear line for each bad input."""
 
+import inspect
 import json
+import pkgutil
+import re
 import shutil
+import sys
+from importlib import import_module
+from importlib.util import module_from_spec, spec_from_file_location
+from pathlib import Path
 
 import numpy as np
 import pytest
 from tiny_text import make_model, make_rows, write_csv
 
+import jpeft.cli
 import jpeft.models
 from jpeft.cli import main
+from jpeft.cli.docstrings import parse_docstring
+from jpeft.cli.flags import rename_old_flags
+from jpeft.cli.main import COMMANDS
+from jpeft.cli.predict import PredictArgs
+from jpeft.training.config import TrainConfig
 from jpeft.training.run import open_run
 
 
@@ -54,6 +67,79 @@ def test_methods(capfd):
     lines = capfd.readouterr().out.splitlines()
     assert lines[0].split() == ["method", "family", "learning", "rate", "what", "it", "does"]
     assert [line.split()[0] for line in lines[1:]] == list(jpeft.methods())
+
+
+def test_a_page_for_each_method(capfd):
+    for name, info in jpeft.methods().items():
+        assert main(["methods", name]) == 0
+        out, err = capfd.readouterr()
+        assert err == ""
+        assert out.startswith(f"{name}: {info.summary}\n")
+        declared = re.findall(r"^  (\w+)", out, flags=re.MULTILINE)
+        assert sorted(declared) == sorted(inspect.signature(info.factory).parameters)
+        assert "Args:" not in out
+        assert ">>>" not in out
+    assert main(["methods", "lora"]) == 0
+    out = capfd.readouterr().out
+    assert "W' = W + s a b" in out
+    assert "  rslora = False  (True or False)\n      `s = alpha / sqrt(r)`" in out
+    assert "Reference: Hu et al." in out
+
+
+def test_every_option_of_a_method_is_explained():
+    for name, info in jpeft.methods().items():
+        arguments = parse_docstring(inspect.getdoc(info.factory) or "").arguments
+        assert not set(inspect.signature(info.factory).parameters) - arguments.keys(), name
+
+
+def test_version(capfd):
+    assert main(["--version"]) == 0
+    assert capfd.readouterr().out == f"jpeft {jpeft.__version__}\n"
+
+
+def test_every_command_is_in_a_file_of_its_name():
+    for command in COMMANDS:
+        assert import_module(f"jpeft.cli.{command.name}").COMMAND is command
+    files = {module.name for module in pkgutil.iter_modules(jpeft.cli.__path__)}
+    with_command = {name for name in files if hasattr(import_module(f"jpeft.cli.{name}"), "COMMAND")}
+    assert with_command == {command.name for command in COMMANDS}
+
+
+def test_the_skeleton_of_a_command(tmp_path, monkeypatch, capfd, fails):
+    spec = spec_from_file_location("command_skeleton", Path(__file__).parents[1] / "docs" / "skeletons" / "command.py")
+    assert spec is not None
+    assert spec.loader is not None
+    skeleton = module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, spec.name, skeleton)  # the parser reads the help texts from the source
+    spec.loader.exec_module(skeleton)
+    monkeypatch.setattr(import_module("jpeft.cli.main"), "COMMANDS", (*COMMANDS, skeleton.COMMAND))
+    path = str(write_csv(tmp_path / "data.csv", make_rows(90)))
+    capfd.readouterr()
+    for label in ("label", "none"):
+        assert main(["rows", path, "--label", label]) == 0
+        head, *rows = capfd.readouterr().out.splitlines()
+        assert head.split() == ["split", "rows"]
+        assert sum(int(row.split()[1]) for row in rows) == 90
+    assert "no column 'body'" in fails("rows", path, "--text", "body")
+    assert "The data has no split 'tset'" in fails("rows", path, "--split", "tset")
+    assert main(["rows", "--help"]) == 0
+    assert "Label column; none for data without labels." in " ".join(capfd.readouterr().out.replace("│", " ").split())
+
+
+def test_old_flags_work_with_a_warning(world, tmp_path, capfd):
+    flags = train_flags(world, tmp_path / "run", "--accumulate=4", "--head_rate", "2")
+    capfd.readouterr()
+    assert main(flags) == 0
+    assert [line for line in capfd.readouterr().err.splitlines() if line.startswith("warning")] == [
+        "warning: --accumulate is now called --grad-accum",
+        "warning: --head_rate is now called --head-lr-scale",
+    ]
+    run = json.loads((tmp_path / "run" / "config.json").read_text())["run"]
+    assert (run["grad_accum"], run["head_lr_scale"]) == (4, 2.0)
+    # Only flags are renamed, and only those of commands that have the new one.
+    assert rename_old_flags(["train", "--text", "accumulate"], TrainConfig) == ["train", "--text", "accumulate"]
+    assert rename_old_flags(["predict", "--accumulate"], PredictArgs) == ["predict", "--accumulate"]
+    assert capfd.readouterr().err == ""
 
 
 def test_help_explains_every_flag(capfd):
@@ -175,7 +261,7 @@ def test_overwrite_starts_anew(world, tmp_path):
         (["--data", "nothere.csv"], "no such file"),
         (["--model", "/no/where"], "no folder /no/where"),
         (["--max-length", "64"], "max_length=64"),
-        (["--batch-size", "8", "--accumulate", "3"], "does not divide"),
+        (["--batch-size", "8", "--grad-accum", "3"], "does not divide"),
     ],
 )
 def test_bad_flags_leave_nothing(world, tmp_path, fails, flags, message):
@@ -235,7 +321,7 @@ def test_bad_input_deletes_nothing_with_overwrite(world, tmp_path, fails):
 def test_eval_errors(world, tmp_path, fails):
     rows = [*make_rows(6, seed=3), ("the cow", "animal")]
     path = write_csv(tmp_path / "data.csv", rows)
-    assert "unknown label 'animal'" in fails("eval", world / "lora", "--data", path)
+    assert "Unknown label 'animal'" in fails("eval", world / "lora", "--data", path)
     assert "no split 'tset'" in fails("eval", world / "lora", "--split", "tset")
     assert "not the folder of a training run" in fails("eval", tmp_path)
     assert "was a model's folder given" in fails("eval", world / "model")
@@ -248,7 +334,7 @@ def test_unfinished_run(world, tmp_path, fails):
 
 
 def test_predict_errors(world, tmp_path, fails):
-    assert "either texts" in fails("predict", world / "lora")
+    assert "Give either texts" in fails("predict", world / "lora")
     assert "without --pair" in fails("predict", world / "lora", "--text", "a", "--pair", "b")
     path = write_csv(tmp_path / "in.csv", [("a", "b")], header=("sentence", "label"))
     output = tmp_path / "out.jsonl"
@@ -282,9 +368,13 @@ def test_merge_errors(world, tmp_path, fails):
     assert "is in use" in fails("merge", world / "lora", world / "model")
 
 
+def test_unknown_method(fails):
+    assert "There is no method 'loar'. Did you mean 'lora'?" in fails("methods", "loar")
+
+
 def test_summary_errors(world, fails):
     for arguments in ([], [world / "lora", "rank=2"], [world / "lora", "--model", world / "model"]):
-        assert "give the folder of one run" in fails("summary", *arguments)
+        assert "Give the folder of one run" in fails("summary", *arguments)
 
 
 def test_debug_shows_the_traceback(world, tmp_path, monkeypatch):

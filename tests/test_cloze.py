@@ -123,7 +123,7 @@ def test_a_cloze_can_be_hashed():
     [
         (lambda t: Cloze("It was {mask}.", MOODS), r"must have \{text\} and \{mask\} once each"),
         (lambda t: Cloze("{text} {mask} {mask}", MOODS), r"must have \{text\} and \{mask\} once each"),
-        (lambda t: Cloze("{text} {mask}", {"good": []}), "each label needs at least one word"),
+        (lambda t: Cloze("{text} {mask}", {"good": []}), "Each label needs at least one word"),
         (lambda t: Cloze("{text} {mask}", {"good": ["great fine"]}).word_ids(t), "'great fine' of label 'good' is 2 tokens"),
         (lambda t: Cloze("{text} {mask}", {"good": ["splendid"]}).word_ids(t), "'splendid' of label 'good' is unknown"),
         (lambda t: Cloze("{text} {mask}", {"a": ["hot"], "b": ["hot"]}).word_ids(t), "stands for two labels, 'a' and 'b'"),
@@ -209,21 +209,21 @@ def test_command_line_of_pairs(model, tmp_path, capfd):
 @pytest.mark.parametrize(
     ("more", "message"),
     [
-        ([], "give either texts with --text or data with --data"),
-        (["--text", "a", "--pair", "b"], "this template takes single texts"),
+        ([], "Give either texts with --text or data with --data"),
+        (["--text", "a", "--pair", "b"], "This template takes single texts"),
         (["--text", "a", "--max-length", "64"], "more than the model's 32 positions"),
         (["--text", "a", "--batch-size", "0"], "batch_size must be at least 1"),
         (["--text", "a", "--template", "It is {mask}"], "must have {text} and {mask} once each"),
         (["--text", "a", "--words", "good"], "'good' in --words is not of the form LABEL=WORD,WORD"),
         (["--text", "a", "--words", "good=great"], "at least two of them, got good"),
-        (["--text", "a", "--words", "good=great", "good=fine"], "the label 'good' is given twice"),
-        (["--text", "a", "--words", "good=great", "bad="], "each label needs at least one word"),
+        (["--text", "a", "--words", "good=great", "good=fine"], "The label 'good' is given twice"),
+        (["--text", "a", "--words", "good=great", "bad="], "Each label needs at least one word"),
         (["--text", "a", "--words", "good=great", "bad=abysmally"], "choose one that is a single token"),
         (["--data", "DATA"], "--words has none for the label 'so' of the data; it has words for good, bad"),
         (["--data", "DATA", "--label-column", "class"], "no column 'class'"),
         (["--data", "DATA", "--pair", "b"], "--pair holds the second texts of --text"),
         (["--text", "a", "--output", "DATA"], "is there already"),
-        (["--text", "a", "--model", "HEADLESS"], "is no language model: it lacks"),
+        (["--text", "a", "--model", "HEADLESS"], "is not a language model: it lacks"),
     ],
 )
 def test_command_line_errors(model, tmp_path, capfd, more, message):

@@ -161,7 +161,7 @@ def test_another_configuration_is_refused_before_anything_runs(done, monkeypatch
     monkeypatch.setattr(jpeft.comparison.compare, "train", None)
     assert main(flags(config, "--weight-decay", "0.5")) == 2
     err = capfd.readouterr().err
-    assert "cannot resume" in err
+    assert "Cannot resume" in err
     assert "weight_decay (0.01 before, 0.5 now)" in err
 
 
@@ -224,7 +224,7 @@ def test_what_does_not_apply_is_left_out_of_all_methods(base, tmp_path, monkeypa
     [
         (["--methods", "lroa"], "no method 'lroa'"),
         (["--methods", "lora rnak=3"], "rnak"),
-        (["--methods", "lora", "lora"], "the row 'lora' is given twice"),
+        (["--methods", "lora", "lora"], "The row 'lora' is given twice"),
         (["--methods", "lora learning_rate=fast"], "not a positive number"),
         (["--seeds", "1", "1"], "different numbers"),
         (["--label", "class"], "no column 'class'"),

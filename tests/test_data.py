@@ -193,7 +193,7 @@ def test_split_without_labels():
 
 
 def test_an_empty_split_is_an_error():
-    with pytest.raises(ValueError, match="the test split would be empty: 4 different texts, test=0.1"):
+    with pytest.raises(ValueError, match="The test split would be empty: 4 different texts, test=0.1"):
         split_table(numbered(4), validation=0.25, test=0.1)
 
 
@@ -397,9 +397,9 @@ def test_encode_of_no_rows():
 
 def test_encode_errors():
     table = Table(["good", "bad"], None, ["pos", "mixed"])
-    with pytest.raises(ValueError, match="unknown label 'mixed': the model knows 'neg', 'pos'"):
+    with pytest.raises(ValueError, match="Unknown label 'mixed': the model knows 'neg', 'pos'"):
         encode(table, make_tokenizer(), labels=("neg", "pos"), max_length=4)
-    with pytest.raises(ValueError, match="the table has no labels"):
+    with pytest.raises(ValueError, match="The table has no labels"):
         encode(Table(["good"]), make_tokenizer(), labels=("neg", "pos"), max_length=4)
     with pytest.raises(ValueError, match="max_length=2 must be more than the 2 special tokens"):
         encode(table, make_tokenizer(), labels=None, max_length=2)

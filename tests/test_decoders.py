@@ -1,4 +1,4 @@
-"""Decoders as linen modules: parity with torch, folders in and out, caches, padding, dtypes, and room for middleware."""
+"""Decoders as linen modules: parity with torch, folders in and out, caches, padding, dtypes, and modules that methods wrap."""
 
 import dataclasses
 from typing import Any
@@ -112,7 +112,7 @@ def torch_run(model, ids, mask, **options):
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory):
-    """(case, body) -> folder of a tiny random torch model, and what it answers to `batch`, padded on either side."""
+    """(case, body) -> folder of a tiny random torch model, and its outputs for `batch` with padding on either side."""
     done = {}
 
     def make(case, body=False):
@@ -138,7 +138,7 @@ def checkpoint(tmp_path_factory):
 def test_equals_torch(checkpoint, case, variant):
     folder, expected = checkpoint(case)
     loaded = load(folder, task="causal-lm", **VARIANTS[variant])
-    assert loaded.new == loaded.unused == frozenset()
+    assert loaded.initialised == loaded.unused == frozenset()
     assert loaded.config == dataclasses.replace(CASES[case][0], **VARIANTS[variant])
     for side in ("right", "left"):
         ids, mask = batch(side)
@@ -154,7 +154,7 @@ def test_equals_torch(checkpoint, case, variant):
 def test_body_equals_torch(checkpoint, case, variant):
     folder, expected = checkpoint(case, body=True)
     loaded = load(folder, task="decoder", **VARIANTS[variant])
-    assert loaded.new == loaded.unused == frozenset()
+    assert loaded.initialised == loaded.unused == frozenset()
     ids, mask = batch()
     output, real = run(loaded.model, loaded.params, ids, mask, output_hidden_states=True), mask.astype(bool)
     assert len(output.hidden_states) == 3
@@ -172,7 +172,7 @@ def test_round_trip_and_torch_opens_it(tmp_path, case, scan):
     save(tmp_path / "out", model, params)
     loaded = load(tmp_path / "out", task="causal-lm", scan=scan)
     assert_equal(loaded.params, params)
-    assert loaded.new == loaded.unused == frozenset()
+    assert loaded.initialised == loaded.unused == frozenset()
     assert loaded.config == dataclasses.replace(config, scan=scan)
     hf, info = getattr(transformers, prefix + suffix).from_pretrained(tmp_path / "out", output_loading_info=True)
     assert not any(info[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"))
@@ -192,14 +192,14 @@ def test_scan_is_the_plain_parameters_stacked(checkpoint):
 
 
 def test_shards_and_bfloat16_of_llama(tmp_path):
-    """What the hub's checkpoints are like; old ones have the base of the frequencies beside their scaling, and rotary buffers."""
+    """Checkpoints of the hub are sharded bfloat16. Old ones have rope_theta outside the scaling, and rotary buffers."""
     torch = torch_model("llama").bfloat16()
     torch.save_pretrained(tmp_path, max_shard_size="4KB")
     assert len(list(tmp_path.glob("model-*.safetensors"))) > 2
     changes = {"rope_parameters": None, "rope_theta": 100.0, "rope_scaling": {"type": "linear", "factor": 2.0}, "head_dim": None}
     edit_config(tmp_path, **changes)
     loaded = load(tmp_path, task="causal-lm")
-    assert loaded.new == loaded.unused == frozenset()
+    assert loaded.initialised == loaded.unused == frozenset()
     assert loaded.config.rope == Rope(100.0, "linear", factor=2.0)
     assert loaded.config.head_size == 4
     weight = torch.model.layers[1].mlp.down_proj.weight
@@ -207,7 +207,7 @@ def test_shards_and_bfloat16_of_llama(tmp_path):
 
 
 def test_gpt2_checkpoints_of_other_makes(checkpoint, tmp_path):
-    """The hub's gpt2 has neither the prefix nor the head, but masks; others have the tied head written out."""
+    """The hub's gpt2 has causal masks and lacks the prefix and the head. Other checkpoints hold a copy of the tied head."""
     expected = load(checkpoint("gpt2")[0], task="causal-lm")
     save(tmp_path / "out", expected.model, expected.params)
 
@@ -219,7 +219,7 @@ def test_gpt2_checkpoints_of_other_makes(checkpoint, tmp_path):
     edit(tmp_path / "out", rename)
     loaded = load(tmp_path / "out", task="causal-lm")
     assert_equal(loaded.params, expected.params)
-    assert loaded.new == loaded.unused == frozenset()
+    assert loaded.initialised == loaded.unused == frozenset()
     body = load(tmp_path / "out", task="decoder")
     assert_equal(body.params, expected.params["transformer"])
     assert body.unused == {"lm_head.weight"}
@@ -258,11 +258,11 @@ def test_gpt2_errors():
 
     with pytest.raises(ValueError, match="hidden_size 768 is not a multiple of num_attention_heads 5"):
         GPT2Config(num_attention_heads=5)
-    with pytest.raises(ValueError, match="unknown hidden_act 'mish'"):
+    with pytest.raises(ValueError, match="Unknown hidden_act 'mish'"):
         GPT2Config(hidden_act="mish")
-    with pytest.raises(ValueError, match="unknown model_type 'bert'; supported: gpt2"):
+    with pytest.raises(ValueError, match="Unknown model_type 'bert'; supported: gpt2"):
         GPT2Config(model_type="bert")
-    with pytest.raises(ValueError, match="unsupported model_type 'bert'"):
+    with pytest.raises(ValueError, match="Unsupported model_type 'bert'"):
         GPT2Config.from_hf(transformers.BertConfig())
     for name in ("add_cross_attention", "scale_attn_by_inverse_layer_idx"):
         with pytest.raises(ValueError, match=f"{name}=True; only {name}=False is supported"):
@@ -280,10 +280,10 @@ def test_llama_errors():
     for message, options in {
         "hidden_size 16 is not a multiple of num_attention_heads 3": {"num_attention_heads": 3},
         "num_attention_heads 4 is not a multiple of num_key_value_heads 3": {"num_key_value_heads": 3},
-        "heads of width 5": {"head_dim": 5},
+        "Heads of width 5": {"head_dim": 5},
         "1 layer_types for num_hidden_layers=2": {"model_type": "qwen2", "layer_types": ("full_attention",)},
-        "unknown layer_types": {"model_type": "qwen2", "layer_types": ("full_attention", "chunked_attention")},
-        "unknown model_type 'gemma'; supported: llama, mistral, qwen2, qwen3": {"model_type": "gemma"},
+        "Unknown layer_types": {"model_type": "qwen2", "layer_types": ("full_attention", "chunked_attention")},
+        "Unknown model_type 'gemma'; supported: llama, mistral, qwen2, qwen3": {"model_type": "gemma"},
         "sliding_window=4: the config.json of a llama cannot say so; that of mistral, qwen2, qwen3 can": {"sliding_window": 4},
         "layer_types=.*: the config.json of a llama cannot": {"layer_types": SLIDES},
         "layer_types=.*: the config.json of a mistral cannot": {"model_type": "mistral", "sliding_window": 4, "layer_types": SLIDES},
@@ -295,7 +295,7 @@ def test_llama_errors():
     }.items():
         with pytest.raises(ValueError, match=message):
             LlamaConfig(**small | options)
-    with pytest.raises(ValueError, match="unknown rope_type 'longrope'; supported: default, linear, dynamic, llama3, yarn"):
+    with pytest.raises(ValueError, match="Unknown rope_type 'longrope'; supported: default, linear, dynamic, llama3, yarn"):
         Rope.from_hf({"rope_theta": 1e4, "rope_type": "longrope", "factor": 2.0})
     with pytest.raises(ValueError, match="needs a factor"):
         Rope.from_hf({"rope_theta": 1e4, "rope_type": "linear"})
@@ -326,7 +326,7 @@ def test_padding_does_not_matter(case):
     ("case", "variant"), [("gpt2", "plain"), ("llama", "plain"), ("mistral", "plain"), ("qwen2", "scan-remat"), ("qwen3", "scan-remat")]
 )
 def test_a_cache_changes_nothing(case, variant, side):
-    """A padded prompt of LENGTHS, three tokens more in one call, two in one each: as if all had been there from the start."""
+    """A padded prompt, three more tokens in one call and two in a call each give the logits of the whole text at once."""
     model = language_model(case, **VARIANTS[variant])
     params, (ids, mask) = random_params(model), batch(side)
     more = np.random.default_rng(1).integers(3, 50, (2, 5)).astype(np.int32)
@@ -353,7 +353,7 @@ def test_a_prompt_longer_than_its_cache_is_refused():
 
 @pytest.mark.parametrize(("case", "variant"), [("gpt2", "plain"), ("qwen2", "scan-remat")])
 def test_a_full_cache_is_no_place_for_more(case, variant):
-    """Eight slots: the last of them is good, a ninth token is an error, and NaN in a compiled step, which cannot see how full they are."""
+    """Of eight slots the last one can be used. A ninth token is an error, or NaN in a compiled step, which cannot check."""
     model = language_model(case, **VARIANTS[variant])
     variables, ids = {"params": random_params(model)}, batch()[0]
     _, cache = model.apply(variables, ids[:, :7], cache_length=8, mutable=["cache"])
@@ -367,13 +367,13 @@ def test_a_full_cache_is_no_place_for_more(case, variant):
 
 
 def test_a_mask_of_other_tokens_is_refused():
-    """Hugging Face's is of all tokens so far; here one column would be broadcast."""
+    """Hugging Face takes the mask of all tokens so far. Here such a mask would be broadcast without an error."""
     model = language_model("gpt2")
     variables, (ids, mask) = {"params": random_params(model)}, batch()
     _, cache = model.apply(variables, ids[:, :8], mask[:, :8], cache_length=9, mutable=["cache"])
     jaxtyping.config.update("jaxtyping_disable", True)  # only tests check the annotated shapes, and users are to be told too
     try:
-        with pytest.raises(ValueError, match=r"the mask has the shape \(2, 9\), but the ids \(2, 1\)"):
+        with pytest.raises(ValueError, match=r"The mask has the shape \(2, 9\), but the ids \(2, 1\)"):
             model.apply(variables | cache, ids[:, 8:], mask, mutable=["cache"])
     finally:
         jaxtyping.config.update("jaxtyping_disable", False)
@@ -412,7 +412,7 @@ def test_dropout_is_active_in_training_only(variant):
 
 @pytest.mark.parametrize(("case", "scan"), PAIRED)
 def test_keys_can_be_put_in_front(case, scan):
-    """What a prefix does: lengthen what passes through the parameterless `core`, and move the tokens behind it."""
+    """A prefix lengthens the keys, values and mask that the parameterless `core` is given."""
     config, _, body, *_ = CASES[case]
     model = body(dataclasses.replace(config, scan=scan))
     params, inputs = random_params(model), batch()
@@ -438,7 +438,7 @@ def test_keys_can_be_put_in_front(case, scan):
 @pytest.mark.parametrize("method", ["lora", "bitfit", "adapter", "parallel_adapter"])
 @pytest.mark.parametrize(("case", "scan"), [("gpt2", False), ("gpt2", True), ("llama", False), ("qwen2", True), ("qwen3", True)])
 def test_methods_find_their_places(case, method, scan):
-    """With default options: identity at first (nearly so for the adapter), and every kernel of a block has its low-rank update."""
+    """With default options the model is unchanged at first (nearly, for the adapter), and LoRA finds every kernel of a block."""
     model = language_model(case, scan=scan)
     params = random_params(model)
     if method == "bitfit" and not any(path.endswith("bias") for path in flatten_dict(params, sep="/")):

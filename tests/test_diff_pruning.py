@@ -10,7 +10,7 @@ from tables import MODELS, base, batch, case, noised
 
 import jpeft
 from jpeft.models import BertForSequenceClassification, abstract_params
-from jpeft.models.bert_config import BertConfig
+from jpeft.models.bert.config import BertConfig
 from jpeft.selective import hard_concrete, sparse
 from jpeft.selective.diff_pruning import OPEN_PENALTY
 

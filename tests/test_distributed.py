@@ -35,10 +35,10 @@ import json, os, signal, sys, time
 from jpeft import distributed
 coordinator, process, pause, dies, *texts = sys.argv[1:]
 distributed.initialize(coordinator, 2, int(process))
-from jpeft.training import train
+from jpeft.training.loop import Loop
 from jpeft.cli import main
 
-log, batch = train._Trainer._log, train._Trainer._batch
+log, batch = Loop._log, Loop._batch
 
 def read(self, index):
     if index == int(dies):
@@ -48,8 +48,8 @@ def read(self, index):
         os.kill(os.getpid(), signal.SIGKILL)
     return batch(self, index)
 
-train._Trainer._log = lambda self: (time.sleep(float(pause)), log(self))
-train._Trainer._batch = read
+Loop._log = lambda self: (time.sleep(float(pause)), log(self))
+Loop._batch = read
 for text in texts:
     status = main(["train", *json.loads(text)])
     print("status", status)
@@ -158,7 +158,7 @@ def test_two_processes_killed_stopped_and_continued(config, alone, tmp_path):
     assert 8 <= step < STEPS
     for output, errors in said:
         assert "status 2\n" in output
-        assert "error: process 1 differs from process 0 in its configuration: start all processes with the same flags" in errors
+        assert "error: Process 1 differs from process 0 in its configuration: start all processes with the same flags" in errors
         assert f"interrupted after step {step}, which is saved in {run}" in errors
     assert not (tmp_path / "refused").exists()
 
@@ -193,7 +193,7 @@ def test_a_failure_of_one_process_is_one_of_all(monkeypatch):
         with pytest.raises(OSError, match="no space left"):
             distributed.check_done(mine)
         if any(failed):
-            with pytest.raises(RuntimeError, match="process 1 failed"):
+            with pytest.raises(RuntimeError, match="Process 1 failed"):
                 distributed.check_done(None)
         else:
             distributed.check_done(None)
@@ -240,6 +240,6 @@ def test_several_processes_need_a_mesh(config, monkeypatch):
 
 def test_one_of_several_processes_decides_on_the_host(monkeypatch):
     leaf = jax.numpy.arange(4)
-    assert distributed.within_reach(leaf) is leaf
+    assert distributed.gather_to_host(leaf) is leaf
     monkeypatch.setattr(jax, "process_count", lambda: 2)
-    assert isinstance(distributed.within_reach({"a": leaf})["a"], np.ndarray)
+    assert isinstance(distributed.gather_to_host({"a": leaf})["a"], np.ndarray)

@@ -85,3 +85,19 @@ def test_links_lead_somewhere(file):
     links = re.findall(r"\]\(([^)\s]+)\)", (ROOT / file).read_text())
     missing = [link for link in links if "://" not in link and not (ROOT / file).parent.joinpath(link.partition("#")[0]).exists()]
     assert not missing
+
+
+def test_the_glossary_defines_each_word_once():
+    """Headwords are unique and in order, and every name of the code exists."""
+    text = (ROOT / "docs" / "glossary.md").read_text()
+    sections = [re.findall(r"^\*\*([^*]+)\*\*: ", section, flags=re.MULTILINE) for section in text.split("\n## ")]
+    words = [word for section in sections for word in section]
+    assert [sorted(section) for section in sections] == sections
+    assert len(set(words)) == len(words)
+    for name in re.findall(r"`(jpeft\.[\w.]+)`", text):
+        found = jpeft
+        for part in name.split(".")[1:]:
+            # A module that `import jpeft` does not import, an attribute, or a field without a default.
+            if inspect.ismodule(found) and not hasattr(found, part):
+                importlib.import_module(f"{found.__name__}.{part}")
+            found = getattr(found, part) if hasattr(found, part) else found.__dataclass_fields__[part]

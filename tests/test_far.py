@@ -15,7 +15,7 @@ from tables import MODELS, base, batch, case, compiled_flops, noised, optimised
 
 import jpeft
 from jpeft.models import BertForSequenceClassification, abstract_params
-from jpeft.models.bert_config import BertConfig
+from jpeft.models.bert.config import BertConfig
 from jpeft.selective import columns, far
 from jpeft.tree.select import matches
 

@@ -9,9 +9,8 @@ import pytest
 from tables import MODELS, base, batch, case, noised
 
 import jpeft
-from jpeft.models import abstract_params
-from jpeft.models.bert import BertForSequenceClassification
-from jpeft.models.bert_config import BertConfig
+from jpeft.models import BertForSequenceClassification, abstract_params
+from jpeft.models.bert.config import BertConfig
 from jpeft.selective import sparse
 from jpeft.stats import fisher
 

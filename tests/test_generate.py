@@ -1,4 +1,4 @@
-"""Generation: equal to torch's token for token, padding, stop tokens, methods active, one program."""
+"""Generation: the same tokens as torch, padding, stop tokens, wrapped models, one program."""
 
 import functools
 from typing import Any
@@ -13,7 +13,7 @@ from test_decoders import language_model
 
 import jpeft
 from jpeft.models import abstract_params, generate, save
-from jpeft.models.generate import warp
+from jpeft.models.generation.sampling import filter_logits
 
 NEW = 12
 SIDES = ("left", "right")
@@ -21,7 +21,7 @@ LENGTHS = (9, 5, 7, 1)  # of the prompts
 
 
 def batch(side="left"):
-    """Ids and mask of prompts of LENGTHS, the same ones padded on either side."""
+    """Ids and mask of prompts of LENGTHS, padded on one side."""
     mask = (np.arange(max(LENGTHS)) < np.array(LENGTHS)[:, None]).astype(np.int32)
     ids = np.random.default_rng(0).integers(3, 50, mask.shape).astype(np.int32) * mask
     if side == "right":
@@ -31,7 +31,7 @@ def batch(side="left"):
 
 @functools.cache
 def decoder(case, **changes):
-    """A tiny decoder with weights so large and biases so small that it does not write one word again and again."""
+    """A tiny decoder with weights so large and biases so small that it does not repeat one word."""
     model, rng = language_model(case, **changes), np.random.default_rng(1)
 
     def draw(path, leaf):
@@ -66,7 +66,7 @@ def torch_generate(model, ids, mask, **options):
 
 
 def slowly(forward, variables, ids, mask):
-    """Greedy text the simple way: the whole sequence anew for every token, each row by itself and without padding."""
+    """Greedy text without a cache: run the whole sequence again for every token, each row alone and without padding."""
     rows = []
     step = jax.jit(lambda variables, ids, last: forward(variables, ids, logits_at=last))
     for row, real in zip(ids, mask.astype(bool)):
@@ -137,7 +137,7 @@ METHODS = {
     ],
 )
 def test_methods_are_active(case, method):
-    """What is generated through a cache is what the wrapped model says without one."""
+    """A wrapped model generates the same text with a cache as without one."""
     model, params = decoder(case)
     peft = jpeft.apply(params, method=METHODS[method])
     peft = peft.replace(adapter=noised(peft.adapter, 0.5))
@@ -183,7 +183,7 @@ def test_warped_logits_equal_those_of_transformers(options):
     for name, cls in {"temperature": "TemperatureLogitsWarper", "top_k": "TopKLogitsWarper", "top_p": "TopPLogitsWarper"}.items():
         if name in options:
             want = getattr(process, cls)(options[name])(torch.zeros(6, 1).long(), want)
-    np.testing.assert_allclose(jax.jit(lambda x: warp(x, **options))(logits), want.numpy(), rtol=1e-5)
+    np.testing.assert_allclose(jax.jit(lambda x: filter_logits(x, **options))(logits), want.numpy(), rtol=1e-5)
 
 
 def test_samples_follow_the_distribution():
@@ -191,13 +191,13 @@ def test_samples_follow_the_distribution():
     prompt, options = np.array([[7, 8, 9]], np.int32), {"temperature": 1.5, "top_k": 6}
     n = 4000
     drawn = generate(model.apply, {"params": params}, np.repeat(prompt, n, 0), max_new_tokens=2, key=jax.random.key(3), **options).tokens
-    share = jax.nn.softmax(warp(run(model, params, prompt)[:, -1], **options))[0]
+    share = jax.nn.softmax(filter_logits(run(model, params, prompt)[:, -1], **options))[0]
     counts = np.bincount(np.asarray(drawn[:, 0]), minlength=50)
     assert counts[share == 0].sum() == 0
     chi2 = ((counts - n * share) ** 2 / (n * share))[share > 0].sum()
     assert chi2 < 25  # 99.98 % quantile for 5 degrees of freedom
     likely = int(counts.argmax())  # the second word, given the first
-    share = jax.nn.softmax(warp(run(model, params, np.append(prompt, [[likely]], 1))[:, -1], **options))[0]
+    share = jax.nn.softmax(filter_logits(run(model, params, np.append(prompt, [[likely]], 1))[:, -1], **options))[0]
     second = np.asarray(drawn[drawn[:, 0] == likely, 1])
     expected = len(second) * share
     chi2 = ((np.bincount(second, minlength=50) - expected) ** 2 / expected)[expected > 0].sum()
@@ -294,7 +294,7 @@ def test_errors():
         go(top_p=1.5, key=key)
     with pytest.raises(ValueError, match="beams=1, length_penalty=0.5"):
         go(length_penalty=0.5)
-    with pytest.raises(ValueError, match="beams=2 looks for the most likely"):
+    with pytest.raises(ValueError, match="beams=2 searches for the most likely"):
         go(beams=2, key=key)
     with pytest.raises(ValueError, match="early_stopping='always'"):
         go(beams=2, early_stopping="always")

@@ -19,8 +19,8 @@ import jpeft.models
 from jpeft.cli import main
 from jpeft.data import Table
 from jpeft.tasks import generation
-from jpeft.tasks.generation import IGNORE
-from jpeft.tasks.task import GENERATION, Decoding
+from jpeft.tasks.cross_entropy import IGNORE, token_counts, token_losses
+from jpeft.tasks.task import Decoding
 from jpeft.training.config import TrainConfig
 from jpeft.training.evaluate import Evaluator
 from jpeft.training.progress import SilentReporter
@@ -110,7 +110,7 @@ def test_texts_that_leave_no_room_are_named():
     with pytest.raises(ValueError, match=r"1 of 3 .*nothing to continue"):
         generation.encode(table, tokenizer(), labels=None, max_length=4)
     assert generation.encode(table, tokenizer(), labels=(), max_length=5)["label"].shape == (3, 5)
-    with pytest.raises(ValueError, match=r"no end-of-text token; set one"):
+    with pytest.raises(ValueError, match=r"no end-of-text token: set one"):
         generation.encode(table, tokenizer(eos_token=None), labels=(), max_length=9)
 
 
@@ -129,8 +129,8 @@ def test_losses_and_metrics_are_those_of_a_few_lines_of_numpy():
     expected = [sum(-log_p[i, t, label[i, t]] for t in range(4) if label[i, t] != IGNORE) for i in range(3)]
 
     batch = {"label": label}
-    np.testing.assert_allclose(generation.losses(jax.numpy.asarray(logits), batch), expected, rtol=1e-5)
-    assert generation.counts(batch).tolist() == [2, 4, 1]
+    np.testing.assert_allclose(token_losses(jax.numpy.asarray(logits), batch), expected, rtol=1e-5)
+    assert token_counts(batch).tolist() == [2, 4, 1]
     scores = jax.device_get(generation.scores(jax.numpy.asarray(logits), batch))
     found = generation.metrics(scores, {"complete": np.array([1, 1, 1])})
     assert found["loss"] == pytest.approx(sum(expected) / 7, rel=1e-5)
@@ -167,7 +167,7 @@ def test_perplexity_and_step_loss_are_torchs(world, plain):
     arrays = setup.splits["train"]
     whole, first = torch_losses(world / "model", arrays)
     forward = jpeft.wrap(setup.loaded.model.apply, setup.peft.method)
-    metrics = Evaluator(forward, GENERATION, 7).metrics(setup.peft, arrays)
+    metrics = Evaluator(forward, generation.Generation(), 7).metrics(setup.peft, arrays)
     assert metrics["loss"] == pytest.approx(whole, rel=1e-5)
     assert metrics["perplexity"] == pytest.approx(math.exp(whole), rel=1e-5)
     steps = [one_step(setup, accumulate, optax.sgd(1.0)) for accumulate in (1, 8)]
@@ -182,7 +182,7 @@ def test_exact_match_is_what_greedy_generation_gives(world):
     run = open_run(world / "pairs")
     rows = [json.loads(line) for line in (world / "pairs.jsonl").read_text().splitlines()]
     table = Table(text=[row["text"] for row in rows], target=[row["target"] for row in rows])
-    evaluator = Evaluator(jpeft.wrap(run.loaded.model.apply, run.peft.method), GENERATION, 40)
+    evaluator = Evaluator(jpeft.wrap(run.loaded.model.apply, run.peft.method), generation.Generation(), 40)
     arrays = generation.encode(table, run.loaded.tokenizer, labels=(), max_length=12)
     prompts = generation.encode(table, run.loaded.tokenizer, labels=None, max_length=12)
     answers = evaluator.answers(run.peft, prompts, Decoding(**ENDS))
@@ -216,7 +216,7 @@ class Stop(SilentReporter):
 
 def test_a_resumed_run_is_the_unbroken_one(world, tmp_path):
     make_decoder(tmp_path / "model", dropout=0.1)
-    same = {"model": str(tmp_path / "model"), "steps": 6, "checkpoint_every": 3, "log_every": 1, "accumulate": 2}
+    same = {"model": str(tmp_path / "model"), "steps": 6, "checkpoint_every": 3, "log_every": 1, "grad_accum": 2}
     broken = config(world, **same, output=str(tmp_path / "broken"))
     with pytest.raises(RuntimeError, match="crash"):
         train(broken, report=Stop())
@@ -291,7 +291,7 @@ def test_bad_input_leaves_nothing(world, tmp_path, fails):  # noqa: F811
     pairs = [*flags(world, "pairs.jsonl", tmp_path / "run"), "--steps", "1"]
     assert "no column 'answer'" in fails(*pairs, "--target", "answer")
     assert "longer than max_length=3 tokens, which leaves nothing of the target" in fails(*pairs, "--target", "target", "--max-length", "3")
-    assert "the task generation has no use for pair='x'; it reads text, target" in fails(*pairs, "--pair", "x")
+    assert "The task generation has no use for pair='x'; it reads text, target" in fails(*pairs, "--pair", "x")
     assert "no use for target='x'" in fails(*pairs, "--target", "x", "--task", "sequence-classification")
     assert "max_length=33 is more than the model's 32" in fails(*pairs, "--target", "target", "--max-length", "33")
     for content, message in (("", "no rows"), ('{"text": "a", "target": " "}\n', "no text in column 'target' of row 1")):

@@ -85,7 +85,7 @@ def test_round_trip(tmp_path, family, task, scan):
     assert sorted(file.name for file in tmp_path.iterdir()) == ["out"]
     loaded = load(tmp_path / "out", task=task, scan=scan)
     assert_equal(loaded.params, params)
-    assert loaded.new == loaded.unused == frozenset()
+    assert loaded.initialised == loaded.unused == frozenset()
     assert isinstance(jax.tree.leaves(loaded.params)[0], jax.Array)
     config = dataclasses.replace(model.config, classifier_dropout=loaded.config.classifier_dropout)
     assert loaded.config == config
@@ -148,7 +148,7 @@ def test_prefix_and_legacy_names_do_not_matter(folder):
     edit(folder, rename)
     loaded = load(folder)
     assert_equal(loaded.params, expected.params)
-    assert loaded.new == loaded.unused == frozenset()
+    assert loaded.initialised == loaded.unused == frozenset()
     encoder = load(folder, task="encoder")
     assert_equal(encoder.params, expected.params["bert"])
     assert encoder.unused == {"classifier.weight", "classifier.bias"}
@@ -200,7 +200,7 @@ def test_masked_lm_with_the_tied_copies_written_out(tmp_path, family):
     edit(tmp_path / "out", copy)
     loaded = load(tmp_path / "out", task="masked-lm")
     assert_equal(loaded.params, params)
-    assert loaded.new == loaded.unused == frozenset()
+    assert loaded.initialised == loaded.unused == frozenset()
     assert f"{head}.weight" in load(tmp_path / "out", task="encoder").unused
 
 
@@ -213,7 +213,7 @@ def test_what_is_missing_of_head_and_pooler_is_made(folder, scan):
     make = lambda **options: load(folder, num_labels=4, scan=scan, **options)
     loaded = make(key=jax.random.key(3))
     head = {"classifier/kernel", "classifier/bias"}
-    assert loaded.new == head | {"bert/pooler/dense/kernel", "bert/pooler/dense/bias"}
+    assert loaded.initialised == head | {"bert/pooler/dense/kernel", "bert/pooler/dense/bias"}
     assert loaded.params["classifier"]["kernel"].shape == (16, 4)
     assert not loaded.params["classifier"]["bias"].any()
     pooler = loaded.params["bert"]["pooler"]["dense"]["kernel"]
@@ -222,7 +222,7 @@ def test_what_is_missing_of_head_and_pooler_is_made(folder, scan):
     assert_equal(make(key=jax.random.key(3)).params, loaded.params)
     assert not np.array_equal(make(key=jax.random.key(4)).params["classifier"]["kernel"], loaded.params["classifier"]["kernel"])
     token = load(folder, task="token-classification", num_labels=4, key=jax.random.key(3))
-    assert token.new == head  # no pooler there
+    assert token.initialised == head  # no pooler there
 
 
 def test_labels(folder):
@@ -231,7 +231,7 @@ def test_labels(folder):
     assert load(folder, labels=("a", "b", "c")).labels == ("a", "b", "c")
     assert load(folder, num_labels=2, fresh_head=True).labels == ("LABEL_0", "LABEL_1")
     fresh = load(folder, labels=("a", "b"), fresh_head=True)
-    assert fresh.new == {"classifier/kernel", "classifier/bias"}
+    assert fresh.initialised == {"classifier/kernel", "classifier/bias"}
     assert fresh.model.num_labels == 2
     assert_equal(fresh.params["bert"], load(folder).params["bert"])
 
@@ -254,7 +254,7 @@ def test_two_unnamed_labels_are_the_default(tmp_path):
         ({"labels": ()}, "at least one"),
         ({"labels": ("a", "b", "c"), "num_labels": 2}, "num_labels=2, but there are 3 labels: a, b, c"),
         ({"num_labels": 0}, "num_labels must be at least 1, not 0"),
-        ({"task": "translation"}, "unknown task 'translation'; there are encoder, sequence-classification"),
+        ({"task": "translation"}, "Unknown task 'translation'; there are encoder, sequence-classification"),
     ],
 )
 def test_label_and_task_errors(folder, options, message):
@@ -320,7 +320,7 @@ def test_damaged_weights(folder, content):
         (lambda f: edit_config(f, model_type=None), "model_type None; supported"),
         (lambda f: edit_config(f, hidden_size="wide"), "config.json: .*hidden_size"),
         (lambda f: (f / "model.safetensors").unlink(), "neither model.safetensors nor model.safetensors.index.json"),
-        (lambda f: shutil.rmtree(f), "there is no folder .* and it does not look like a hub id"),
+        (lambda f: shutil.rmtree(f), "There is no folder .* and it does not look like a hub id"),
     ],
 )
 def test_folder_errors(folder, break_it, message):
@@ -426,7 +426,7 @@ def test_minilm_equals_torch(minilm, tmp_path):
     import transformers
 
     loaded = load(minilm, task="encoder", scan=True)
-    assert loaded.new == loaded.unused == frozenset()
+    assert loaded.initialised == loaded.unused == frozenset()
     texts = ["A short one.", "The quick brown fox jumps over the lazy dog, and then it sleeps."]
     inputs = loaded.tokenizer(texts, padding=True, return_tensors="np")
     mask = inputs["attention_mask"].astype(bool)
@@ -446,6 +446,12 @@ def test_minilm_equals_torch(minilm, tmp_path):
 
 def test_minilm_classifier(minilm):
     loaded = load(minilm, labels=("no", "yes"))
-    assert loaded.new == {"classifier/kernel", "classifier/bias"}
+    assert loaded.initialised == {"classifier/kernel", "classifier/bias"}
     assert loaded.labels == ("no", "yes")
     assert sum(leaf.size for leaf in jax.tree.leaves(loaded.params["bert"])) == 22_713_216
+
+
+def test_the_old_name_of_initialised_still_works(folder):
+    loaded = load(folder, task="token-classification", fresh_head=True)
+    with pytest.warns(DeprecationWarning, match=r"Loaded.new is now called Loaded.initialised"):
+        assert loaded.new == loaded.initialised == {"classifier/kernel", "classifier/bias"}

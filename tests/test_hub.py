@@ -1,4 +1,4 @@
-"""Models and data sets of the hub, by the real `huggingface_hub` and `datasets`, from a hub on this machine."""
+"""Models and data sets of the hub: the real `huggingface_hub` and `datasets` download them from a local server."""
 
 import json
 import os
@@ -14,7 +14,7 @@ pytestmark = pytest.mark.slow
 
 @pytest.fixture(scope="module")
 def served(tmp_path_factory):
-    """A hub with a sharded model and a data set; runs the command against it, with a cache of its own."""
+    """A hub with a sharded model and a data set, and a function that runs the command against it with an empty cache."""
     root, cache = tmp_path_factory.mktemp("hub"), tmp_path_factory.mktemp("cache")
     model = make_model(root / "models" / "acme" / "tiny")
     weights = shard(model)
@@ -55,7 +55,7 @@ def test_a_model_and_a_data_set_of_the_hub(served, tmp_path):
 @pytest.mark.parametrize(
     ("model", "data", "message"),
     [
-        ("acme/missing", "hub:acme/reviews", "there is no folder acme/missing, and the hub did not give it either"),
+        ("acme/missing", "hub:acme/reviews", "There is no folder acme/missing, and the hub did not give it either"),
         ("acme/tiny", "hub:acme/missing", "hub:acme/missing: the hub gave no such data set"),
     ],
 )

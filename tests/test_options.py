@@ -22,7 +22,7 @@ KINDS = {
     "flag": (bool, [True, False], [1, 0, "True", None]),
     "literal": (Literal["a", "b"], ["a"], ["c", 1, None]),
     "literal number": (Literal[False, "dots"], [False, "dots"], [0, True]),
-    "names": (opt.Names, ["x", ("x", "y")], [1, (1,), None]),
+    "names": (opt.Names, ["x", ("x", "y")], [1, (1,), None, ()]),
     "rules": (opt.PerPath[opt.Count], [2, (("q", 2), (".*", 1))], [(), (("q", 0),), (("q",),), ((1, 2),), 0]),
     "optional": (opt.Count | None, [None, 2], [0, "none"]),
 }
@@ -41,7 +41,7 @@ def test_declarations_in_words():
     assert opt.describe(opt.Probability) == "a number of at least 0 and below 1"
     assert opt.describe(opt.Count | None) == "a whole number of at least 1, or None"
     assert opt.describe(Literal["a", "b"]) == "one of 'a', 'b'"
-    assert opt.describe(opt.Names) == "a text, or a list, each a text"
+    assert opt.describe(opt.Names) == "a text, or a list, each a text (not empty)"
 
 
 def test_arrays_lists_and_dicts_become_hashable():

@@ -8,9 +8,9 @@ from tables import Classifier, batch, noised
 
 import jpeft
 from jpeft.models import BertConfig, BertModel, GPT2Config, GPT2Model, abstract_params
-from jpeft.models.bert_encoder import FeedForward, ResidualOutput
-from jpeft.models.decoder import View
-from jpeft.models.gpt2 import GPT2MLP, GPT2Block
+from jpeft.models.bert.encoder import FeedForward, ResidualOutput
+from jpeft.models.common.cache import View
+from jpeft.models.gpt2.model import GPT2MLP, GPT2Block
 
 KEY = jax.random.key(0)
 X = jax.random.normal(KEY, (2, 4, 8))

@@ -23,7 +23,7 @@ from jpeft.models import (
     abstract_params,
     load,
 )
-from jpeft.models.bert_encoder import SelfAttention
+from jpeft.models.bert.encoder import SelfAttention
 from jpeft.stats import key_values
 from jpeft.training.config import TrainConfig
 from jpeft.training.train import prepare

@@ -21,7 +21,7 @@ from jpeft.models import (
     GPT2Model,
     abstract_params,
 )
-from jpeft.models.bert_config import BertConfig
+from jpeft.models.bert.config import BertConfig
 
 KEY = jax.random.key(0)
 VOCAB, WIDTH, ROWS = 17, 8, 5

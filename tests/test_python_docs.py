@@ -56,7 +56,7 @@ def test_summaries_are_pairs_of_head_and_first_line():
 def test_builtin_names():
     assert splits("builtin:reference")["test"].text == reference()["test"].text
     with pytest.raises(
-        ValueError, match=r"there is no built-in data 'builtin:refrence'; there are builtin, builtin:docs, .*builtin:summaries"
+        ValueError, match=r"There is no built-in data 'builtin:refrence'; there are builtin, builtin:docs, .*builtin:summaries"
     ):
         splits("builtin:refrence")
 
@@ -74,7 +74,7 @@ def made(tmp_path_factory):
 
 def test_the_decoder_is_an_ordinary_folder(made):
     loaded = jpeft.models.load(made[1], task="causal-lm")
-    assert not loaded.new
+    assert not loaded.initialised
     assert not loaded.unused
     assert loaded.config.vocab_size == len(loaded.tokenizer) == 300
     text = "Any text, a naïve “one” too:\n    def f(x): ...\n"

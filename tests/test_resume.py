@@ -32,7 +32,7 @@ def base(tmp_path_factory):
     write_csv(folder / "data.csv", make_rows(150))
     flags = ["train", "--model", str(folder / "model"), "--data", str(folder / "data.csv"), "--max-length", "8"]
     flags += ["--method", "lora", "--batch-size", "8", "--steps", str(STEPS), "--eval-every", "25", "--log-every", "7"]
-    flags += ["--checkpoint-every", "5", "--keep-best", "--accumulate", "2"]
+    flags += ["--checkpoint-every", "5", "--keep-best", "--grad-accum", "2"]
     finish([*flags, "--output", str(folder / "unbroken")])
     return flags, folder / "unbroken"
 
@@ -181,7 +181,7 @@ def test_resume_with_another_configuration_is_refused(base, tmp_path, capfd):
     copy_unfinished(unbroken, run)
     assert main([*flags, "--output", str(run), "--resume", "--seed", "1", "--weight-decay", "0.5", "--keep", "5"]) == 2
     err = capfd.readouterr().err
-    assert "error: cannot resume" in err
+    assert "error: Cannot resume" in err
     assert "weight_decay (0.01 before, 0.5 now)" in err
     assert "seed (0 before, 1 now)" in err
     assert "keep " not in err

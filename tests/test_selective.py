@@ -8,7 +8,7 @@ from tables import base, batch, case, compiled_flops, noised
 
 import jpeft
 from jpeft.models import BertForSequenceClassification, abstract_params
-from jpeft.models.bert_config import BertConfig
+from jpeft.models.bert.config import BertConfig
 
 TINY = dict(vocab_size=17, hidden_size=8, num_hidden_layers=3, num_attention_heads=2, intermediate_size=12, max_position_embeddings=10)
 

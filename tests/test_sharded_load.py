@@ -1,4 +1,4 @@
-"""Checkpoints read straight into the parts that devices hold."""
+"""Checkpoints of which each process reads only the parts that its devices hold."""
 
 import chex
 import jax
@@ -18,8 +18,9 @@ from jpeft.models import (
     load,
     partition_rules,
     save,
-    weights,
 )
+from jpeft.models.checkpoints.layout import checkpoint_layout
+from jpeft.models.checkpoints.tensors import Tensors
 
 GPT2 = GPT2Config(vocab_size=30, hidden_size=8, num_hidden_layers=2, num_attention_heads=2, max_position_embeddings=16)
 LLAMA = LlamaConfig(
@@ -35,7 +36,7 @@ MODELS = {
 
 
 class Spy:
-    """A safetensors file that counts what is read of it."""
+    """A safetensors file that records what is read from it."""
 
     def __init__(self, file, reads):
         self.file, self.reads = file, reads
@@ -64,9 +65,9 @@ class SpySlice:
 
 
 def spy(monkeypatch):
-    """All that is read of safetensors files from here on: (tensor, bytes)."""
-    found, real = [], weights.Tensors._open
-    monkeypatch.setattr(weights.Tensors, "_open", lambda self, file: Spy(real(self, file), found))
+    """Record everything that is read from safetensors files from now on, as (tensor, bytes)."""
+    found, real = [], Tensors._open
+    monkeypatch.setattr(Tensors, "_open", lambda self, file: Spy(real(self, file), found))
     return found
 
 
@@ -84,16 +85,16 @@ def test_each_part_is_read_once_and_nothing_else(tmp_path, monkeypatch, name, sc
     chex.assert_trees_all_equal(jax.device_get(got.params), jax.device_get(want.params))
     where = jpeft.flatten(sharding.shardings(want.params, mesh, partition_rules(want.model)))
     assert {path: leaf.sharding for path, leaf in jpeft.flatten(got.params).items()} == where
-    assert (got.new, got.unused, got.labels) == (want.new, want.unused, want.labels)
+    assert (got.initialised, got.unused, got.labels) == (want.initialised, want.unused, want.labels)
 
     # Every byte is read once, though two devices hold it, and no read is larger than what one device holds of a tensor.
     assert sum(size for _, size in found) == sum(leaf.nbytes for leaf in jax.tree.leaves(want.params))
     largest = {}
     for tensor, size in found:
         largest[tensor] = max(size, largest.get(tensor, 0))
-    for entry in weights.checkpoint_layout(want.model):
+    for entry in checkpoint_layout(want.model):
         per_layer = jpeft.flatten(got.params)[entry.path].addressable_shards[0].data.nbytes // (len(entry.names) if entry.stacked else 1)
-        stored = weights.Tensors(tmp_path / "model", want.config.model_type)
+        stored = Tensors(tmp_path / "model", want.config.model_type)
         for tensor in entry.names:
             assert largest[stored._where[stored._find(tensor)][0]] == per_layer
     query = jpeft.flatten(got.params)[next(path for path in where if path.endswith(("query/kernel", "c_attn/kernel", "q_proj/kernel")))]

@@ -12,8 +12,8 @@ from transformers import PreTrainedTokenizerFast
 from jpeft.cli import main
 from jpeft.data import Table, read
 from jpeft.tasks import tagging
+from jpeft.tasks.cross_entropy import IGNORE
 from jpeft.tasks.tagging import spans
-from jpeft.tasks.token_loss import IGNORE
 from jpeft.training.run import open_run
 
 KIND = {word: f"B-{kind}" for kind, words in WORDS.items() for word in words}
@@ -58,9 +58,9 @@ def test_the_first_token_of_a_word_stands_for_it():
     plain = tagging.encode(Table(text=["ab c"]), pieces(), labels=None, max_length=5)
     assert "label" not in plain
     assert tagging.tags_of(np.array([[0, 1, 0, 0, 1]]), plain["first"], ("O", "X")) == [["X", "O"]]
-    with pytest.raises(ValueError, match="unknown tag 'X': the model knows 'O'"):
+    with pytest.raises(ValueError, match="Unknown tag 'X': the model knows 'O'"):
         tagging.encode(table, pieces(), labels=("O",), max_length=6)
-    with pytest.raises(ValueError, match="the table has no tags"):
+    with pytest.raises(ValueError, match="The table has no tags"):
         tagging.encode(Table(text=["a"]), pieces(), labels=("O",), max_length=6)
 
 
@@ -121,5 +121,5 @@ def test_errors(world, tmp_path, fails):  # noqa: F811
     assert "no column 'ner'" in fails(*run, "--tags", "ner")
     (tmp_path / "one.jsonl").write_text('{"tokens": ["a"], "tags": ["O"]}\n' * 3 + '{"tokens": ["b"], "tags": ["O"]}\n' * 3)
     assert "different texts" in fails(*run, "--data", tmp_path / "one.jsonl")
-    assert "the table has no tags to train on" in fails(*run, "--data", "builtin")
+    assert "The table has no tags to train on" in fails(*run, "--data", "builtin")
     assert "max_new_tokens: only for a model that generates text" in fails("predict", world / "run", "--text", "a", "--max-new-tokens", "3")

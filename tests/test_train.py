@@ -17,16 +17,22 @@ import pytest
 from tiny_text import make_base, make_model
 
 import jpeft
-import jpeft.tasks.task
 import jpeft.training.snapshot
+import jpeft.training.stage
 from jpeft.checkpoint.files import replace_folder
 from jpeft.tasks.metrics import accuracy, macro_f1
+from jpeft.tasks.registry import TASKS
+from jpeft.tasks.sequence_classification import SequenceClassification
 from jpeft.training.config import TrainConfig, changed_fields, from_json, parse_options, to_json
+from jpeft.training.keys import keys
 from jpeft.training.plot import plot_curve
-from jpeft.training.run import RunFolder, keys, open_run
-from jpeft.training.schedule import faster, learning_rate_schedule, optimizer
+from jpeft.training.result import read_result
+from jpeft.training.run import open_run
+from jpeft.training.run_folder import RunFolder
+from jpeft.training.schedule import clipped_adamw, learning_rate_schedule, scale_updates
 from jpeft.training.snapshot import Progress, Snapshots
-from jpeft.training.train import make_step, prepare, read_result, train
+from jpeft.training.step import make_step
+from jpeft.training.train import prepare, train
 
 
 @pytest.fixture(scope="module")
@@ -39,6 +45,24 @@ def base(tmp_path_factory):
 def config(base, tmp_path):
     """A short run."""
     return TrainConfig(**base, output=str(tmp_path / "run"), batch_size=16, epochs=2, log_every=3, checkpoint_every=4)
+
+
+class Traced(SequenceClassification):
+    """Its loss is given by a test."""
+
+
+class LowestLoss(SequenceClassification):
+    """Watches the loss instead of the accuracy."""
+
+    metric = "loss"
+    higher_is_better = False
+
+
+class Diverging(SequenceClassification):
+    """A loss that is not finite."""
+
+    def losses(self, logits, batch, settings=None):
+        return super().losses(logits, batch, settings) * jnp.nan
 
 
 def records(path):
@@ -76,10 +100,10 @@ def test_bad_options(pairs, message):
     ("changes", "message"),
     [
         ({"batch_size": 0}, "batch_size must be at least 1"),
-        ({"batch_size": 8, "accumulate": 3}, "does not divide"),
+        ({"batch_size": 8, "grad_accum": 3}, "does not divide"),
         ({"warmup": 1.5}, "between 0 and 1"),
         ({"learning_rate": 0.0}, "learning_rate must be positive"),
-        ({"head_rate": 0.0}, "head_rate must be positive"),
+        ({"head_lr_scale": 0.0}, "head_lr_scale must be positive"),
         ({"resume": True, "overwrite": True}, "give one of them"),
     ],
 )
@@ -133,7 +157,7 @@ def test_curve_is_a_picture(tmp_path):
 
 def one_step(setup, accumulate, tx=None):
     """Adapter and loss after one step from the start."""
-    tx = jpeft.optimizer(tx or optimizer(lambda step: 1e-2, clip=1.0), setup.peft)
+    tx = jpeft.optimizer(tx or clipped_adamw(lambda step: 1e-2, clip=1.0), setup.peft)
     forward = jpeft.wrap(setup.loaded.model.apply, setup.peft.method)
     step = jax.jit(make_step(forward, tx, setup.task, setup.peft, accumulate))
     adapter = setup.peft.adapter
@@ -157,17 +181,17 @@ def test_accumulation_changes_nothing_but_rounding(base, tmp_path, accumulate):
 
 def test_one_trace_one_donation_and_a_base_left_alone(config, monkeypatch):
     traces = []
-    task = jpeft.tasks.task.SEQUENCE_CLASSIFICATION
 
-    def losses(logits, batch):
+    def losses(self, logits, batch, settings=None):
         if isinstance(logits, jax.core.Tracer):
             traces.append(logits.shape)
-        return task.losses(logits, batch)
+        return SequenceClassification.losses(self, logits, batch, settings)
 
-    monkeypatch.setitem(jpeft.tasks.task.TASKS, task.name, dataclasses.replace(task, losses=losses))
+    monkeypatch.setattr(Traced, "losses", losses, raising=False)
+    monkeypatch.setitem(TASKS, "sequence-classification", f"{__name__}.Traced")
     before = bits(prepare(config).loaded.params)
-    compiled, cost = [], jpeft.training.train.cost
-    monkeypatch.setattr(jpeft.training.train, "cost", lambda step: compiled.append(step) or cost(step))
+    compiled, cost = [], jpeft.training.stage.cost
+    monkeypatch.setattr(jpeft.training.stage, "cost", lambda step: compiled.append(step) or cost(step))
     result = train(config)
     # The adapter and both moments are written in place of the old ones.
     assert compiled[0].memory_analysis().alias_size_in_bytes >= 3 * jpeft.tree.nbytes(result.peft.adapter)
@@ -211,9 +235,9 @@ def test_every_method_learns(config, tmp_path, method):
 def test_default_learning_rates_are_the_methods_own(config, method):
     config = dataclasses.replace(config, options=TINY.get(method, ()), method=method)
     setup, usual = prepare(config), jpeft.methods()[method]
-    assert (setup.learning_rate, setup.head_rate) == (usual.learning_rate, usual.head_rate)
-    given = prepare(dataclasses.replace(config, learning_rate=0.5, head_rate=3.0))
-    assert (given.learning_rate, given.head_rate) == (0.5, 3.0)
+    assert (setup.learning_rate, setup.head_lr_scale) == (usual.learning_rate, usual.head_lr_scale)
+    given = prepare(dataclasses.replace(config, learning_rate=0.5, head_lr_scale=3.0))
+    assert (given.learning_rate, given.head_lr_scale) == (0.5, 3.0)
 
 
 def test_what_a_run_leaves(config):
@@ -278,9 +302,7 @@ def test_patience_stops_and_keeps_the_best(config):
 
 
 def test_the_best_of_a_metric_may_be_the_lowest(config, monkeypatch):
-    task = jpeft.tasks.task.SEQUENCE_CLASSIFICATION
-    lower = dataclasses.replace(task, metric="loss", higher_is_better=False)
-    monkeypatch.setitem(jpeft.tasks.task.TASKS, task.name, lower)
+    monkeypatch.setitem(TASKS, "sequence-classification", f"{__name__}.LowestLoss")
     # Constant and far too high: the loss goes up and down.
     result = train(dataclasses.replace(config, learning_rate=0.3, schedule="constant", keep_best=True, eval_every=1, steps=8))
     losses = [line["loss"] for line in records(result.path) if line["split"] == "validation"]
@@ -288,10 +310,8 @@ def test_the_best_of_a_metric_may_be_the_lowest(config, monkeypatch):
 
 
 def test_a_loss_that_is_not_finite_stops_the_run(config, monkeypatch):
-    task = jpeft.tasks.task.SEQUENCE_CLASSIFICATION
-    diverging = dataclasses.replace(task, losses=lambda logits, batch: task.losses(logits, batch) * jnp.nan)
-    monkeypatch.setitem(jpeft.tasks.task.TASKS, task.name, diverging)
-    with pytest.raises(ValueError, match="the loss is nan at step 1: training diverged"):
+    monkeypatch.setitem(TASKS, "sequence-classification", f"{__name__}.Diverging")
+    with pytest.raises(ValueError, match="The loss is nan at step 1: training diverged"):
         train(config)
 
 
@@ -299,7 +319,7 @@ def test_export_writes_the_merged_model(config):
     result = train(dataclasses.replace(config, export=True))
     merged = jpeft.models.load(RunFolder(config.output).merged)
     assert merged.labels == ("fruit", "metal", "water")
-    assert not merged.new
+    assert not merged.initialised
     chex.assert_trees_all_close(merged.params, jpeft.merge(result.peft), atol=1e-6)
 
 
@@ -374,7 +394,7 @@ def test_an_error_in_the_background_is_raised_at_the_next_step(tmp_path, monkeyp
     saved.wait()
     # Orbax cannot write this one.
     saved.save({"a": jnp.ones(3)}, Progress(step=2, method={"rank": object()}))
-    with pytest.raises(OSError, match=f"checkpoint {tmp_path}/2 could not be written.*TypeError: .*not JSON serializable"):
+    with pytest.raises(OSError, match=f"The checkpoint {tmp_path}/2 could not be written.*TypeError: .*not JSON serializable"):
         for _ in range(600):
             saved.check()
             time.sleep(0.1)
@@ -387,7 +407,7 @@ def test_an_error_in_the_background_is_raised_at_the_next_step(tmp_path, monkeyp
 
     monkeypatch.setattr(jpeft.training.snapshot, "write_json", full)
     saved.save({"a": jnp.ones(3)}, Progress(step=2))
-    with pytest.raises(OSError, match=f"checkpoint {tmp_path}/2 could not be written.*No space left on device"):
+    with pytest.raises(OSError, match=f"The checkpoint {tmp_path}/2 could not be written.*No space left on device"):
         saved.save({"a": jnp.ones(3)}, Progress(step=3))
     saved.close()
     saved = begin()
@@ -428,7 +448,10 @@ def test_a_whole_snapshot_that_does_not_fit_is_kept(tmp_path):
     """Another version's optimizer state, say: the user must learn of it, and nothing may be deleted for it."""
     with snapshots(tmp_path) as saved:
         saved.save({"a": jnp.ones(3)}, Progress(step=1))
-    with snapshots(tmp_path) as saved, pytest.raises(ValueError, match=f"checkpoint {tmp_path}/1 is whole, but cannot be continued here"):
+    with (
+        snapshots(tmp_path) as saved,
+        pytest.raises(ValueError, match=f"The checkpoint {tmp_path}/1 is whole, but cannot be continued here"),
+    ):
         saved.restore(lambda progress: {"a": jnp.zeros(3), "b": jnp.zeros(2)})
     with snapshots(tmp_path) as saved:
         assert saved.restore(lambda progress: {"a": jnp.zeros(3)})[1].step == 1
@@ -456,9 +479,9 @@ def test_a_folder_takes_anothers_place_or_leaves_it(tmp_path, monkeypatch):
 
 
 def test_a_new_head_learns_faster():
-    """`faster` multiplies the updates of the named leaves alone, in a plain adapter and within a chain's part."""
+    """`scale_updates` multiplies the updates of the named leaves alone, in a plain adapter and within a chain's part."""
     for adapter in ({"classifier": {"bias": np.ones(2)}, "a": np.ones(2)}, {"part": {"classifier": {"bias": np.ones(2)}}, "a": np.ones(2)}):
-        tx = faster(optax.sgd(0.1), adapter, {"classifier/bias"}, 5.0)
+        tx = scale_updates(optax.sgd(0.1), adapter, {"classifier/bias"}, 5.0)
         updates, _ = tx.update(adapter, tx.init(adapter), adapter)
         flat = jpeft.flatten(updates)
         assert [round(float(flat[path][0]), 6) for path in sorted(flat)] == [-0.1, -0.5]

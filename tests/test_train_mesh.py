@@ -71,8 +71,8 @@ def test_continues_on_other_devices(alone, many, config, tmp_path):
 def test_a_mesh_that_does_not_fit(config, capsys):
     with pytest.raises(ValueError, match=r"batch_size=6 cannot be split over data \* fsdp = 4 devices of the mesh 'data=2,fsdp=2"):
         find_mesh(dataclasses.replace(config, mesh=MESH, batch_size=6))
-    with pytest.raises(ValueError, match=r"batch_size / accumulate=2 cannot be split"):
-        find_mesh(dataclasses.replace(config, mesh=MESH, accumulate=4))
+    with pytest.raises(ValueError, match=r"batch_size / grad_accum=2 cannot be split"):
+        find_mesh(dataclasses.replace(config, mesh=MESH, grad_accum=4))
     flags = ["--model", config.model, "--data", config.data, "--output", f"{config.output}-bad", "--mesh", "data=3"]
     assert main(["train", *flags]) != 0
     assert "asks for 3 devices, and there are 8" in capsys.readouterr().err

@@ -11,7 +11,8 @@ from tiny_text import make_base
 
 import jpeft
 from jpeft.training.config import TrainConfig
-from jpeft.training.run import RunFolder, open_run
+from jpeft.training.run import open_run
+from jpeft.training.run_folder import RunFolder
 from jpeft.training.snapshot import Snapshots
 from jpeft.training.train import prepare, train
 

@@ -2,7 +2,7 @@
 # Creates a TPU VM slice, at once or through a queued resource.
 #
 #   tpu/create.sh --name tuner --type v5litepod-16 --zone us-west4-a
-#   tpu/create.sh --name tuner --type v6e-64 --zone us-east5-b --queued --spot      # waits until Google has one
+#   tpu/create.sh --name tuner --type v6e-64 --zone us-east5-b --queued --spot      # waits until a slice is free
 set -euo pipefail
 # shellcheck source=lib.sh
 source "$(dirname "${BASH_SOURCE[0]}")/lib.sh"

@@ -1,11 +1,11 @@
 #!/usr/bin/env bash
-# Deletes the slice, and with --queued the queued resource that holds it. What is on its disks is lost; runs lie in the bucket.
+# Deletes the slice, and with --queued also the queued resource that holds it. The disks of the slice are deleted; runs are in the bucket.
 #
 #   tpu/delete.sh --name tuner --zone us-west4-a
 set -euo pipefail
 # shellcheck source=lib.sh
 source "$(dirname "${BASH_SOURCE[0]}")/lib.sh"
-NAME= # without a default here: a name left out must not delete what bears it
+NAME= # no default here: a forgotten --name must not delete the slice with the default name
 parse_flags "$@"
 [[ -n $NAME ]] || fail "--name is required"
 

@@ -1,12 +1,12 @@
-"""LoRA fine-tuning of a decoder on whatever there is: a GPU, a TPU slice of many hosts, GPU nodes under SLURM.
+"""LoRA fine-tuning of a decoder on any devices: a GPU, a TPU slice of many hosts, GPU nodes under SLURM.
 
     python tpu/finetune_lora.py --model Qwen/Qwen3-8B --data pairs.jsonl --text prompt --target answer --output runs/qwen
     python tpu/finetune_lora.py --model meta-llama/Llama-3.1-8B ... --mesh data=2,fsdp=8 --batch-size 32 rank=16 alpha=32
 
 The flags are those of `jpeft train`, with other defaults: the weights split over all devices, layers scanned and recomputed, bfloat16.
-Started once on every host (tpu/launch.sh, tpu/gke.sh) or for every GPU (tpu/slurm.sbatch), the processes find each other; elsewhere name
-them with --coordinator, --num-processes and --process-id. It prints what each device will hold, trains, and prints the metrics. Killed or
-preempted, it goes on from the last checkpoint with --resume, on another number of devices if need be.
+Start one process on every host (tpu/launch.sh, tpu/gke.sh) or for every GPU (tpu/slurm.sbatch); the processes find each other. On other
+clusters, give --coordinator, --num-processes and --process-id. The program prints what each device will hold, trains, and prints the
+metrics. After a crash or a preemption, --resume continues from the last checkpoint, also on another number of devices.
 """
 
 import dataclasses
@@ -23,7 +23,7 @@ from jpeft import distributed
 from jpeft.training.config import TaskName, TrainConfig, check_values
 from jpeft.training.devices import find_mesh
 from jpeft.training.interrupt import InterruptedRun
-from jpeft.training.run import RunFolder
+from jpeft.training.run_folder import RunFolder
 from jpeft.training.train import train
 
 
@@ -33,45 +33,45 @@ class Args(TrainConfig):
 
     model: str = "Qwen/Qwen3-8B"
     task: TaskName = "generation"
-    # Tokens per pair, longer ones are cut; plain texts fill rows of this length.
+    # Tokens per pair. Longer pairs are cut; plain texts are joined and cut into rows of this length.
     max_length: int = 1024
     # Examples per optimizer step, over all devices; a multiple of data * fsdp.
     batch_size: int = 32
     epochs: int = 1
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
-    # Recompute activations in the backward pass; "dots" keeps the products of matrices, which is faster and takes several times the memory.
+    # Recompute activations in the backward pass; "dots" keeps matrix products, which is faster and takes several times the memory.
     remat: bool | Literal["dots"] = True
     scan: bool = True
     mesh: str | None = "fsdp=-1"
     checkpoint_every: int = 50
 
-    # Address HOST:PORT of the first process, where neither Cloud TPU nor SLURM tells it.
+    # Address HOST:PORT of the first process, if neither Cloud TPU nor SLURM provides it.
     coordinator: str | None = None
-    # Number of processes, likewise.
+    # Number of processes, if neither Cloud TPU nor SLURM provides it.
     num_processes: int | None = None
-    # Number of this process, from 0, likewise.
+    # Number of this process, from 0, if neither Cloud TPU nor SLURM provides it.
     process_id: int | None = None
 
 
 def main(args: Args) -> int:
-    """Trains; 0, or 128 + signal if it was interrupted and saved."""
+    """Train; return 0, or 128 + signal if the run was interrupted and saved."""
     distributed.initialize(args.coordinator, args.num_processes, args.process_id)
     config = TrainConfig(**{field.name: getattr(args, field.name) for field in dataclasses.fields(TrainConfig)})
     check_values(config)
     if config.task != "generation":
         raise ValueError(f"task {config.task!r}: this script fine-tunes decoders; `jpeft train` does the others, with --mesh as well")
     say = print if distributed.is_first() else lambda *_, **__: None
-    if config.resume and distributed.from_first(RunFolder(config.output).result.exists):
-        # Without loading the model, which a host alone may have no room for.
+    if config.resume and distributed.on_first_process(RunFolder(config.output).result.exists):
+        # Checked before the model is loaded, for which a single host may have too little memory.
         say(f"the run in {config.output} is finished")
         return 0
     mesh = find_mesh(config)
     say(f"{jax.process_count()} processes, {jax.device_count()} devices ({jax.devices()[0].device_kind})\n")
-    distributed.from_first(lambda: _print_plan(config, mesh))
+    distributed.on_first_process(lambda: _print_plan(config, mesh))
     try:
         result = train(config)
     except InterruptedRun as stop:
-        say(f"{stop}; the same command with --resume goes on from there", file=sys.stderr)
+        say(f"{stop}; the same command with --resume continues from there", file=sys.stderr)
         return 128 + stop.signum
     for split in ("validation", "test"):
         if metrics := getattr(result, split):
@@ -81,14 +81,14 @@ def main(args: Args) -> int:
 
 
 def _print_plan(config: TrainConfig, mesh: jax.sharding.Mesh | None) -> None:
-    """What each device will hold; or why that is not known, which keeps nothing from being trained."""
+    """Print what each device will hold, or why this is unknown; training continues in both cases."""
     args = PlanArgs(
         config=config.model,
         devices=1 if mesh is None else mesh.size,
         mesh="data=1" if mesh is None else ",".join(f"{name}={size}" for name, size in mesh.shape.items()),
         method=config.method,
         options=config.options,
-        batch=config.batch_size // config.accumulate,
+        batch=config.batch_size // config.grad_accum,
         length=config.max_length,
         dtype=config.dtype,
         weights="float32",
@@ -96,12 +96,12 @@ def _print_plan(config: TrainConfig, mesh: jax.sharding.Mesh | None) -> None:
     )
     try:
         print_plan(args)
-    except ValueError as error:  # a method that is told statistics of the data, or words, cannot be planned without them
+    except ValueError as error:  # a method that needs statistics or words cannot be planned without them
         print(f"no plan: {error}\n")
 
 
 def _memory() -> int:
-    """Bytes of memory that a device has; of the host, where the devices do not tell (a CPU)."""
+    """Return the bytes of memory of a device, or of the host if devices do not report their memory (a CPU)."""
     stats = jax.local_devices()[0].memory_stats() or {}
     return stats.get("bytes_limit") or os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 

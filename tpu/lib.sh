@@ -1,5 +1,5 @@
 # shellcheck shell=bash disable=SC2034  # the variables are read by the scripts that source this file
-# What the scripts of this folder share: flags, and a `run` that prints a command and, unless --dry-run was given, runs it.
+# Shared by the scripts of this folder: flags, and the function `run`, which prints a command and, without --dry-run, runs it.
 
 NAME=jpeft
 ZONE=us-west4-a
@@ -37,7 +37,7 @@ fail() {
   exit 2
 }
 
-# Reads the flags into the variables above; what follows `--` goes to REST.
+# Reads the flags into the variables above; the flags after `--` go to REST.
 parse_flags() {
   while (($#)); do
     case $1 in
@@ -73,7 +73,7 @@ parse_flags() {
   done
 }
 
-# Prints a command as it can be pasted into a shell, and runs it.
+# Prints a command so that it can be pasted into a shell, and runs it.
 run() {
   local quoted
   printf -v quoted '%q ' "$@"
@@ -81,7 +81,7 @@ run() {
   [[ -n $DRY_RUN ]] || "$@"
 }
 
-# Checkpoints must outlive the slice, and every worker must see them.
+# Checkpoints must survive the slice, and every worker must see them.
 require_bucket() {
   BUCKET=${BUCKET#gs://}
   [[ -n $BUCKET ]] || fail "--bucket is required: checkpoints must outlive the slice, and every worker must see them"
@@ -109,7 +109,7 @@ runtime_version() {
   esac
 }
 
-# Runs one command on all workers of the slice at once; fails if it fails on one.
+# Runs one command on all workers of the slice at once; fails if the command fails on a worker.
 on_all_workers() {
   mapfile -t place < <(where)
   run gcloud compute tpus tpu-vm ssh "$NAME" "${place[@]}" --worker=all --command="$1"

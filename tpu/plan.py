@@ -1,12 +1,12 @@
-"""What a slice would hold: a model, a method and a mesh, planned on devices that are not there.
+"""Plan the memory of a slice for a model, a method and a mesh, without any device.
 
     python tpu/plan.py                                              # Llama-3.1-70B with LoRA on 256 devices
     python tpu/plan.py --mesh fsdp=64,tensor=4 --batch 128 --length 8192 rank=64
     python tpu/plan.py --model llama-3.1-8b --devices 8 --mesh fsdp=-1 --batch 8 --method bitfit --memory 16
     python tpu/plan.py --config path/to/config.json --hidden-size 1024   # any family of jpeft.models, any dimension
 
-It prints the shape, placement and bytes per device of every weight and of the adapter, gradients and optimizer state, and an estimate of
-the activations with its arithmetic. Shapes are all there is: nothing is downloaded or allocated, and it takes seconds on a laptop.
+Prints the shape, placement and bytes per device of every weight and of the adapter, gradients and optimizer state, and an estimate of the
+activations with its calculation. The plan uses shapes only: it downloads and allocates nothing and takes seconds on a laptop.
 """
 
 import dataclasses
@@ -18,7 +18,7 @@ from collections.abc import Callable
 from typing import Annotated, Any, NamedTuple
 
 if __name__ == "__main__":
-    os.environ.setdefault("JAX_PLATFORMS", "cpu")  # a plan needs no accelerator, and must not seize one
+    os.environ.setdefault("JAX_PLATFORMS", "cpu")  # a plan needs no accelerator and must not occupy one
 
 import jax
 import jax.numpy as jnp
@@ -33,12 +33,12 @@ from jpeft.training.config import parse_options
 
 
 def _larger(hidden: int, layers: int, heads: int, inner: int) -> Callable[..., LlamaConfig]:
-    """Another size of Llama-3.1, which is in all else like the smallest."""
+    """Another size of Llama-3.1, equal to the smallest one in everything else."""
     sizes: dict[str, Any] = dict(hidden_size=hidden, num_hidden_layers=layers, num_attention_heads=heads, intermediate_size=inner)
     return functools.partial(LlamaConfig.llama_3_1_8b, **sizes)
 
 
-# What a name stands for: a configuration, given what is to be different.
+# Name -> configuration, given the fields that shall be different.
 PRESETS: dict[str, Callable[..., LlamaConfig]] = {
     "llama-3.1-8b": LlamaConfig.llama_3_1_8b,
     "llama-3.1-70b": _larger(8192, 80, 64, 28672),
@@ -53,36 +53,36 @@ PRESETS: dict[str, Callable[..., LlamaConfig]] = {
 class Args:
     """Plan a fine-tuning run on a slice."""
 
-    # One of the models known by name: llama-3.1-8b, llama-3.1-70b, llama-3.1-405b, mistral-7b, qwen3-4b, qwen3-8b.
+    # Name of a model: llama-3.1-8b, llama-3.1-70b, llama-3.1-405b, mistral-7b, qwen3-4b, qwen3-8b.
     model: str = "llama-3.1-70b"
-    # A Hugging Face config.json (or its folder) instead.
+    # A Hugging Face config.json (or its folder), instead of --model.
     config: str | None = None
-    # Other dimensions than the model's.
+    # Dimensions that replace the model's.
     hidden_size: int | None = None
     num_hidden_layers: int | None = None
     num_attention_heads: int | None = None
     num_key_value_heads: int | None = None
     intermediate_size: int | None = None
     vocab_size: int | None = None
-    # Devices of the slice, and how they are arranged; -1 is what is left.
+    # Devices of the slice and their arrangement; -1 is the rest.
     devices: int = 256
     mesh: str = "data=1,fsdp=32,tensor=8"
     # Method and its options, as for `jpeft train`.
     method: str = "lora"
     options: Annotated[tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="NAME=VALUE")] = ()
-    # Sequences in a step, over all devices, and tokens in each.
+    # Sequences in a step, over all devices, and tokens in each sequence.
     batch: int = 32
     length: int = 4096
     # Type of the base's weights and of the activations. Adapter, gradients and Adam's moments are float32.
     dtype: str = "bfloat16"
-    # Type of the base's weights, if another. (`jpeft train` keeps them in float32, whatever it computes in.)
+    # Type of the base's weights, if it is another one. (`jpeft train` keeps them in float32 for every --dtype.)
     weights: str | None = None
-    # Memory of a device in GiB, for the verdict: TPU v4 32, v5e 16, v5p 95, v6e 32.
+    # Memory of a device in GiB; the exit status is 1 if the plan needs more: TPU v4 32, v5e 16, v5p 95, v6e 32.
     memory: float = 32.0
 
 
 class Part(NamedTuple):
-    """One of the things that activations are made of, on one device."""
+    """One kind of activations on one device."""
 
     name: str
     arithmetic: str
@@ -90,7 +90,7 @@ class Part(NamedTuple):
 
 
 def main(args: Args) -> int:
-    """Print the plan; 0 if it fits, 1 if it does not."""
+    """Print the plan; return 0 if it fits into the memory, else 1."""
     model = make_model(args)
     mesh = sharding.abstract_mesh(args.devices, **({"data": 1, "fsdp": 1, "tensor": 1} | sharding.parse_mesh(args.mesh)))
     params = abstract_params(model)
@@ -115,7 +115,7 @@ def make_model(args: Args) -> Any:
     """The model, with layers stacked and recomputed.
 
     Raises:
-      ValueError: for an unknown name, or a configuration of no family here.
+      ValueError: for an unknown name, or a configuration of an unknown family.
     """
     weights = jnp.dtype(args.weights or args.dtype)
     numerics: dict[str, Any] = dict(dtype=jnp.dtype(args.dtype), param_dtype=weights, scan=True, remat=True)
@@ -127,10 +127,10 @@ def make_model(args: Args) -> Any:
     from transformers import AutoConfig
 
     config = AutoConfig.from_pretrained(args.config)
-    family = families.of(config.model_type) if config.model_type in families.model_types("causal-lm") else None
+    family = families.family_of(config.model_type) if config.model_type in families.model_types("causal-lm") else None
     if family is None:
         raise ValueError(f"{args.config}: model_type {config.model_type!r}; supported: {', '.join(families.model_types('causal-lm'))}")
-    cls: Any = family.tasks["causal-lm"][0]
+    cls: Any = family.models["causal-lm"].module
     return cls(family.config.from_hf(config, **sizes, **numerics))
 
 
@@ -138,10 +138,10 @@ SIZES = ("hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_val
 
 
 def activations(config: Any, mesh: dict[str, int], batch: int, length: int) -> list[Part]:
-    """What a step holds besides weights, on one device: an estimate, from the largest arrays that are alive together.
+    """Estimate the activations of a step on one device, from the largest arrays that exist at the same time.
 
-    With remat only the input of each block is kept. While one block is recomputed and differentiated, all of its own activations are there
-    too, and with fsdp its weights, gathered. Attention scores are formed in full, in float32.
+    With remat only the input of each block is kept. While one block is recomputed and differentiated, all of its activations exist too, and
+    with fsdp also its gathered weights. Attention scores are computed in full, in float32.
 
     Raises:
       ValueError: if the batch cannot be split.

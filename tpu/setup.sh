@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Installs jpeft on every worker of the slice and mounts a bucket at ~/runs. TPU VM images carry Python 3.10: uv brings a newer one along.
+# Installs jpeft on every worker of the slice and mounts a bucket at ~/runs. TPU VM images have Python 3.10; uv installs a newer Python.
 #
 #   tpu/setup.sh --name tuner --zone us-west4-a --bucket my-runs
 set -euo pipefail
@@ -8,7 +8,7 @@ source "$(dirname "${BASH_SOURCE[0]}")/lib.sh"
 parse_flags "$@"
 require_bucket
 
-# Expanded here: the repository and revision. Expanded on the worker: $HOME.
+# The repository and the revision are expanded here, $HOME on the worker.
 printf -v source '%q' "jpeft[hf,hub,tpu] @ git+$REPOSITORY@$REVISION"
 printf -v repository '%q' "$REPOSITORY"
 printf -v revision '%q' "$REVISION"
@@ -35,6 +35,6 @@ fi
 mkdir -p "$HOME/runs"
 mountpoint -q "$HOME/runs" || gcsfuse --implicit-dirs '"$bucket"' "$HOME/runs"'
 
-# All chips answer to one program: the count below must be that of the whole slice, on every worker.
+# Checks that one program sees all chips: on every worker, the count must be that of the whole slice.
 # shellcheck disable=SC2016
 on_all_workers '"$HOME/jpeft-env/bin/python" -c "import jax; jax.distributed.initialize(); print(jax.process_index(), jax.device_count())"'

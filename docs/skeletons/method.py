@@ -41,7 +41,7 @@ class OutputShift(Method):
 
     # The options: name, type (with its range, see jpeft/core/options.py) and default. The docstring above explains each.
     scale: Number = 1.0
-    target: Names = ["out"]  # noqa: RUF012  (jpeft makes a tuple of it)
+    target: Names = ("out",)
     head: str | None = "auto"
 
     # What lists of methods say, and the learning rate that suits the defaults.

@@ -19,7 +19,7 @@ from jpeft.checkpoint.files import replace_folder
 from jpeft.checkpoint.fingerprint import damaged_files, file_checksums, fingerprint, leaf_table
 from jpeft.core.method import Method
 from jpeft.core.peft import Peft
-from jpeft.distributed import from_first, within_reach
+from jpeft.distributed import gather_to_host, on_first_process
 
 _RECORD, _LEAVES, _FORMAT = "jpeft.json", "adapter", 1
 
@@ -45,7 +45,7 @@ def save(path: str | os.PathLike[str], peft: Peft, *, overwrite: bool = False) -
     import orbax.checkpoint as ocp
 
     target = Path(path).absolute()
-    if from_first(target.exists) and not overwrite:
+    if on_first_process(target.exists) and not overwrite:
         raise ValueError(f"'{path}' exists already. Choose another place, or replace it: jpeft.save(..., overwrite=True).")
     record = {
         "format": _FORMAT,
@@ -53,7 +53,7 @@ def save(path: str | os.PathLike[str], peft: Peft, *, overwrite: bool = False) -
         "base": fingerprint(peft.params, skip=_replaced(peft.params, peft.adapter, peft.method)),
         "leaves": leaf_table(peft.adapter),
     }
-    partial = target.parent / f".{target.name}.{from_first(lambda: uuid.uuid4().hex)}.partial"
+    partial = target.parent / f".{target.name}.{on_first_process(lambda: uuid.uuid4().hex)}.partial"
 
     def finish() -> None:
         record["files"] = file_checksums(partial / _LEAVES)
@@ -61,14 +61,14 @@ def save(path: str | os.PathLike[str], peft: Peft, *, overwrite: bool = False) -
         replace_folder(partial, target)
 
     try:
-        from_first(lambda: partial.mkdir(parents=True))
+        on_first_process(lambda: partial.mkdir(parents=True))
         if record["leaves"]:
             with ocp.StandardCheckpointer() as checkpointer:
                 # Whole from several processes: it will be opened by one that has not all their devices.
-                checkpointer.save(partial / _LEAVES, within_reach(peft.adapter))
+                checkpointer.save(partial / _LEAVES, gather_to_host(peft.adapter))
         else:  # which Orbax would refuse: a frozen base without a head
-            from_first((partial / _LEAVES).mkdir)
-        from_first(finish)
+            on_first_process((partial / _LEAVES).mkdir)
+        on_first_process(finish)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
 

@@ -1,4 +1,4 @@
-"""The outcome of a comparison, read from the folders of finished runs: as data, as a table, as Markdown and as a picture."""
+"""The results of a comparison, read from the folders of finished runs: as data, table, Markdown and picture."""
 
 from __future__ import annotations
 
@@ -17,14 +17,15 @@ from jpeft.comparison.scatter import Line, Point, plot_scatter
 from jpeft.core.summary import readable_bytes
 from jpeft.tasks.task import Task, find_task
 from jpeft.training.config import TrainConfig, changed_fields, from_json, to_json
-from jpeft.training.run import RunFolder
+from jpeft.training.run_folder import RunFolder
+from jpeft.training.setting import names_where
 
-# What may differ between the rows of a comparison.
-_OF_THE_ROW = ("method", "options", "learning_rate", "seed")
+# Settings that may differ between the rows of a comparison.
+PER_ROW = names_where(TrainConfig, lambda about: about.per_row)
 
 
 class Failure(NamedTuple):
-    """A run that came to nothing."""
+    """A run that failed."""
 
     row: Row
     seed: int
@@ -33,64 +34,75 @@ class Failure(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Entry:
-    """A row with its finished runs."""
+    """A row with its finished runs.
+
+    Attributes:
+      row: The row.
+      results: Contents of the runs' result.json, by seed.
+      folders: Names of the runs' folders, by seed.
+    """
 
     row: Row
-    # Contents of the runs' result.json, by seed.
     results: Mapping[int, Mapping[str, Any]]
-    # Names of the runs' folders, by seed.
     folders: Mapping[int, str]
 
     @property
     def label(self) -> str:
-        """The row's name; a head alone that the model does not have is the frozen base."""
+        """The row's name; "frozen base" for a head alone if the model has none."""
         return "frozen base" if self.row.is_baseline and self.median("trained") == 0 else self.row.label
 
     def scores(self, split: str, metric: str) -> list[float]:
-        """The metric of each finished run that has it."""
+        """Return the metric of each finished run that has it."""
         return [result[split][metric] for result in self.results.values() if metric in result[split]]
 
     def median(self, name: str) -> float | None:
-        """The median over the runs of a number in result.json; None if no run has it."""
+        """Return the median over the runs of a number in result.json; None if no run has it."""
         values = [value for result in self.results.values() if (value := result.get(name)) is not None]
         return float(statistics.median(values)) if values else None
 
 
 @dataclasses.dataclass(frozen=True)
 class Comparison:
-    """Rows that were trained alike, and those that could not be."""
+    """Rows that were trained with the same settings.
+
+    Attributes:
+      task: The task of all runs.
+      config: The settings shared by all runs. Fields that differ between rows are meaningless here. None if no run is finished.
+      entries: The rows, in the order of the table.
+      failures: Runs that failed.
+      left_out: Rows that do not apply, with the reason.
+      parameters: Parameter count on the horizontal axis of the picture: "trained", "stored" or "changed".
+      subject: Model and data in words, for caption and picture; by default their names.
+    """
 
     task: Task
-    # The configuration of the runs; what is a row's own in it means nothing. None if no run is finished.
     config: TrainConfig | None
     entries: tuple[Entry, ...]
     failures: tuple[Failure, ...]
-    # Rows that do not apply, with the reason.
     left_out: Mapping[Row, str]
     parameters: str
-    # What was trained on what, for caption and picture; by default the names of model and data.
     subject: str = ""
 
     @property
     def split(self) -> str:
-        """The split the rows are judged by: the test split, or the validation split where there is no other."""
+        """The split that rows are compared on: the test split, or the validation split if there is no test split."""
         return "test" if any(entry.scores("test", self.task.metric) for entry in self.entries) else "validation"
 
     @property
     def seeds(self) -> list[int]:
-        """All seeds that occur."""
+        """All seeds, sorted."""
         return sorted({seed for entry in self.entries for seed in entry.results} | {failure.seed for failure in self.failures})
 
     def table(self, columns: Sequence[str] | None = None) -> tuple[list[str], list[list[str]]]:
-        """Head and body as text.
+        """Return head and body of the table as text.
 
         Args:
-            columns: Heads of the columns to keep, in order; all by default.
+          columns: Heads of the columns to keep, in order; all by default.
         """
         rows = [self._cells(entry) for entry in self.entries]
         head = list(columns or rows[0]) if rows else []
         if unknown := [name for name in head if name not in rows[0]]:
-            raise ValueError(f"the table has no columns {unknown}; it has {list(rows[0])}")
+            raise ValueError(f"The table has no columns {unknown}; it has {list(rows[0])}.")
         return head, [[row[name] for name in head] for row in rows]
 
     def _cells(self, entry: Entry) -> dict[str, str]:
@@ -127,22 +139,22 @@ class Comparison:
 
     @property
     def notes(self) -> list[str]:
-        """What a reader of the table must know besides."""
+        """Remarks below the table: failures, rows that do not apply, runs on other data."""
         notes = [f"{failure.row.label}, seed {failure.seed} failed: {failure.message}" for failure in self.failures]
         notes += [f"{row.label} does not apply: {message}" for row, message in self.left_out.items()]
         seen = {json.dumps(result.get("data")) for entry in self.entries for result in entry.results.values()}
         if len(seen) > 1:
-            notes.append("not all runs have seen the same data: their config.json say which; delete the old ones and run them again")
+            notes.append("not all runs have seen the same data: their config.json show which; delete the old ones and run them again")
         return notes
 
     @property
     def title(self) -> str:
-        """The subject, or what stands in for it."""
+        """The subject; by default the names of model and data."""
         assert self.config is not None
         return self.subject or f"{Path(self.config.model).name} on {Path(self.config.data).name}"
 
     def caption(self) -> str:
-        """What the numbers mean and how they came about, in a few sentences of Markdown."""
+        """Return what the numbers mean and how they were obtained, as Markdown."""
         assert self.config is not None
         seeds = ", ".join(map(str, self.seeds))
         kinds = sorted({str(result["device"]) for entry in self.entries for result in entry.results.values() if result.get("device")})
@@ -155,7 +167,7 @@ class Comparison:
         )
 
     def markdown(self, columns: Sequence[str] | None = None) -> str:
-        """The table, caption and notes as Markdown."""
+        """Return table, caption and notes as Markdown."""
         head, body = self.table(columns)
         rule = ["---", *["---:"] * (len(head) - 1)]
         escaped = [[cell.replace("|", r"\|") for cell in row] for row in (head, rule, *body)]
@@ -163,7 +175,7 @@ class Comparison:
         return "\n".join([*lines, "", self.caption(), *(f"\n- {note}" for note in self.notes)]) + "\n"
 
     def to_json(self) -> dict[str, Any]:
-        """Everything, for programs."""
+        """Return everything as JSON values."""
         assert self.config is not None
         return {
             "jpeft": jpeft.__version__,
@@ -171,7 +183,7 @@ class Comparison:
             "metric": self.task.metric,
             "split": self.split,
             "higher_is_better": self.task.higher_is_better,
-            "settings": {name: value for name, value in to_json(self.config).items() if name not in (*_OF_THE_ROW, "output")},
+            "settings": {name: value for name, value in to_json(self.config).items() if name not in PER_ROW | {"output"}},
             "seeds": self.seeds,
             "rows": [self._row_json(entry) for entry in self.entries],
             "left_out": [{"label": row.label, "error": message} for row, message in self.left_out.items()],
@@ -195,13 +207,13 @@ class Comparison:
         }
 
     def plot(self, path: str | os.PathLike[str]) -> None:
-        """Draws quality against parameters as a PNG."""
+        """Draw quality against parameters as a PNG."""
         points, lines = [], []
         for entry in self.entries:
             if not (scores := entry.scores(self.split, self.task.metric)):
                 continue
             mean, spread = statistics.mean(scores), statistics.stdev(scores) if len(scores) > 1 else 0.0
-            # What has no parameters has no place on a logarithmic axis.
+            # A row without parameters cannot be on a logarithmic axis, so it becomes a line.
             if entry.row.is_baseline or not entry.median(self.parameters):
                 lines.append(Line(entry.label, mean))
             else:
@@ -216,7 +228,7 @@ class Comparison:
         )
 
     def write(self, folder: str | os.PathLike[str]) -> None:
-        """Writes results.json, table.md and compare.png into a folder; nothing if no run is finished."""
+        """Write results.json, table.md and compare.png into a folder; nothing if no run is finished."""
         if self.config is None:
             return
         folder = Path(folder)
@@ -233,33 +245,33 @@ def collect(
     left_out: Mapping[Row, str] | None = None,
     parameters: str = "trained",
 ) -> Comparison:
-    """The comparison of finished runs.
+    """Return the comparison of finished runs.
 
     Args:
-        folders: Folders of finished runs.
-        order: Rows in the order of the table; others follow, sorted by family.
-        failures: Runs that came to nothing.
-        left_out: Rows that do not apply, with the reason.
-        parameters: "trained", "stored" or "changed": what the picture shows.
+      folders: Folders of finished runs.
+      order: Rows in the order of the table; others follow, sorted by family.
+      failures: Runs that failed.
+      left_out: Rows that do not apply, with the reason.
+      parameters: Parameter count of the picture: "trained", "stored" or "changed".
 
     Raises:
-        ValueError: if the runs differ in more than method, options, learning rate and seed, or two are the same.
+      ValueError: if the runs differ in settings that all rows must share, or two of them are the same.
     """
     results: dict[Row, dict[int, dict[str, Any]]] = {}
     names: dict[Row, dict[int, str]] = {}
     first: TrainConfig | None = None
     for folder in map(RunFolder, folders):
-        about = folder.about()
+        about = folder.read_config()
         config = from_json(about["run"])
         first = first or config
         changed = changed_fields(to_json(first), to_json(config))
-        different = {name: values for name, values in changed.items() if name not in _OF_THE_ROW}
+        different = {name: values for name, values in changed.items() if name not in PER_ROW}
         if different:
             fields = ", ".join(f"{name} ({old!r} and {new!r})" for name, (old, new) in different.items())
-            raise ValueError(f"{first.output} and {folder.path} cannot be compared: they differ in {fields}")
+            raise ValueError(f"{first.output} and {folder.path} cannot be compared: they differ in {fields}.")
         row = Row(config.method, config.options, about["learning_rate"])
         if config.seed in results.setdefault(row, {}):
-            raise ValueError(f"{folder.path} and {names[row][config.seed]} are the same run: {row.label}, seed {config.seed}")
+            raise ValueError(f"{folder.path} and {names[row][config.seed]} are the same run: {row.label}, seed {config.seed}.")
         results[row][config.seed] = json.loads(folder.result.read_text()) | {"data": about["data"]}
         names.setdefault(row, {})[config.seed] = folder.path.name
     failed = [failure.row for failure in failures]
@@ -275,14 +287,14 @@ def collect(
 
 
 def run_folders(folder: str | os.PathLike[str]) -> list[Path]:
-    """Folders of finished runs right below a folder.
+    """Return the folders of finished runs directly below a folder.
 
     Raises:
-        ValueError: if there are none.
+      ValueError: if there are none.
     """
     found = sorted(path.parent for path in Path(folder).glob("*/result.json"))
     if not found:
-        raise ValueError(f"there are no finished runs in {folder}: it should hold the folders of runs")
+        raise ValueError(f"There are no finished runs in {folder}: give the folder that contains the folders of runs.")
     return found
 
 

@@ -1,4 +1,4 @@
-"""What a comparison compares: a method with its options and a learning rate, written as one line of text."""
+"""The rows of a comparison: each is a method with its options and a learning rate, written as one line of text."""
 
 from __future__ import annotations
 
@@ -9,15 +9,16 @@ from typing import NamedTuple
 
 import jpeft
 from jpeft.training.config import parse_options
+from jpeft.training.statistics import FULL_LEARNING_RATE
 
 
 class Row(NamedTuple):
     """One row of the table.
 
     Attributes:
-        method: Name of the method.
-        options: As `TrainConfig.options`.
-        learning_rate: Peak learning rate.
+      method: Name of the method.
+      options: As `TrainConfig.options`.
+      learning_rate: Peak learning rate.
     """
 
     method: str
@@ -26,7 +27,7 @@ class Row(NamedTuple):
 
     @property
     def label(self) -> str:
-        """The row's name: what to type for it, with the learning rate only where it is not the usual one.
+        """The row's name: its text on the command line, with the learning rate only if it is not the default.
 
         >>> Row("lora", ("target=['query','value']",), 0.003).label
         'lora target=query,value'
@@ -45,18 +46,18 @@ class Row(NamedTuple):
 
     @property
     def is_baseline(self) -> bool:
-        """Whether the row is there for the others to be measured by."""
+        """Whether the row is a baseline."""
         return _baseline(self.method, self.options) is not None
 
     @property
     def rank(self) -> tuple[int, int, str]:
-        """Sorts rows: the head alone, the methods as they are registered, full fine-tuning."""
+        """Sort key of rows: the head alone, the methods in the order of `jpeft.methods`, full fine-tuning."""
         if self.is_baseline:
             return (-1 if _baseline(self.method, self.options) == BASELINES["head-only"] else 1, 0, self.label)
         return 0, list(jpeft.methods()).index(self.method), self.label
 
     def folder(self, seed: int) -> str:
-        """Name of the run's folder: readable, one for each method, options, learning rate and seed.
+        """Return the name of the run's folder, a readable one that differs for each method, options, learning rate and seed.
 
         >>> Row("lora", ("rank=4",), 0.002).folder(1)
         'lora-rank=4-0.002-1'
@@ -69,7 +70,7 @@ class Row(NamedTuple):
 
 
 class Baseline(NamedTuple):
-    """A row with a name of its own."""
+    """A row that is written by its name."""
 
     name: str
     method: str
@@ -78,10 +79,10 @@ class Baseline(NamedTuple):
 
 
 ALL = "all"
-# `freeze` has a learning rate for its top layers: a head alone can take larger steps, a whole model must take smaller ones.
+# The default learning rate of `freeze` suits top layers: a head alone can take larger steps, a whole model needs smaller ones.
 BASELINES = {
     "head-only": Baseline("head only", "freeze", ("top=0",), 4e-3),
-    "full": Baseline("full fine-tuning", "freeze", ("target=.*",), 2e-4),
+    "full": Baseline("full fine-tuning", "freeze", ("target=.*",), FULL_LEARNING_RATE),
 }
 
 
@@ -90,29 +91,28 @@ def _baseline(method: str, options: Sequence[str]) -> Baseline | None:
 
 
 def usual_rate(method: str, options: Sequence[str]) -> float:
-    """The learning rate of a row that names none."""
+    """Return the default learning rate of a row."""
     if baseline := _baseline(method, options):
         return baseline.learning_rate
     return jpeft.methods()[method].learning_rate
 
 
 def parse_row(text: str, learning_rate: float | None = None) -> Row:
-    """A row from its text: a method or a baseline, its options as NAME=VALUE, and perhaps `learning_rate=...`.
+    """Return a row from its text: a method or a baseline, its options as NAME=VALUE, and perhaps `learning_rate=...`.
 
     Args:
-        text: Such as "lora rank=4 target=['query', 'value']". Spaces within a value are fine.
-        learning_rate: For rows that name none; by default `usual_rate`.
+      text: Such as "lora rank=4 target=['query', 'value']". A value may contain spaces.
+      learning_rate: Learning rate of rows that name none; by default `usual_rate`.
 
     Raises:
-        ValueError: for a method, or an option of it, that does not exist.
+      ValueError: for a method, or an option of it, that does not exist.
 
-    Example:
-        >>> parse_row("lora rank=4 learning_rate=1e-3")
-        Row(method='lora', options=('rank=4',), learning_rate=0.001)
-        >>> parse_row("head-only").options
-        ('top=0',)
-        >>> parse_row("hard_prompt tokens='Name the topic:'").label
-        "hard_prompt tokens='Name the topic:'"
+    >>> parse_row("lora rank=4 learning_rate=1e-3")
+    Row(method='lora', options=('rank=4',), learning_rate=0.001)
+    >>> parse_row("head-only").options
+    ('top=0',)
+    >>> parse_row("hard_prompt tokens='Name the topic:'").label
+    "hard_prompt tokens='Name the topic:'"
     """
     method, *options = re.split(r"\s+(?=[A-Za-z_]\w*=)", text.strip())
     if baseline := BASELINES.get(method):
@@ -120,23 +120,24 @@ def parse_row(text: str, learning_rate: float | None = None) -> Row:
     values = parse_options(options)
     rate = values.pop("learning_rate", None)
     if rate is not None and not (isinstance(rate, (int, float)) and rate > 0):
-        raise ValueError(f"row {text!r}: learning_rate={rate!r} is not a positive number")
-    # Made once, so that a mistyped option is found now and not after hours of other rows. Text becomes token ids by the model's tokenizer.
+        raise ValueError(f"Row {text!r}: learning_rate={rate!r} is not a positive number.")
+    # Make the method once, so that a mistyped option is found now and not after hours of other rows. The option `tokens` may be text, which
+    # only the model's tokenizer can turn into ids.
     jpeft.make(method, **values | ({"tokens": (0,)} if isinstance(values.get("tokens"), str) else {}))
     kept = tuple(option for option in options if not option.startswith("learning_rate="))
     return Row(method, kept, float(rate or learning_rate or usual_rate(method, kept)))
 
 
 def parse_rows(texts: Sequence[str], learning_rate: float | None = None) -> list[Row]:
-    """The rows in the order given; with "all" among them, also the baselines and every method with its defaults, sorted.
+    """Return the rows in the given order. "all" adds the baselines and every method with its defaults, and sorts the rows.
 
     Raises:
-        ValueError: for a bad row, or one that is given twice.
+      ValueError: for a bad row, or one that is given twice.
     """
     rows = [parse_row(text, learning_rate) for text in texts if text != ALL]
     for i, row in enumerate(rows):
         if row in rows[:i]:
-            raise ValueError(f"the row {row.label!r} is given twice")
+            raise ValueError(f"The row {row.label!r} is given twice.")
     if ALL not in texts:
         return rows
     every = [parse_row(text, learning_rate) for text in ("head-only", *jpeft.methods(), "full")]
@@ -144,6 +145,6 @@ def parse_rows(texts: Sequence[str], learning_rate: float | None = None) -> list
 
 
 def _plain(option: str) -> str:
-    """`target=['query','value']` as `target=query,value`."""
+    """Return `target=['query','value']` as `target=query,value`."""
     ((name, value),) = parse_options([option]).items()
     return f"{name}={','.join(map(str, value))}" if isinstance(value, (list, tuple)) else option

@@ -1,4 +1,4 @@
-"""Quality against size as a picture: a point with an error bar a row, lines for the baselines, labels that keep clear of it all."""
+"""Quality against size as a picture: a point with an error bar for each row, lines for the baselines, labels that overlap nothing."""
 
 from __future__ import annotations
 
@@ -19,18 +19,18 @@ from jpeft.training.plot import INK, write_figure
 
 FAMILIES = {"selective": "#1f6fb2", "additive": "#c9701a", "reparameterized": "#2c8a5c"}
 GREY, GRID = "#7a8592", "#e9edf0"
-# All in points, which is what fonts are measured in.
+# In points, the unit of font sizes.
 FONT, MARKER, NEAR = 9.0, 7.0, 5.0
 LONGEST = 40  # characters of a baseline's name
 
 # Left, lower, right and upper edge in pixels.
 Box = tuple[float, float, float, float]
-# For each place of a text: its box, what it costs by itself, and points of the line that leads there.
+# Candidate positions of a text: boxes [n, 4], costs [n], and points of the lines that lead to the boxes [n, samples, 2].
 Places = tuple[np.ndarray, np.ndarray, np.ndarray]
 
 
 class Point(NamedTuple):
-    """A row: `spread` is half the length of its error bar."""
+    """A row of the comparison; `spread` is half the length of its error bar."""
 
     label: str
     x: float
@@ -49,15 +49,15 @@ class Line(NamedTuple):
 def plot_scatter(
     path: str | os.PathLike[str], points: Sequence[Point], lines: Sequence[Line], *, x_label: str, y_label: str, title: str = ""
 ) -> None:
-    """Draws a PNG, atomically; the horizontal axis is logarithmic.
+    """Draw a PNG, atomically; the horizontal axis is logarithmic.
 
     Args:
-        path: The PNG to write.
-        points: One for each row, coloured by family.
-        lines: Baselines, drawn from edge to edge.
-        x_label: Name of the horizontal axis.
-        y_label: Name of the vertical axis.
-        title: Text above the picture.
+      path: The PNG to write.
+      points: One for each row, coloured by family.
+      lines: Baselines, drawn from edge to edge.
+      x_label: Name of the horizontal axis.
+      y_label: Name of the vertical axis.
+      title: Text above the picture.
     """
     figure = Figure(figsize=(8.4, 5.2), dpi=160, layout="constrained", facecolor="white")
     FigureCanvasAgg(figure)
@@ -74,7 +74,7 @@ def plot_scatter(
     for line in lines:
         axes.axhline(line.y, color=GREY, linewidth=1.1, linestyle=(0, (5, 4)), zorder=1)
     _legend(axes, points)
-    # Texts are placed in pixels, so nothing may move after this.
+    # Labels are positioned in pixels, so the layout must not change after this.
     figure.draw_without_rendering()
     figure.set_layout_engine("none")
     taken = _label_lines(axes, lines, points)
@@ -85,7 +85,7 @@ def plot_scatter(
 def _frame(axes: Axes, points: Sequence[Point], lines: Sequence[Line]) -> None:
     axes.set_xscale("log")
     xs = [point.x for point in points] or [1.0, 10.0]
-    # Room for the texts at both ends, half a decade at least in all.
+    # Room for the labels at both ends, at least half a decade in total.
     room = max(10 ** (0.09 * math.log10(max(xs) / min(xs))), 1.7)
     axes.set_xlim(min(xs) / room, max(xs) * room)
     low = [point.y - point.spread for point in points] + [line.y for line in lines]
@@ -104,7 +104,7 @@ def _frame(axes: Axes, points: Sequence[Point], lines: Sequence[Line]) -> None:
 
 
 def _amount(value: float, position: int | None = None) -> str:
-    """10000 as 10k."""
+    """Return 10000 as 10k."""
     del position
     for size, letter in ((1e9, "B"), (1e6, "M"), (1e3, "k")):
         if value >= size:
@@ -124,11 +124,11 @@ def _legend(axes: Axes, points: Sequence[Point]) -> None:
 
 
 def _label_lines(axes: Axes, lines: Sequence[Line], points: Sequence[Point]) -> list[Box]:
-    """Names the baselines, each just above or below it at the left or the right end, where it covers the least; their boxes."""
+    """Put the name of each baseline above or below its left or right end, where it overlaps the least; return the boxes of the names."""
     boxes: list[Box] = []
     radius = MARKER / 2 * axes.figure.dpi / 72
     marks = [box for point in points for box in (_around(*_pixels(axes, point.x, point.y), radius), _bar(axes, point))]
-    # Those of one height share a text.
+    # Baselines of one height share a label.
     labels: dict[str, list[Line]] = {}
     for line in sorted(lines, key=lambda line: line.y):
         labels.setdefault(f"{line.y:.3f}" if abs(line.y) < 10 else f"{line.y:.1f}", []).append(line)
@@ -147,7 +147,7 @@ def _label_lines(axes: Axes, lines: Sequence[Line], points: Sequence[Point]) -> 
 
 
 def _beside(text: Annotation, y: float, end: int, above: bool) -> None:
-    """Moves the name of a baseline to one of its ends (0, 1), above it or below."""
+    """Move the name of a baseline to its left (0) or right (1) end, above or below the line."""
     text.xy = (end, y)
     text.set_position((-4 if end else 4, 3 if above else -3))
     text.set_horizontalalignment("right" if end else "left")
@@ -155,13 +155,13 @@ def _beside(text: Annotation, y: float, end: int, above: bool) -> None:
 
 
 def _label_points(axes: Axes, points: Sequence[Point], lines: Sequence[Line], taken: Sequence[Box]) -> None:
-    """Gives each text the place near its point where it covers the least; all of them in turns, until none wants to move."""
+    """Put each label near its point where it overlaps the least."""
     pixel = axes.figure.dpi / 72
     centres = [_pixels(axes, point.x, point.y) for point in points]
     texts = [axes.text(0, 0, point.label, color=FAMILIES.get(point.family, GREY), fontsize=FONT, zorder=5) for point in points]
     for text in texts:
         text.set_transform(None)
-    # For each point: [places, 4] boxes, [places] costs, [places, samples, 2] points of the line that leads to the text.
+    # For each point its candidate positions: boxes [n, 4], costs [n], and points of the lines to the boxes [n, samples, 2].
     places = [_places(centre, _box(text), pixel) for centre, text in zip(centres, texts)]
     marks = [_around(x, y, MARKER / 2 * pixel) for x, y in centres]
     bars = [_bar(axes, point) for point in points]
@@ -186,32 +186,32 @@ def _label_points(axes: Axes, points: Sequence[Point], lines: Sequence[Line], ta
 
 
 def _places(centre: tuple[float, float], box: Box, pixel: float) -> Places:
-    """Boxes of a text's size around a point, what each costs by itself (right of the point and near is best), and the lines to them."""
+    """Return candidate positions of a label: boxes around its point, their costs (lowest near and to the right), and the lines to them."""
     x, y, width, height = *centre, box[2] - box[0], box[3] - box[1]
     boxes, costs, leads = [], [], []
     for distance in (NEAR, 10.0, 17.0, 26.0, 37.0, 50.0):
         for step in range(16):
             dx, dy = math.cos(math.pi * step / 8), math.sin(math.pi * step / 8)
             reach = (distance + MARKER / 4) * pixel
-            # The side or corner that faces the point lies on a circle around it.
+            # The side or corner of the box that faces the point lies on a circle around the point.
             x0, y0 = x + dx * reach - width * (1 - dx) / 2, y + dy * reach - height * (1 - dy) / 2
             boxes.append((x0, y0, x0 + width, y0 + height))
             sideways = {0: 0.0, 8: 0.6}.get(step, 0.8 + 0.3 * (dx < -0.1) + 0.1 * (dy < 0))
             costs.append(pixel**2 * (30 * sideways + 7 * (distance - NEAR)))
             end = np.array([np.clip(x, x0, x0 + width), np.clip(y, y0, y0 + height)])
-            # From the rim of the marker.
+            # The line starts at the rim of the marker.
             start = np.array(centre) + (end - centre) * min(1.0, MARKER / 2 * pixel / max(float(np.hypot(*(end - centre))), 1e-9))
             leads.append(np.linspace(start, end, 12))
     return np.array(boxes), np.array(costs), np.array(leads)
 
 
 def _between(a: Places, b: Places, pixel: float) -> np.ndarray:
-    """What it costs that one text is at a place and another at another: [places, places]. Overlap, and lines through texts."""
+    """Return the costs of all pairs of positions of two labels, [n, n]: overlap, and lines through labels."""
     return 25 * _overlap(a[0], b[0]) + 200 * pixel**2 * (_inside(a[2], b[0]) + _inside(b[2], a[0]).T)
 
 
 def _cheapest(costs: Sequence[np.ndarray], pairs: Sequence[Sequence[np.ndarray]]) -> list[int]:
-    """A place for each text: from many starts, always the same ones, texts move in turns until none wants to; the best end is taken."""
+    """Return the position of each label with the lowest total cost found, by coordinate descent from 40 fixed random starts."""
     rng = np.random.default_rng(0)
     best, least = [], math.inf
     for attempt in range(40):
@@ -252,14 +252,14 @@ def _pixels(axes: Axes, x: float, y: float) -> tuple[float, float]:
 
 
 def _overlap(boxes: np.ndarray, others: Any) -> np.ndarray:
-    """The area that each box shares with each other one: [n, 4], [m, 4] -> [n, m]."""
+    """Return the overlap of each pair of boxes: [n, 4], [m, 4] -> [n, m]."""
     a, b = boxes[:, None], np.reshape(np.asarray(others, float), (1, -1, 4))
     sides = np.minimum(a[..., 2:], b[..., 2:]) - np.maximum(a[..., :2], b[..., :2])
     return np.maximum(sides, 0).prod(-1)
 
 
 def _inside(lines: np.ndarray, boxes: Any) -> np.ndarray:
-    """How many points of each line, but for its end, lie in each box: [n, samples, 2], [m, 4] -> [n, m]."""
+    """Return how many points of each line, without its end, lie in each box: [n, samples, 2], [m, 4] -> [n, m]."""
     b = np.reshape(np.asarray(boxes, float), (1, 1, -1, 4))
     inner = lines[:, :-1, None]
     return ((inner > b[..., :2]) & (inner < b[..., 2:])).all(-1).sum(1)

@@ -76,8 +76,7 @@ class MethodType(abc.ABCMeta):
                 return cls.of_stage(options.pop("stage"))(**options)
             name = cls.name if isinstance(cls.name, str) else cls.__name__
             opt.refuse_unknown(name, inspect.signature(cls).parameters, args, options)
-            fields = opt.spellings(cls)
-            return super().__call__(**{fields[name]: value for name, value in options.items()})
+            return super().__call__(**opt.checked_fields(cls, name, options))
 
 
 class Method(metaclass=MethodType):
@@ -122,17 +121,13 @@ class Method(metaclass=MethodType):
     reduce_grads_locally: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
-        """Make each option hashable and check it against its annotation, then check the options together."""
-        hints = opt.annotations(type(self))
-        for field in dataclasses.fields(self):
-            value = opt.hashable(getattr(self, field.name))
-            object.__setattr__(self, field.name, opt.checked(self.name, opt.spelling(field), value, hints.get(field.name, Any)))
+        """Check the options together; each by itself has been checked already."""
         self.check()
 
     # --- what a method may define ---------------------------------------------------------------------------------------------------
 
     def check(self) -> None:
-        """Refuse options that do not go together; each by itself has been checked already.
+        """Refuse options that do not go together.
 
         Raises:
           ValueError: with what was given and what is allowed.

@@ -26,6 +26,18 @@ T = TypeVar("T")
 Number = int | float
 
 
+class NotEmpty:
+    """A list that may not be empty."""
+
+    def __contains__(self, value: Any) -> bool:
+        """Whether the list has items."""
+        return bool(value)
+
+    def __str__(self) -> str:
+        """The limit in words."""
+        return "(not empty)"
+
+
 @dataclasses.dataclass(frozen=True)
 class Range:
     """The numbers that an option may take: from `low` to `high`, without an end that is `open`."""
@@ -55,7 +67,7 @@ Probability = Annotated[Number, Range(0, 1, open="high")]  # [0, 1)
 Share = Annotated[Number, Range(0, 1, open="low")]  # (0, 1]
 ShareBelowOne = Annotated[Number, Range(0, 1, open="both")]  # (0, 1)
 
-Names = str | Sequence[str]  # a regex for whole paths, or a list of names
+Names = str | Annotated[Sequence[str], NotEmpty()]  # a regex for whole paths, or a list of names
 Axes = Sequence[tuple[str, tuple[Sequence[int], ...]]]  # rules (regex, KernelAxes), as of `jpeft.kernel_axes`
 PerPath = T | Mapping[str, T] | tuple[tuple[str, T], ...]  # one value for all paths, or rules {regex: value}
 
@@ -154,12 +166,28 @@ def checked(owner: str, name: str, value: Hashable, hint: Any) -> Hashable:
     return value
 
 
+def checked_fields(cls: Any, owner: str, options: Mapping[str, Any]) -> dict[str, Hashable]:
+    """The values of a method's fields, made hashable and checked: those of the given options, and the defaults of the others.
+
+    Raises:
+      ValueError: for an option that is missing, of another type than its field, or outside its range.
+    """
+    hints, values = annotations(cls), {}
+    for field in dataclasses.fields(cls):
+        name = spelling(field)
+        if name not in options and field.default is dataclasses.MISSING:
+            raise ValueError(f"{owner} needs the option {name!r}.")
+        value = hashable(options.get(name, field.default))
+        values[field.name] = checked(owner, name, value, hints.get(field.name, Any))
+    return values
+
+
 def _fits(value: Any, hint: Any) -> bool:
     origin, args = typing.get_origin(hint), typing.get_args(hint)
     if hint is Any:
         return True
     if origin is Annotated:
-        return _fits(value, args[0]) and all(value in limit for limit in args[1:] if isinstance(limit, Range))
+        return _fits(value, args[0]) and all(value in limit for limit in args[1:] if isinstance(limit, (Range, NotEmpty)))
     if origin in (Union, types.UnionType):
         return any(_fits(value, part) for part in args)
     if origin is Literal:
@@ -182,7 +210,8 @@ def _fits(value: Any, hint: Any) -> bool:
 
 def _fits_tuple(value: tuple[Any, ...], args: tuple[Any, ...]) -> bool:
     if args[1:] == (Ellipsis,):
-        return all(_fits(item, args[0]) for item in value)
+        rules = typing.get_origin(args[0]) is tuple
+        return (bool(value) or not rules) and all(_fits(item, args[0]) for item in value)
     return len(value) == len(args) and all(map(_fits, value, args))
 
 
@@ -197,7 +226,7 @@ def describe(hint: Any) -> str:
     if hint == Number:
         return "a number"
     if origin is Annotated:
-        return " ".join([describe(args[0]), *(str(limit) for limit in args[1:] if isinstance(limit, Range))])
+        return " ".join([describe(args[0]), *(str(limit) for limit in args[1:] if isinstance(limit, (Range, NotEmpty)))])
     if origin in (Union, types.UnionType):
         return ", or ".join(dict.fromkeys(map(describe, _without_pairs(args))))
     if origin is Literal:

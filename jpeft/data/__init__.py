@@ -1,12 +1,12 @@
-"""Tables of texts: read them, split them, and batches of the arrays that they become.
+"""Tables of texts: reading, splitting, encoding as arrays, and batches of the arrays.
 
     tables = splits("reviews.csv", text="review", label="stars")        # or a folder, "hub:imdb", "builtin"
     labels = label_names(tables["train"])
     arrays = encode(tables["train"], tokenizer, labels=labels, max_length=128)
     ds = batches(arrays, 32, seed=0)                                    # ds[step] is batch number `step`
 
-Nothing here depends on the order of rows, of files or of dictionaries, nor on the process: the same data and seed give
-the same batches everywhere.
+Nothing here depends on the order of rows, of files or of dictionaries, nor on the process: the same data and seed give the same batches
+everywhere.
 """
 
 from jpeft.data.batching import batch_rows as batch_rows

@@ -1,8 +1,8 @@
-"""Batches of arrays in an order that depends on nothing but the seed: the same on every machine and in every process.
+"""Batches of arrays in an order that depends on the seed alone: the same on every machine and in every process.
 
     ds = batches(arrays, 32, seed=0)                                    # ds[step] is batch number `step`
 
-So a run resumed at step k sees what an unbroken run sees.
+A run resumed at step k therefore sees the same batches as an unbroken run.
 """
 
 import functools
@@ -14,16 +14,16 @@ import numpy as np
 
 
 def batches(arrays: Mapping[str, np.ndarray], batch_size: int, *, seed: int) -> grain.MapDataset:
-    """Endless training batches of one shape; `ds[step]` is batch number `step`.
+    """Return endless training batches of one shape; `ds[step]` is batch number `step`.
 
-    The examples run through one endless stream, shuffled anew in every epoch, and each batch is the next `batch_size`
-    of it. So every example is seen exactly once an epoch, none is dropped, and a batch at the border holds the end of
-    one epoch and the start of the next. Resuming at step k is `ds[k]`: nothing has to be stored or skipped.
+    The examples form one endless stream, shuffled anew in every epoch, and each batch holds the next `batch_size` of them. So every example
+    is seen exactly once per epoch, none is dropped, and a batch at the border of two epochs holds the end of one and the start of the next.
+    A run resumed at step k continues with `ds[k]`: nothing has to be stored or skipped.
 
     Args:
       arrays: Columns [N, ...], as `encode` makes them.
       batch_size: Rows B of a batch; may exceed N.
-      seed: Of the shuffling, 0 ... 2^32 - 1.
+      seed: Seed of the order, 0 ... 2^32 - 1.
 
     Returns:
       A `grain.MapDataset` of dictionaries of arrays [B, ...].
@@ -45,18 +45,18 @@ def _take(arrays: dict[str, np.ndarray], rows: np.ndarray) -> dict[str, np.ndarr
 
 
 def batch_rows(arrays: Mapping[str, np.ndarray], batch_size: int, *, seed: int) -> grain.MapDataset:
-    """The numbers of the rows in each batch of `batches`, for processes that read only a part of it.
+    """Return the row numbers of each batch of `batches`, for processes that read only some of its rows.
 
     Args:
-      arrays: As for `batches`, and so the rest.
+      arrays: Columns [N, ...].
       batch_size: Rows B of a batch.
-      seed: Of the shuffling.
+      seed: Seed of the order.
 
     Returns:
       A `grain.MapDataset` of arrays [B].
 
     Raises:
-      ValueError: as `batches`.
+      ValueError: see `batches`.
 
     >>> import numpy as np
     >>> from jpeft.data import batch_rows, batches
@@ -66,15 +66,15 @@ def batch_rows(arrays: Mapping[str, np.ndarray], batch_size: int, *, seed: int) 
     """
     size = _size(arrays, batch_size)
     if size == 0:
-        raise ValueError("no rows to train on")
+        raise ValueError("There are no rows to train on.")
     if not 0 <= seed < 2**32:
-        raise ValueError(f"seed must be a whole number from 0 to 2^32 - 1, got {seed}")
+        raise ValueError(f"seed must be a whole number from 0 to 2^32 - 1, got {seed}.")
     take = functools.partial(_batch_rows, size=size, batch_size=batch_size, seed=seed)
     return grain.MapDataset.range(sys.maxsize // batch_size).map(take)
 
 
 def _batch_rows(step: int, *, size: int, batch_size: int, seed: int) -> np.ndarray:
-    position = np.arange(step * batch_size, (step + 1) * batch_size)  # in the endless stream
+    position = np.arange(step * batch_size, (step + 1) * batch_size)  # positions in the endless stream, [batch_size]
     epoch, offset = np.divmod(position, size)
     rows = np.empty(batch_size, np.int64)
     for number in range(int(epoch[0]), int(epoch[-1]) + 1):
@@ -82,19 +82,19 @@ def _batch_rows(step: int, *, size: int, batch_size: int, seed: int) -> np.ndarr
     return rows
 
 
-# Not grain's shuffle: it takes milliseconds an example on small data sets and gives epoch 1 of seed 0 and epoch 0 of
-# seed 1 the same order. And not numpy's `permutation`, whose result may change with numpy: raw bits and their ranks
-# do not. The cache holds what the batch at an epoch's border needs; a lost entry is only made again.
+# Not grain's shuffle: it takes milliseconds per example on small data sets and gives epoch 1 of seed 0 and epoch 0 of seed 1 the same
+# order. And not numpy's `permutation`, whose result may change between versions of numpy; raw bits and their ranks do not. The cache holds
+# the two epochs that a batch at their border needs; a lost entry is computed again.
 @functools.lru_cache(maxsize=4)
 def _order(size: int, seed: int, epoch: int) -> np.ndarray:
-    """Row numbers [size] in the order of one epoch."""
+    """Return the row numbers [size] in the order of one epoch."""
     order = np.argsort(np.random.Philox(np.random.SeedSequence((seed, epoch))).random_raw(size), kind="stable")
     order.flags.writeable = False  # shared by all callers
     return order
 
 
 def eval_batches(arrays: Mapping[str, np.ndarray], batch_size: int) -> Iterator[dict[str, np.ndarray]]:
-    """All rows once and in order, in batches of one shape.
+    """Iterate over all rows once and in order, in batches of one shape.
 
     Args:
       arrays: Columns [N, ...].
@@ -121,7 +121,7 @@ def eval_batches(arrays: Mapping[str, np.ndarray], batch_size: int) -> Iterator[
 
 
 def steps_per_epoch(arrays: Mapping[str, np.ndarray], batch_size: int) -> int:
-    """Batches until every example was seen once, the last of them possibly shared with the next epoch: ceil(N / B).
+    """Return the number of batches until every example was seen once, ceil(N / B); the last one may begin the next epoch.
 
     >>> import numpy as np
     >>> from jpeft.data import steps_per_epoch
@@ -132,10 +132,10 @@ def steps_per_epoch(arrays: Mapping[str, np.ndarray], batch_size: int) -> int:
 
 
 def _size(arrays: Mapping[str, np.ndarray], batch_size: int) -> int:
-    """Number of rows N of checked columns."""
+    """Return the number of rows N, after checking that all columns have it."""
     if batch_size < 1:
-        raise ValueError(f"batch_size must be at least 1, got {batch_size}")
+        raise ValueError(f"batch_size must be at least 1, got {batch_size}.")
     sizes = {name: len(column) for name, column in arrays.items()}
     if len(set(sizes.values())) != 1:
-        raise ValueError(f"columns must have the same number of rows, got {sizes or 'no columns'}")
+        raise ValueError(f"All columns must have the same number of rows, got {sizes or 'no columns'}.")
     return next(iter(sizes.values()))

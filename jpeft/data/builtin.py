@@ -1,9 +1,8 @@
 """A real English data set that needs no download: the documentation paragraphs of the installed SciPy.
 
-The task is to tell from the opening paragraphs of a docstring which SciPy subpackage it documents (`signal`, `stats`,
-`sparse`, ...). Documented is what a subpackage offers in its own namespace, with the methods and properties of its classes.
-SciPy is installed wherever JAX is, so the data set is there on a machine without a network too. Its texts follow the
-installed version, so compare results only on one version of SciPy.
+The text is the opening paragraphs of a docstring, the label the SciPy subpackage that it documents (`signal`, `stats`, `sparse`, ...). The
+docstrings are those of all public names of a subpackage, and of the methods and properties of its classes. SciPy is installed with JAX, so
+the data set exists on a machine without a network too. Its texts depend on the version of SciPy, so compare results of one version only.
 """
 
 import functools
@@ -19,8 +18,8 @@ from typing import Any
 
 from jpeft.data import Table, fingerprint, split_table
 
-MIN_TEXTS = 40  # a subpackage with fewer texts is no class
-MIN_CHARACTERS = 20  # shorter texts are leftovers such as "See above."
+MIN_TEXTS = 40  # a subpackage with fewer texts is left out
+MIN_CHARACTERS = 20  # drops texts such as "See above."
 MAX_CHARACTERS = 400  # about 100 word pieces: fits `max_length=128`
 TEST = 0.20  # share of all texts
 VALIDATION = 0.06  # share of all texts, taken from the other 80 %
@@ -28,7 +27,7 @@ VALIDATION = 0.06  # share of all texts, taken from the other 80 %
 
 @functools.cache
 def builtin() -> dict[str, Table]:
-    """The built-in data set, split 74 / 6 / 20 % by a hash of the text, each class in each split.
+    """Return the built-in data set, split 74 / 6 / 20 % by a hash of the text, with each class in each split.
 
     Returns:
       `{"train": ..., "validation": ..., "test": ...}`; text is a documentation paragraph, label its subpackage. With
@@ -45,10 +44,10 @@ def builtin() -> dict[str, Table]:
 
 
 def paragraphs() -> Table:
-    """All texts of the built-in data set with their labels, in alphabetical order.
+    """Return all texts of the built-in data set with their labels, in alphabetical order.
 
-    One text appears once: texts that differ only in case, spaces and punctuation count as one. A text found under two
-    of the classes is dropped, because no reader could tell which is meant.
+    Of texts that differ only in case, spaces and punctuation, one is kept. A text that occurs in two classes is dropped, because its label
+    is ambiguous.
 
     Raises:
       ValueError: if SciPy is not installed.
@@ -59,39 +58,39 @@ def paragraphs() -> Table:
     """
     texts: dict[str, set[str]] = defaultdict(set)  # by fingerprint
     labels: dict[str, set[str]] = defaultdict(set)
-    # Subpackages on their way out warn when they are imported or read; who reads the data set can do nothing about it.
+    # Deprecated subpackages warn when they are imported or read; users of the data set need not know.
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         names, found = _docstrings()
-    for label, doc in set(found):  # an inherited method is found in several classes
+    for label, doc in set(found):  # a set, because an inherited method is found in several classes
         text = clean(doc, names)
         if len(text) >= MIN_CHARACTERS:
             texts[fingerprint(text)].add(text)
             labels[fingerprint(text)].add(label)
     large = _frequent(label for owners in labels.values() for label in owners)
-    # min(): of several spellings of one text always the same one, whatever order SciPy lists its names in.
+    # min(): the choice among several spellings must not depend on the order in which SciPy lists its names.
     single = {min(texts[key]): min(owners & large) for key, owners in labels.items() if len(owners & large) == 1}
-    # Once more: a class may have lost texts to another.
+    # Counted again, because ambiguous texts were dropped.
     large = _frequent(single.values())
     rows = sorted((text, label) for text, label in single.items() if label in large)
     return Table(text=[text for text, _ in rows], pair=None, label=[label for _, label in rows])
 
 
 def _frequent(labels: Iterable[str]) -> set[str]:
-    """The labels that have enough texts for a class."""
+    """Return the labels that have enough texts for a class."""
     return {label for label, count in Counter(labels).items() if count >= MIN_TEXTS}
 
 
 def clean(doc: str, names: frozenset[str]) -> str:
-    """The opening paragraphs of a docstring as plain text, at most `MAX_CHARACTERS` long.
+    """Return the opening paragraphs of a docstring as plain text, at most `MAX_CHARACTERS` long.
 
-    ReStructuredText markup, fields, footnotes and everything from the first section ("Parameters", ...) on go; so do import paths and the
-    subpackage's name in references, which would give the label away. All other words stay, also the signatures at the top of compiled
-    functions' docstrings and the paragraph on batches that a decorator puts into many functions of linear algebra.
+    Removed are reStructuredText markup, fields, footnotes, everything from the first section ("Parameters", ...) on, import paths, and the
+    subpackage's name in references, which would reveal the label. All other words are kept, including the signatures at the top of compiled
+    functions' docstrings and the paragraph on batches that a decorator adds to many functions of linear algebra.
 
     Args:
       doc: A docstring.
-      names: The subpackages (`signal`, `linalg`, ...), removed wherever they are part of a path.
+      names: The subpackages (`signal`, `linalg`, ...), which are removed from paths.
 
     >>> from jpeft.data.builtin import clean
     >>> clean("See :func:`scipy.signal.lfilter`.\\n\\nParameters\\n----------\\nx", frozenset({"signal"}))
@@ -105,7 +104,7 @@ def clean(doc: str, names: frozenset[str]) -> str:
     text = "\n".join(lines[:end])
     text = re.sub(r"^\s*\.\. (?:version\w+|deprecated|legacy|index|currentmodule|plot|only)::.*$", " ", text, flags=re.M)
     text = re.sub(r"^\s*:\w+: .*$", " ", text, flags=re.M)  # fields: `:type: *int*`
-    text = re.sub(r"^\s*\.\.(?: [\w-]+::|(?=\s|$))", " ", text, flags=re.M)  # other directives: keep what they hold
+    text = re.sub(r"^\s*\.\.(?: [\w-]+::|(?=\s|$))", " ", text, flags=re.M)  # other directives: keep their content
     text = re.sub(rf":ref:`(?:tutorial-)?(?:{'|'.join(sorted(names))})_(\w+)`", r"\1", text)  # a chapter's anchor, `:ref:`linalg_batch``
     text = re.sub(r":[\w:.+-]+:`[~!]?([^`]*?)(?:\s+<[^`<>]+>)?`", r"\1", text)  # roles: `:ref:`title <target>``
     text = re.sub(r"`([^`<]+?)\s*<[^`>]*>`_+", r"\1", text)  # links
@@ -140,24 +139,24 @@ def _cut(text: str) -> str:
 
 
 def _docstrings() -> tuple[frozenset[str], list[tuple[str, str]]]:
-    """Names of the subpackages, and (subpackage, docstring) of all that each of them offers."""
+    """Return the names of the subpackages, and (subpackage, docstring) of all public names."""
     try:
         scipy = importlib.import_module("scipy")
     except ImportError as error:
-        raise ValueError('the built-in data set is made of SciPy\'s documentation: pip install "jpeft[demo]"') from error
+        raise ValueError('The built-in data set is made of SciPy\'s documentation: pip install "jpeft[demo]".') from error
     names = frozenset(info.name for info in pkgutil.iter_modules(scipy.__path__) if info.ispkg and not info.name.startswith("_"))
     found = []
     for name in sorted(names):
         try:
             module = importlib.import_module(f"scipy.{name}")
-        except ImportError:  # left over from an older version, or needs an optional package
+        except ImportError:  # a leftover of an older version, or one that needs an optional package
             continue
         found += [(name, doc) for member in _members(module, name) if (doc := _doc(member))]
     return names, found
 
 
 def _members(module: ModuleType, subpackage: str) -> Iterator[Any]:
-    """The functions and classes in a subpackage's own namespace, and the classes' methods and properties, inherited ones too."""
+    """Iterate over the functions and classes in a subpackage's namespace, and over all methods and properties of the classes."""
     for name in _public(getattr(module, "__all__", None) or vars(module)):
         member = getattr(module, name, None)
         if inspect.ismodule(member) or _foreign(member, subpackage):
@@ -173,8 +172,8 @@ def _public(names: Iterable[str]) -> list[str]:
 
 
 def _foreign(member: Any, subpackage: str) -> bool:
-    """Whether it is a re-export (`scipy.special.logsumexp` elsewhere, NumPy's errors), which belongs to where it is defined."""
-    # Compiled functions name no module: they are where they are found.
+    """Return whether a member is re-exported and belongs to another subpackage (`scipy.special.logsumexp`) or to NumPy."""
+    # Compiled functions name no module and belong to the subpackage where they are found.
     home = (getattr(member, "__module__", None) or "").split(".")
     return home[0] == "numpy" or (home[0] == "scipy" and len(home) > 1 and home[1] not in {subpackage, "_lib"})
 
@@ -185,5 +184,5 @@ def _is_attribute(value: Any) -> bool:
 
 def _doc(member: Any) -> str:
     doc = getattr(member, "__doc__", None)
-    # An instance without a docstring of its own shows its class's.
+    # An instance without a docstring has its class's, which is not about the instance.
     return doc if isinstance(doc, str) and doc is not type(member).__doc__ else ""

@@ -1,4 +1,4 @@
-"""Labelled texts -> arrays."""
+"""Tables of texts as arrays of token ids."""
 
 from collections import defaultdict
 from collections.abc import Sequence
@@ -10,7 +10,7 @@ from jpeft.data.tables import Table
 
 
 def encode(table: Table, tokenizer: Any, *, labels: Sequence[str] | None, max_length: int) -> dict[str, np.ndarray]:
-    """Turn texts into token numbers, all rows of one length.
+    """Return texts as token ids, all rows of one length.
 
     Args:
       table: N rows.
@@ -20,7 +20,7 @@ def encode(table: Table, tokenizer: Any, *, labels: Sequence[str] | None, max_le
 
     Returns:
       `input_ids` and `attention_mask` [N, max_length], `token_type_ids` [N, max_length] if the tokenizer makes them,
-      `label` [N] if `labels` is given; all int32.
+      `label` [N], the number of the class, if `labels` is given; all int32.
 
     Raises:
       ValueError: for a label that is not among `labels`, a length the tokenizer cannot make, or no padding token.
@@ -28,15 +28,15 @@ def encode(table: Table, tokenizer: Any, *, labels: Sequence[str] | None, max_le
     Example: `encode(table, AutoTokenizer.from_pretrained(folder), labels=("neg", "pos"), max_length=128)`.
     """
     if tokenizer.pad_token_id is None:
-        raise ValueError("the tokenizer has no padding token; set one, e.g. tokenizer.pad_token = tokenizer.eos_token")
+        raise ValueError("The tokenizer has no padding token: set one, e.g. tokenizer.pad_token = tokenizer.eos_token.")
     special = tokenizer.num_special_tokens_to_add(pair=table.pair is not None)
     if not special < max_length <= tokenizer.model_max_length:
         raise ValueError(
             f"max_length={max_length} must be more than the {special} special tokens and at most "
-            f"{tokenizer.model_max_length}, the tokenizer's own limit"
+            f"{tokenizer.model_max_length}, the tokenizer's own limit."
         )
     arrays: dict[str, list[np.ndarray]] = defaultdict(list)
-    chunk = 4096  # the tokenizer's Python lists take ten times the memory of the arrays
+    chunk = 4096  # rows at a time, because the tokenizer's Python lists take ten times the memory of the arrays
     for start in range(0, max(len(table), 1), chunk):
         stop = start + chunk
         pairs = None if table.pair is None else table.pair[start:stop]
@@ -56,12 +56,12 @@ def encode(table: Table, tokenizer: Any, *, labels: Sequence[str] | None, max_le
 
 def _label_numbers(table: Table, labels: tuple[str, ...]) -> np.ndarray:
     if table.label is None:
-        raise ValueError("the table has no labels; give labels=None to encode rows for prediction")
+        raise ValueError("The table has no labels: give labels=None to encode rows for prediction.")
     unknown = sorted(set(table.label) - set(labels))
     if unknown:
         raise ValueError(
-            f"unknown label{'s' if len(unknown) > 1 else ''} {', '.join(map(repr, unknown[:10]))}: the model knows "
-            f"{', '.join(map(repr, labels))}; remove those rows or train with them"
+            f"Unknown label{'s' if len(unknown) > 1 else ''} {', '.join(map(repr, unknown[:10]))}: the model knows "
+            f"{', '.join(map(repr, labels))}. Remove those rows, or train with them."
         )
     number = {name: i for i, name in enumerate(labels)}
     return np.asarray([number[name] for name in table.label], np.int32)

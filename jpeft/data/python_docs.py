@@ -1,10 +1,10 @@
-"""Built-in texts for generation that need no download: what the installed Python stack says about itself.
+"""Built-in texts for generation that need no download: documentation of the installed Python packages.
 
 * `builtin:docs`, plain text: the docstrings of NumPy, SciPy, JAX, Flax and Optax. `jpeft.training.small_decoder` is pretrained on them.
 * `builtin:reference`, plain text: the Python language reference, as `help("with")` shows it.
 * `builtin:summaries`, pairs: the head of a function of Python's standard library, and the first line of its docstring.
 
-Sources are parsed, not imported. The texts follow the installed versions, so compare results only where these are the same.
+Sources are parsed, not imported. The texts depend on the installed versions, so compare results of equal versions only.
 """
 
 import ast
@@ -20,29 +20,29 @@ from typing import Any
 from jpeft.data import Table, fingerprint, split_table
 
 PACKAGES = ("numpy", "scipy", "jax", "flax", "optax")
-MIN_CHARACTERS = 80  # a docstring shorter than this says hardly more than its function's name
-SECTION = 1500  # characters of a document of the reference, at most but for single longer paragraphs
+MIN_CHARACTERS = 80  # shorter docstrings hardly say more than the name of their function
+SECTION = 1500  # longest document of the reference in characters, unless a single paragraph is longer
 MAX_HEAD = 160  # characters of a function's head
 SUMMARY = (10, 100)  # fewest and most characters of a summary
 
 _SKIPPED = {"tests", "test", "testing", "site-packages", "dist-packages", "idlelib", "lib2to3", "pydoc_data", "turtledemo", "vendor"}
-# As on a keyboard: a small tokenizer has better use for its words.
+# Typographic characters become those of a keyboard, so that a small tokenizer needs no tokens for them.
 _PLAIN = str.maketrans({"“": '"', "”": '"', "‘": "'", "’": "'", "–": "-", "—": "-", "…": "...", "\u00a0": " "})
 
 
 @functools.cache
 def docs(packages: tuple[str, ...] = PACKAGES) -> dict[str, Table]:
-    """Docstrings of modules, classes and functions, split 98 / 1 / 1 %.
+    """Return docstrings of modules, classes and functions, split 98 / 1 / 1 %.
 
-    Each docstring ends before its first example, whose numbers are no prose. Of docstrings that differ only in case, spaces and
-    punctuation one is there.
+    Each docstring ends before its first example, because examples are not prose. Of docstrings that differ only in case, spaces and
+    punctuation, one is kept.
 
     Args:
       packages: Installed packages.
 
     Returns:
-      `{"train": ..., "validation": ..., "test": ...}`, plain texts, in the order of a hash so that neighbours have nothing to do with
-      each other. With the default packages more than 5 million characters.
+      `{"train": ..., "validation": ..., "test": ...}`, plain texts, in the order of a hash, so that neighbours are unrelated. With the
+      default packages more than 5 million characters.
 
     Raises:
       ValueError: if a package is not installed.
@@ -53,13 +53,13 @@ def docs(packages: tuple[str, ...] = PACKAGES) -> dict[str, Table]:
 
 @functools.cache
 def reference() -> dict[str, Table]:
-    """The Python language reference in documents of a few paragraphs, split 75 / 10 / 15 %.
+    """Return the Python language reference in documents of a few paragraphs, split 75 / 10 / 15 %.
 
-    Its topics overlap ("specialnames" holds a dozen others), so a paragraph is kept only where it is met first: no test paragraph has
-    been seen in training.
+    Its topics overlap ("specialnames" contains a dozen others), so only the first occurrence of a paragraph is kept. No test paragraph
+    occurs in training.
 
     Raises:
-      ValueError: if this Python comes without `pydoc_data`.
+      ValueError: if this Python lacks `pydoc_data`.
 
     >>> from jpeft.data.python_docs import reference
     >>> sorted(reference())
@@ -69,7 +69,7 @@ def reference() -> dict[str, Table]:
         from pydoc_data.topics import topics
     except ImportError as error:
         raise ValueError(
-            "builtin:reference is made of pydoc_data, which this Python does not have: install its full standard library"
+            "builtin:reference is made of pydoc_data, which this Python does not have: install its full standard library."
         ) from error
     documents, seen = [], set()
     for name in sorted(topics):
@@ -90,15 +90,15 @@ def reference() -> dict[str, Table]:
 
 @functools.cache
 def summaries() -> dict[str, Table]:
-    '''Pairs of a function's head and the first line of its docstring, from Python's standard library, split 85 / 5 / 10 %.
+    '''Return pairs of a function's head and the first line of its docstring, from Python's standard library, split 85 / 5 / 10 %.
 
-    A head names the module (and class), the function and its arguments, and ends where the docstring begins:
+    A head names the module (and class), the function and its arguments, and ends at the beginning of the docstring:
 
         # textwrap
         def dedent(text):
             """
 
-    and the target is `Remove any common leading whitespace from every line in `text`.` A head that occurs with two summaries is dropped.
+    The target is `Remove any common leading whitespace from every line in `text`.` A head that occurs with two summaries is dropped.
     '''
     pairs: dict[str, set[str]] = {}
     for module, tree in _modules(Path(sysconfig.get_path("stdlib"))):
@@ -116,20 +116,20 @@ def summaries() -> dict[str, Table]:
 
 
 def _folder(package: str) -> Path:
-    spec = importlib.util.find_spec(package)  # looked up, not imported
+    spec = importlib.util.find_spec(package)  # finds the package without importing it
     if spec is None or not spec.submodule_search_locations:
-        raise ValueError(f'the built-in texts are docstrings of {package}, which is not installed: pip install "jpeft[demo]"')
+        raise ValueError(f'the built-in texts are docstrings of {package}, which is not installed: pip install "jpeft[demo]".')
     return Path(spec.submodule_search_locations[0])
 
 
 def _modules(root: Path) -> Iterator[tuple[str, ast.Module]]:
-    """Name and syntax tree of each module below a folder, tests and other projects' copies left out."""
+    """Iterate over name and syntax tree of each module below a folder, without tests and vendored projects."""
     for path in sorted(root.rglob("*.py")):
         parts = path.relative_to(root).with_suffix("").parts
         if _SKIPPED.isdisjoint(parts) and not any(part.startswith("_vendor") for part in parts):
             try:
                 yield ".".join(part for part in parts if part != "__init__"), ast.parse(path.read_bytes())
-            except (SyntaxError, ValueError):  # a template, or broken on purpose
+            except (SyntaxError, ValueError):  # a template, or a file that tests a parser
                 continue
 
 
@@ -140,7 +140,7 @@ def _docstrings(tree: ast.Module) -> Iterator[str]:
 
 
 def _functions(body: Any, owner: str) -> Iterator[tuple[str, ast.FunctionDef | ast.AsyncFunctionDef]]:
-    """The public functions of a module and of its classes, each with the dotted name of where it is."""
+    """Iterate over the functions of a module and of its classes, each with the dotted name of its owner."""
     for node in body.body:
         if isinstance(node, ast.ClassDef):
             yield from _functions(node, f"{owner}.{node.name}")
@@ -149,15 +149,15 @@ def _functions(body: Any, owner: str) -> Iterator[tuple[str, ast.FunctionDef | a
 
 
 def _prose(doc: str) -> str:
-    """A docstring up to its first example."""
+    """Return a docstring up to its first example."""
     text = re.split(r"^\s*(?:>>>|Examples?\s*\n\s*-{3,}|Examples?::?\s*$)", inspect.cleandoc(doc), maxsplit=1, flags=re.M)[0]
     return text.translate(_PLAIN).strip()
 
 
 def _distinct(texts: Iterable[str]) -> list[str]:
-    """One of all texts that differ only in case, spaces and punctuation, in the order of a hash."""
+    """Return the texts in the order of a hash, one of those that differ only in case, spaces and punctuation."""
     found: dict[str, str] = {}
     for text in texts:
         key = fingerprint(text)
-        found[key] = min(text, found.get(key, text))  # the same one whatever order the files are listed in
+        found[key] = min(text, found.get(key, text))  # independent of the order of files
     return [found[key] for key in sorted(found)]

@@ -1,4 +1,4 @@
-"""Splits of a data set, by its name: a file, a folder, a data set of the hub, or what comes along.
+"""The splits of a data set: a file, a folder, a data set of the hub, or a built-in one.
 
 Nothing here depends on the order of rows or of files, nor on the process.
 """
@@ -12,7 +12,7 @@ from typing import Any
 
 from jpeft.data.tables import READERS, Table, from_columns, label_names, read
 
-# Names under which files and hub data sets carry their splits, the preferred one first.
+# Names of the splits in files and hub data sets, the preferred one first.
 SPLIT_NAMES = {
     "train": ("train", "training"),
     "validation": ("validation", "valid", "val", "dev", "validation_matched"),
@@ -31,29 +31,28 @@ def splits(
     validation: float = 0.1,
     test: float = 0.1,
 ) -> dict[str, Table]:
-    """The training, validation and test tables of a data set.
+    """Return the training, validation and test tables of a data set.
 
     Args:
       spec: One of
-        `"builtin"`: `jpeft.data.builtin.builtin()`, or `"builtin:docs"`, `"builtin:reference"`, `"builtin:summaries"`: those of
+        `"builtin"`, from `jpeft.data.builtin`, or `"builtin:docs"`, `"builtin:reference"`, `"builtin:summaries"`, from
         `jpeft.data.python_docs`; they have their own columns and splits;
         a folder with files `train.*`, `validation.*` (or `valid.*`, `val.*`, `dev.*`) and `test.*`;
         one file, split here by `split_table`;
         `"hub:name"` or `"hub:name/config"`, a data set of the Hugging Face hub, name with or without an owner.
       text: Column of the texts.
       pair: Column of the second texts of sentence pairs; None for single texts.
-      label: Column of the classes; None where there are none.
-      target: Column of what is to be generated from the texts; None where nothing is.
-      tags: Column of lists with a tag for each word; None where there are none.
-      validation: Share of all texts for validation, where the data set brings no such split.
-      test: Share of all texts for the test, likewise. A hub split with hidden labels (-1) counts as missing.
+      label: Column of the classes; None for data without classes.
+      target: Column of the texts to generate; None for none.
+      tags: Column of lists with a tag for each word; None for none.
+      validation: Share of all texts for validation, if the data set has no such split.
+      test: Share of all texts for the test, if the data set has no such split. A hub split with hidden labels (-1) counts as missing.
 
     Returns:
       `{"train": ..., "validation": ..., "test": ...}`.
 
     Raises:
-      ValueError: as `read`, and for a data set that is not there, without training rows or, if there are classes, with
-        a single one.
+      ValueError: see `read`; and for a data set that does not exist, that has no training rows, or that has only one class.
 
     >>> from jpeft.data import splits
     >>> {name: len(table) for name, table in splits("builtin").items()}["test"] > 100
@@ -63,33 +62,32 @@ def splits(
         return _builtin(str(spec))
     columns: dict[str, Any] = {"text": text, "pair": pair, "label": label, "target": target, "tags": tags}
     if isinstance(spec, str) and spec.startswith("hub:"):
-        given = _hub(spec, **columns)
+        found = _hub(spec, **columns)
     elif Path(spec).is_dir():
-        given = _folder(Path(spec), **columns)
+        found = _folder(Path(spec), **columns)
     elif Path(spec).exists():
-        given = {"train": read(spec, **columns)}
+        found = {"train": read(spec, **columns)}
     else:
         raise ValueError(
             f"{spec}: no such file or folder; give a file ({', '.join(READERS)}), a folder of train, validation and "
-            'test files, "hub:name" or "builtin"'
+            'test files, "hub:name" or "builtin".'
         )
-    # Only what the data set lacks is carved out of its training rows.
-    shares = {name: share for name, share in (("validation", validation), ("test", test)) if name not in given}
+    # Splits that the data set lacks are taken from its training rows.
+    shares = {name: share for name, share in (("validation", validation), ("test", test)) if name not in found}
     try:
-        carved = split_table(given["train"], **{"validation": 0.0, "test": 0.0, **shares})
+        parts = split_table(found["train"], **{"validation": 0.0, "test": 0.0, **shares})
         if label is not None:
-            label_names(carved["train"])
+            label_names(parts["train"])
     except ValueError as error:
         raise ValueError(f"{spec}: {error}") from error
-    return {name: given[name] if name != "train" and name in given else carved[name] for name in SPLIT_NAMES}
+    return {name: found[name] if name != "train" and name in found else parts[name] for name in SPLIT_NAMES}
 
 
 def split_table(table: Table, *, validation: float, test: float) -> dict[str, Table]:
     """Split a table by a hash of the text, class by class.
 
-    Each class keeps its share of each split to within one text, and at least one text for training. Which split a row
-    goes to depends on the texts in the table, not on their order; texts that are the same but for case, spaces and
-    punctuation go together.
+    Each class has its share of each split to within one text, and at least one text for training. The split of a row depends on the texts
+    in the table, not on their order. Texts that differ only in case, spaces and punctuation are in the same split.
 
     Args:
       table: The rows to split.
@@ -108,8 +106,8 @@ def split_table(table: Table, *, validation: float, test: float) -> dict[str, Ta
     {'train': 14, 'validation': 2, 'test': 4}
     """
     if validation < 0 or test < 0 or validation + test >= 1:
-        raise ValueError(f"validation={validation} and test={test} must be at least 0 and together less than 1")
-    groups: dict[str, list[int]] = defaultdict(list)  # rows that must stay together
+        raise ValueError(f"validation={validation} and test={test} must be at least 0 and together less than 1.")
+    groups: dict[str, list[int]] = defaultdict(list)  # rows of one text, by its fingerprint
     for row, text in enumerate(table.text):
         groups[fingerprint(text, table.pair[row] if table.pair is not None else None)].append(row)
     classes: dict[str, list[str]] = defaultdict(list)
@@ -124,7 +122,7 @@ def split_table(table: Table, *, validation: float, test: float) -> dict[str, Ta
         keys = classes[name]
         left = len(keys)
         for part, share in shares.items():
-            # What rounding withholds from one class goes to the next, so that many small classes get a split too.
+            # The remainder of rounding is carried to the next class, so that many small classes get a split too.
             due[part] += share * len(keys)
             wanted = max(int(due[part] - taken[part] + 0.5), 0)
             count = min(wanted, math.ceil(share * len(keys)), left - 1)
@@ -135,32 +133,32 @@ def split_table(table: Table, *, validation: float, test: float) -> dict[str, Ta
     for part, share in shares.items():
         if share > 0 and not parts[part]:
             raise ValueError(
-                f"the {part} split would be empty: {len(groups)} different texts, {part}={share}; "
-                f"give more rows, a larger share, or a {part} file of its own"
+                f"The {part} split would be empty: {len(groups)} different texts, {part}={share}; "
+                f"give more rows, a larger share, or a {part} file of its own."
             )
     return {part: table.take(sorted(rows)) for part, rows in parts.items()}
 
 
 def fingerprint(text: str, pair: str | None = None) -> str:
-    """A hash of the text in which case, spaces and punctuation do not count.
+    """Return a hash of the text that ignores case, spaces and punctuation.
 
     >>> from jpeft.data import fingerprint
     >>> fingerprint("Fast Fourier-transform.") == fingerprint("fast  fourier transform")
     True
     """
-    # A text of nothing but punctuation stands for itself.
+    # A text of punctuation alone is hashed as it is.
     parts = [" ".join(re.findall(r"\w+", part.casefold())) or part for part in (text, pair) if part is not None]
     return hashlib.sha256("\0".join(parts).encode("utf-8", "surrogatepass")).hexdigest()
 
 
 def _builtin(spec: str) -> dict[str, Table]:
-    # Inside: they are made of Tables.
+    # Imported here, because both modules import this package.
     from jpeft.data import builtin, python_docs
 
     sets = {"builtin": builtin.builtin}
     sets |= {f"builtin:{make.__name__}": make for make in (python_docs.docs, python_docs.reference, python_docs.summaries)}
     if spec not in sets:
-        raise ValueError(f"there is no built-in data {spec!r}; there are {', '.join(sets)}")
+        raise ValueError(f"There is no built-in data {spec!r}; there are {', '.join(sets)}.")
     return sets[spec]()
 
 
@@ -169,10 +167,10 @@ def _folder(folder: Path, **columns: Any) -> dict[str, Table]:
     found = {name: [path for path in files if path.stem in aliases] for name, aliases in SPLIT_NAMES.items()}
     for name, paths in found.items():
         if len(paths) > 1:
-            raise ValueError(f"{folder}: several {name} files, {', '.join(p.name for p in paths)}; leave only one there")
+            raise ValueError(f"{folder}: several {name} files, {', '.join(p.name for p in paths)}; leave only one there.")
     if not found["train"]:
         there = ", ".join(sorted(path.name for path in folder.iterdir())[:10]) or "nothing"
-        raise ValueError(f"{folder}: no train file; it holds {there}. Name it train{', train'.join(READERS)}")
+        raise ValueError(f"{folder}: no train file; it holds {there}. Name it train{', train'.join(READERS)}.")
     return {name: read(paths[0], **columns) for name, paths in found.items() if paths}
 
 
@@ -180,16 +178,18 @@ def _hub(spec: str, *, label: str | None, **others: Any) -> dict[str, Table]:
     dataset = _load_hub(spec)
     found = {name: [alias for alias in aliases if alias in dataset] for name, aliases in SPLIT_NAMES.items()}
     if not found["train"]:
-        raise ValueError(f"{spec}: no train split; it has {', '.join(sorted(dataset))}")
+        raise ValueError(f"{spec}: no train split; it has {', '.join(sorted(dataset))}.")
     tables = {}
     for name, aliases in found.items():
         if not aliases:
             continue
         rows = dataset[aliases[0]]
-        # Other columns by name only: they may hold images.
+        # All other columns are only named and not read: they may hold images.
         columns: dict[str, Any] = {c: rows[c][:] if c in (label, *others.values()) else () for c in rows.column_names}
         names = getattr(rows.features.get(label), "names", None)
-        if label is not None and names is not None:  # a ClassLabel: numbers in the table, names beside it; -1 for a hidden label
+        if (
+            label is not None and names is not None
+        ):  # a ClassLabel: numbers in the table, their names in its features; -1 for a hidden label
             columns[label] = [None if i is None or i < 0 else names[i] for i in columns[label]]
             if name != "train" and not any(columns[label]):
                 continue
@@ -202,20 +202,20 @@ def _hub(spec: str, *, label: str | None, **others: Any) -> dict[str, Table]:
 
 
 def _load_hub(spec: str) -> Any:
-    """A `datasets.DatasetDict`; "a/b" is the data set b of owner a, or else the configuration b of data set a."""
+    """Return a `datasets.DatasetDict`. "a/b" is the data set b of owner a or, if there is none, the configuration b of data set a."""
     try:
         import datasets
     except ImportError as error:
-        raise ValueError(f'{spec}: data sets of the hub need another package: pip install "jpeft[hub]"') from error
+        raise ValueError(f'{spec}: data sets of the hub need another package: pip install "jpeft[hub]".') from error
     parts = spec.removeprefix("hub:").split("/")
     if not 1 <= len(parts) <= 3 or not all(parts):
-        raise ValueError(f"{spec}: expected hub:name, hub:owner/name, hub:name/config or hub:owner/name/config")
+        raise ValueError(f"{spec}: expected hub:name, hub:owner/name, hub:name/config or hub:owner/name/config.")
     named = [("/".join(parts[:2]), parts[2] if len(parts) == 3 else None)]
     configured = [(parts[0], parts[1])] if len(parts) == 2 else []
     problems = []
     for name, config in named + configured:
         try:
             return datasets.load_dataset(name, config)
-        except OSError as error:  # not found, or the hub is out of reach
+        except OSError as error:  # not found, or the hub cannot be reached
             problems.append(str(error))
-    raise ValueError(f"{spec}: the hub gave no such data set ({'; '.join(problems)}); check its name and the connection")
+    raise ValueError(f"{spec}: the hub gave no such data set ({'; '.join(problems)}); check its name and the connection.")

@@ -22,10 +22,10 @@ class Table:
     Attributes:
       text: The texts, or the first of each pair.
       pair: The second texts of sentence pairs; None for single texts.
-      label: The class of each row; None for rows to be predicted, and where there are no classes.
-      target: What is to be generated from each text; None for rows to be continued, and for plain text.
-      words: The words of each text, if they came as lists; None if the spaces tell.
-      tags: A tag for each word of each text; None for rows to be tagged, and where there are no tags.
+      label: The class of each row; None for rows to be predicted and for data without classes.
+      target: The text to generate from each text; None for prompts and for plain text.
+      words: The words of each text, if the data has lists of words; None if words are separated by spaces.
+      tags: A tag for each word of each text; None for rows to be tagged and for data without tags.
 
     >>> from jpeft.data import Table
     >>> len(Table(text=["good", "bad"], pair=None, label=["pos", "neg"]))
@@ -42,13 +42,13 @@ class Table:
     def __post_init__(self) -> None:
         lengths = {f.name: len(column) for f in dataclasses.fields(self) if (column := getattr(self, f.name)) is not None}
         if len(set(lengths.values())) > 1:
-            raise ValueError(f"the columns of a Table must have the same length, got {lengths}")
+            raise ValueError(f"The columns of a Table must have the same length, got {lengths}.")
 
     def __len__(self) -> int:
         return len(self.text)
 
     def take(self, rows: Sequence[int]) -> "Table":
-        """The given rows, in that order."""
+        """Return the given rows, in that order."""
         columns = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
         return Table(**{name: column and [column[i] for i in rows] for name, column in columns.items()})
 
@@ -69,20 +69,20 @@ def read(
 
     Args:
       path: A `.csv`, `.tsv` (both with a header line), `.jsonl`, `.parquet` or `.txt` file, UTF-8. A `.txt` file has one
-        column, "text": what stands between blank lines.
-      text: Column of the texts; of lists of words, where there are tags.
+        column, "text"; blank lines separate the texts.
+      text: Column of the texts; with tags, of the lists of words.
       pair: Column of the second texts of sentence pairs; None for single texts.
-      label: Column of the classes, strings or whole numbers (which become strings); None for rows to be predicted, and
-        where there are no classes.
-      target: Column of what is to be generated from the texts; None where nothing is.
-      tags: Column of lists with a tag for each word (or of texts, "B-PER O O"); None where there are none.
+      label: Column of the classes, strings or whole numbers (which become strings); None for rows to be predicted and for
+        data without classes.
+      target: Column of the texts to generate; None for none.
+      tags: Column of lists with a tag for each word (or of texts, "B-PER O O"); None for none.
 
     Returns:
-      The table, rows in the order of the file.
+      The table, with its rows in the order of the file.
 
     Raises:
       ValueError: for a missing or empty file, an unknown suffix, a missing column, a row without text, label or target,
-        and a file that is not what its suffix says. Rows are counted from 1, without the header.
+        and a file whose content does not fit its suffix. Rows are counted from 1, without the header.
 
     >>> import pathlib, tempfile
     >>> from jpeft.data import read
@@ -94,21 +94,21 @@ def read(
     path = Path(path)
     reader = READERS.get(path.suffix.lower())
     if reader is None:
-        raise ValueError(f"{path}: cannot read files ending in {path.suffix!r}; give one of {', '.join(READERS)}")
+        raise ValueError(f"{path}: cannot read files ending in {path.suffix!r}; give one of {', '.join(READERS)}.")
     if not path.is_file():
         beside = sorted(p.name for p in path.parent.glob("*") if p.suffix.lower() in READERS)[:10]
-        raise ValueError(f"{path}: no such file; data files in that folder: {', '.join(beside) or 'none'}")
+        raise ValueError(f"{path}: no such file; data files in that folder: {', '.join(beside) or 'none'}.")
     try:
         columns = reader(path)
     except UnicodeDecodeError as error:
-        raise ValueError(f"{path}: not UTF-8 text ({error}); save it with that encoding") from error
+        raise ValueError(f"{path}: not UTF-8 text ({error}); save it with that encoding.") from error
     except pa.ArrowInvalid as error:
-        raise ValueError(f"{path}: not a readable {path.suffix} file: {error}") from error
+        raise ValueError(f"{path}: not a readable {path.suffix} file: {error}.") from error
     return from_columns(columns, str(path), text=text, pair=pair, label=label, target=target, tags=tags)
 
 
 def _read_csv(path: Path, delimiter: str = ",") -> Columns:
-    # Not through pandas, which drops surplus fields (an unquoted comma in a text) and reads "NA" as a gap.
+    # Not pandas, which drops surplus fields (an unquoted comma in a text) and reads "NA" as a missing value.
     with path.open(encoding="utf-8-sig", newline="") as lines:
         reader = csv.reader(lines, delimiter=delimiter, strict=True)
         try:
@@ -118,14 +118,14 @@ def _read_csv(path: Path, delimiter: str = ",") -> Columns:
                 if row and len(row) != len(names):
                     raise ValueError(
                         f"{path}, line {reader.line_num}: {len(row)} fields under a header of {len(names)} "
-                        f"({', '.join(names)}); put quotes around texts that hold the separator {delimiter!r}"
+                        f"({', '.join(names)}); put quotes around texts that contain the separator {delimiter!r}."
                     )
-                if row:  # blank lines hold nothing
+                if row:  # not a blank line
                     rows.append(row)
         except csv.Error as error:
-            raise ValueError(f'{path}, line {reader.line_num}: {error}; a quotation mark within a quoted text is written ""') from error
+            raise ValueError(f'{path}, line {reader.line_num}: {error}; a quotation mark within a quoted text is written "".') from error
     if len(set(names)) < len(names):
-        raise ValueError(f"{path}: two columns of the same name in {', '.join(names)}")
+        raise ValueError(f"{path}: two columns of the same name in {', '.join(names)}.")
     return {name: [row[i] for row in rows] for i, name in enumerate(names)}
 
 
@@ -138,9 +138,9 @@ def _read_jsonl(path: Path) -> Columns:
             try:
                 row = json.loads(line)
             except json.JSONDecodeError as error:
-                raise ValueError(f"{path}, line {number}: not JSON ({error}); one object a line is expected") from error
+                raise ValueError(f"{path}, line {number}: not JSON ({error}); each line must be an object.") from error
             if not isinstance(row, dict):
-                raise ValueError(f'{path}, line {number}: expected an object such as {{"text": "..."}}, got {line[:60]!r}')
+                raise ValueError(f'{path}, line {number}: expected an object such as {{"text": "..."}}, got {line[:60]!r}.')
             rows.append(row)
     names = dict.fromkeys(name for row in rows for name in row)
     return {name: [row.get(name) for row in rows] for name in names}
@@ -167,13 +167,13 @@ READERS: dict[str, Callable[[Path], Columns]] = {
 def from_columns(
     columns: Columns, source: str, *, text: str, pair: str | None, label: str | None, target: str | None, tags: str | None
 ) -> Table:
-    """Pick the named columns and check them; `source` names the data in errors."""
+    """Return the named columns as a table, after checking them; `source` names the data in errors."""
     if not any(len(column) for column in columns.values()):
-        raise ValueError(f"{source}: no rows; it needs a column {text!r} and at least one row")
+        raise ValueError(f"{source}: no rows; it needs a column {text!r} and at least one row.")
     for option, name in (("text", text), ("pair", pair), ("label", label), ("target", target), ("tags", tags)):
         if name is not None and name not in columns:
             there = ", ".join(map(repr, columns))
-            raise ValueError(f"{source}: no column {name!r}; it has {there}. Name the right one with `{option}`")
+            raise ValueError(f"{source}: no column {name!r}; it has {there}. Name the right one with `{option}`.")
     words = None
     if tags is not None or any(isinstance(value, list) for value in columns[text]):
         words = _lists(columns[text], source, text)
@@ -187,7 +187,7 @@ def from_columns(
     )
     uneven = [i for i, (row, marks) in enumerate(zip(words or (), table.tags or ()), start=1) if len(row) != len(marks)]
     if uneven:
-        raise ValueError(f"{source}: as many tags in column {tags!r} as words in column {text!r} are needed; not so in {_rows(uneven)}")
+        raise ValueError(f"{source}: as many tags in column {tags!r} as words in column {text!r} are needed; not so in {_rows(uneven)}.")
     return table
 
 
@@ -195,7 +195,7 @@ def _lists(values: Sequence[Any], source: str, column: str) -> list[list[str]]:
     lists = [value.split() if isinstance(value, str) else [_label(part) for part in value or ()] for value in values]
     wrong = [i for i, row in enumerate(lists, start=1) if not row or not all(row)]
     if wrong:
-        raise ValueError(f"{source}: column {column!r} must hold lists of words, none of them empty; not so in {_rows(wrong)}")
+        raise ValueError(f"{source}: column {column!r} must hold lists of words, none of them empty; not so in {_rows(wrong)}.")
     return [[part for part in row if part] for row in lists]
 
 
@@ -203,7 +203,7 @@ def _filled(values: Sequence[Any], source: str, column: str) -> list[str]:
     texts = _texts(values, source, column)
     empty = [i for i, value in enumerate(texts, start=1) if not value.strip()]
     if empty:
-        raise ValueError(f"{source}: no text in column {column!r} of {_rows(empty)}; remove them or fill them in")
+        raise ValueError(f"{source}: no text in column {column!r} of {_rows(empty)}; remove them or fill them in.")
     return texts
 
 
@@ -211,7 +211,7 @@ def _texts(values: Sequence[Any], source: str, column: str) -> list[str]:
     wrong = [i for i, value in enumerate(values, start=1) if not isinstance(value, str | None)]
     if wrong:
         got = type(values[wrong[0] - 1]).__name__
-        raise ValueError(f"{source}: column {column!r} holds {got} instead of text in {_rows(wrong)}")
+        raise ValueError(f"{source}: column {column!r} holds {got} instead of text in {_rows(wrong)}.")
     return [value or "" for value in values]
 
 
@@ -222,25 +222,25 @@ def _labels(values: Sequence[Any], source: str, column: str) -> list[str]:
         got = values[wrong[0] - 1]
         raise ValueError(
             f"{source}: the label in column {column!r} must be a string or a whole number, got {got!r} in "
-            f"{_rows(wrong)}; jpeft trains classifiers, so turn numbers into classes first"
+            f"{_rows(wrong)}; jpeft trains classifiers, so turn numbers into classes first."
         )
     unlabelled = [i for i, name in enumerate(names, start=1) if name == ""]
     if unlabelled:
         raise ValueError(
             f"{source}: no label in column {column!r} of {_rows(unlabelled)}; label them, remove them, or give "
-            "label=None to read a file for prediction"
+            "label=None to read a file for prediction."
         )
     return [name for name in names if name is not None]
 
 
 def _label(value: Any) -> str | None:
-    """A label as a string; "" if there is none, None if it cannot be one."""
+    """Return a label as a string; "" for a missing one, None for a value that cannot be a label."""
     if value is None or (isinstance(value, float) and value != value):
         return ""
     if isinstance(value, str):
         return value.strip()
     if isinstance(value, bool):
-        return str(value).lower()  # as JSON and CSV files write it
+        return str(value).lower()  # the spelling of JSON files
     whole = isinstance(value, numbers.Integral) or (isinstance(value, float) and value.is_integer())
     return str(int(value)) if whole else None
 
@@ -255,7 +255,7 @@ def _rows(rows: Sequence[int]) -> str:
 
 
 def label_names(table: Table) -> tuple[str, ...]:
-    """The classes of a training table in the order of the model's outputs: by number if all are whole, else by name.
+    """Return the classes of a training table in the order of the model's outputs: by number if all are whole numbers, else by name.
 
     Raises:
       ValueError: for a table without labels or with fewer than two classes.
@@ -265,10 +265,10 @@ def label_names(table: Table) -> tuple[str, ...]:
     ('9', '10')
     """
     if table.label is None:
-        raise ValueError("the table has no labels to train on; read it with `label` naming their column")
+        raise ValueError("The table has no labels to train on: name their column with `label`.")
     names = sorted(set(table.label))
     if len(names) < 2:
-        raise ValueError(f"training needs at least two classes, got {names} in {len(table)} rows; check the label column")
+        raise ValueError(f"Training needs at least two classes, got {names} in {len(table)} rows: check the label column.")
     if all(re.fullmatch(r"-?[0-9]+", name) for name in names):
-        names.sort(key=int)  # stable: "1" and "01" stay in order of name
+        names.sort(key=int)  # stable, so "1" and "01" stay ordered by name
     return tuple(names)

@@ -1,77 +1,74 @@
-"""The families of models there are: which model types each covers, its models by task, and how its checkpoints are laid out."""
+"""The families of models, one folder each. A new family is a folder and a line in `FOLDERS` (see docs/guides/adding_a_family.md)."""
 
-import dataclasses
-import re
+import functools
+import importlib
 from typing import Any
 
 import flax.linen as nn
+import jax
 
-from jpeft.models import bert, gpt2, llama
-from jpeft.models.bert_config import BertConfig
-from jpeft.models.partition import BERT_RULES, GPT2_RULES, LLAMA_RULES
+from jpeft.models.common.family import Family, token_ids
 from jpeft.sharding import Rules
 
-
-@dataclasses.dataclass(frozen=True)
-class Family:
-    """One family of architectures."""
-
-    config: Any  # class with from_hf and to_hf
-    names: dict[str, str]  # model type -> what the names of Hugging Face's classes begin with
-    tasks: dict[str, tuple[type[nn.Module], str]]  # task -> our class, and what the name of Hugging Face's ends with
-    language_model: str  # the task that "language-model" stands for
-    blocks: str  # the module that holds the blocks
-    prefix: str | None = None  # in front of the body's tensors in the checkpoint of a model with a head; None: the model type
-    partition: Rules = ()  # how its parameters are split over a mesh
-    untransposed: re.Pattern[str] = re.compile("(?!)")  # paths of kernels that are (in, out) in checkpoints too
-
-
-FAMILIES = (
-    Family(
-        config=BertConfig,
-        names={"bert": "Bert", "roberta": "Roberta", "distilbert": "DistilBert"},
-        tasks={
-            "encoder": (bert.BertModel, "Model"),
-            "sequence-classification": (bert.BertForSequenceClassification, "ForSequenceClassification"),
-            "token-classification": (bert.BertForTokenClassification, "ForTokenClassification"),
-            "masked-lm": (bert.BertForMaskedLM, "ForMaskedLM"),
-        },
-        language_model="masked-lm",
-        blocks="layer",
-        partition=BERT_RULES,
-    ),
-    Family(
-        config=gpt2.GPT2Config,
-        names={"gpt2": "GPT2"},
-        tasks={"decoder": (gpt2.GPT2Model, "Model"), "causal-lm": (gpt2.GPT2LMHeadModel, "LMHeadModel")},
-        language_model="causal-lm",
-        blocks="h",
-        prefix="transformer",
-        partition=GPT2_RULES,
-        untransposed=re.compile(r".*/(c_attn|c_proj|c_fc)/kernel"),
-    ),
-    Family(
-        config=llama.LlamaConfig,
-        names={"llama": "Llama", "mistral": "Mistral", "qwen2": "Qwen2", "qwen3": "Qwen3"},
-        tasks={"decoder": (llama.LlamaModel, "Model"), "causal-lm": (llama.LlamaForCausalLM, "ForCausalLM")},
-        language_model="causal-lm",
-        blocks="layers",
-        prefix="model",
-        partition=LLAMA_RULES,
-    ),
+# Each folder of `jpeft.models` has a module `family` that defines FAMILY.
+FOLDERS = (
+    "bert",
+    "gpt2",
+    "llama",
 )
 
-LANGUAGE_MODEL = "language-model"  # the masked or the causal one, whichever a family has
-TASKS = (*dict.fromkeys(task for family in FAMILIES for task in family.tasks), LANGUAGE_MODEL)
+FAMILIES: tuple[Family, ...] = tuple(importlib.import_module(f"jpeft.models.{folder}.family").FAMILY for folder in FOLDERS)
+
+LANGUAGE_MODEL = "language-model"  # the task that stands for a family's masked or causal language model
 
 
-def of(model_type: str) -> Family:
-    """The family of a model type that is known to exist."""
-    return next(family for family in FAMILIES if model_type in family.names)
+def family_of(model_type: str) -> Family:
+    """Return the family of a model type.
+
+    Raises:
+      ValueError: if no family has it.
+
+    >>> family_of("qwen3").config.__name__
+    'LlamaConfig'
+    """
+    for family in FAMILIES:
+        if model_type in family.hf_classes:
+            return family
+    raise ValueError(
+        f"Unknown model_type {model_type!r}; supported: {', '.join(name for family in FAMILIES for name in family.hf_classes)}."
+    )
+
+
+def tasks() -> tuple[str, ...]:
+    """Return the names of all tasks that some family has a model for.
+
+    >>> tasks()[:3]
+    ('encoder', 'sequence-classification', 'token-classification')
+    """
+    return (*dict.fromkeys(task for family in FAMILIES for task in family.models), LANGUAGE_MODEL)
+
+
+def resolve_task(family: Family, task: str) -> str | None:
+    """Return the key of `family.models` for a task; None if the family has no model for it.
+
+    >>> resolve_task(family_of("gpt2"), "language-model")
+    'causal-lm'
+    """
+    task = family.language_model or task if task == LANGUAGE_MODEL else task
+    return task if task in family.models else None
+
+
+def model_types(task: str) -> list[str]:
+    """Return the model types that have a model for the task.
+
+    >>> model_types("masked-lm")
+    ['bert', 'roberta', 'distilbert']
+    """
+    return [name for family in FAMILIES if resolve_task(family, task) for name in family.hf_classes]
 
 
 def partition_rules(model: nn.Module) -> Rules:
-    """How the parameters of one of our models are split over a mesh: rules for `jpeft.sharding`.
+    """Return how the parameters of one of our models are split over a mesh: rules for `jpeft.sharding`.
 
     >>> from jpeft.models import BertConfig, BertModel, abstract_params
     >>> from jpeft.sharding import abstract_mesh, placements
@@ -80,9 +77,20 @@ def partition_rules(model: nn.Module) -> Rules:
     >>> placed["encoder"]["layer"]["0"]["attention"]["self"]["query"]["kernel"].spec
     P('fsdp', 'tensor')
     """
-    return of(model.config.model_type).partition
+    return family_of(model.config.model_type).partition
 
 
-def model_types(task: str) -> list[str]:
-    """The model types that have a model for the task."""
-    return [name for family in FAMILIES if task in (*family.tasks, LANGUAGE_MODEL) for name in family.names]
+def abstract_params(model: nn.Module) -> dict[str, Any]:
+    """Return the parameter tree of a model as `jax.ShapeDtypeStruct`s. Nothing is computed or allocated.
+
+    The family of ``model.config.model_type`` says which inputs the model needs. A model without such a configuration is given token ids.
+
+    >>> from jpeft.models import BertConfig, BertForMaskedLM
+    >>> abstract_params(BertForMaskedLM(BertConfig.roberta_base(scan=True)))["lm_head"]["bias"].shape
+    (50265,)
+    """
+    config = getattr(model, "config", None)
+    model_type = getattr(config, "model_type", None)
+    family = next((family for family in FAMILIES if model_type in family.hf_classes), None)
+    (_, first), *others = (token_ids if family is None else family.example_inputs)(config).items()
+    return jax.eval_shape(functools.partial(model.init, jax.random.key(0)), first, **dict(others))["params"]

@@ -12,11 +12,9 @@ from jpeft.core.layer import Layer, Linear
 from jpeft.core.options import Names
 from jpeft.reparameterized.matrix_form import INPUTS, OUTPUTS, LeafAxes
 from jpeft.reparameterized.weight_method import WeightMethod
-from jpeft.tree.select import chooses, select
+from jpeft.tree.select import select
 
 OUT, IN = "l_out", "l_in"
-KEYS_AND_VALUES = r"(.*/)?(key|value|k_proj|v_proj|k_lin|v_lin|(SelfAttention|EncDecAttention)/[kv]|c_attn|query_key_value|qkv)/kernel"
-LAST_FEED_FORWARD = r"(.*/)?((?<!attention/)output/dense|lin2|mlp/c_proj|down_proj|fc2|wo|down)/kernel"
 
 
 class IA3(WeightMethod):
@@ -26,7 +24,8 @@ class IA3(WeightMethod):
     and one for each input of a feed-forward kernel.
 
     Args:
-      target: The kernels whose *outputs* are scaled: a regex for whole paths, or a list of names. By default the keys and values.
+      target: The kernels whose *outputs* are scaled: a regex, a list of names, or roles (`jpeft.layouts`). By default the keys
+        and values.
       feedforward: The kernels whose *inputs* are scaled; None for attention only. By default the last kernels of the MLPs. A kernel that
         both options name is one of these.
       axes: Geometry of kernels with more than two axes, e.g. from `jpeft.kernel_axes`.
@@ -50,8 +49,8 @@ class IA3(WeightMethod):
     would act in front of it.
     """
 
-    target: Names = KEYS_AND_VALUES
-    feedforward: Names | None = LAST_FEED_FORWARD
+    target: Names = "@key|@value|@qkv"
+    feedforward: Names | None = "@ffn_out"
 
     name = "ia3"
     summary = "vectors that scale keys, values and the inner activations of the MLP, merged for inference"
@@ -61,16 +60,26 @@ class IA3(WeightMethod):
 
     def kernels(self, params: tree.Params) -> list[str]:
         """The kernels of both options."""
-        outer = super().kernels(params)
+        return list(dict.fromkeys([*super().kernels(params), *self.inner_kernels(params)]))
+
+    def inner_kernels(self, params: tree.Params) -> list[str]:
+        """The kernels whose inputs are scaled."""
         if self.feedforward is None:
-            return outer
-        inner = select(self.candidates(params), self.feedforward, option="feedforward", params=params)
-        return list(dict.fromkeys([*outer, *inner]))
+            return []
+        return select(self.candidates(params), self.feedforward, option="feedforward", params=params)
+
+    def init(self, key: jax.Array, params: tree.Params, *, stats: Any = None) -> tree.Adapter:
+        """Ones for the outputs of each kernel, or for the inputs of those of `feedforward`."""
+        leaves = tree.flatten(super().init(key, params, stats=stats))
+        forms = self.forms(params)
+        for path in self.inner_kernels(params):
+            del leaves[f"{path}/{OUT}"]
+            leaves[f"{path}/{IN}"] = jnp.ones(forms[path].leaf_shape((INPUTS,), {}))
+        return tree.unflatten(leaves)
 
     def init_kernel(self, key: jax.Array, kernel: Float[Array, "inputs outputs"], path: str) -> dict[str, jax.Array]:
-        """Ones."""
-        inner = self.feedforward is not None and chooses(self.feedforward, path)
-        return {IN: jnp.ones(kernel.shape[0])} if inner else {OUT: jnp.ones(kernel.shape[1])}
+        """Ones for the outputs."""
+        return {OUT: jnp.ones(kernel.shape[1])}
 
     def new_kernel(self, kernel: Float[Array, "inputs outputs"], leaves: dict[str, jax.Array], path: str) -> Float[Array, "inputs outputs"]:
         """``W diag(l)``, or ``diag(l) W``."""

@@ -30,7 +30,7 @@ class WeightMethod(Method):
     Attributes:
       leaf_axes: The axes of each leaf as a matrix, e.g. ``{"a": ("inputs", "rank"), "b": ("rank", "outputs")}``.
       changes_bias: Whether `new_bias` is defined.
-      target: Which kernels. A regex for whole paths, or a list of names.
+      target: Which kernels: a regex for whole paths, a list of names, or roles such as ``"@attention_in"`` (`jpeft.layouts`).
       axes: Geometry of kernels with more than two axes, ``((regex, KernelAxes), ...)``, e.g. from `jpeft.kernel_axes`.
       head: Task head to train along: "auto", a regex, or None.
     """
@@ -94,6 +94,16 @@ class WeightMethod(Method):
         leaves = not_head(params, self.head)
         return [path for path, leaf in leaves.items() if len(leaf.shape) > 1 and not path.endswith("bias")]
 
+    def forms(self, params: tree.Params) -> dict[str, MatrixForm]:
+        """The matrix form of each kernel that gets leaves.
+
+        Raises:
+          ValueError: if the geometry of one is not known.
+        """
+        shapes = {path: tuple(leaf.shape) for path, leaf in tree.flatten(params).items()}
+        rules = axes_rules(self.axes)
+        return {path: MatrixForm(shapes[path], axes_of(path, shapes[path], rules)) for path in self.kernels(params)}
+
     # --- the contract of a method -----------------------------------------------------------------------------------------------------
 
     def init(self, key: jax.Array, params: tree.Params, *, stats: Any = None) -> tree.Adapter:
@@ -101,8 +111,7 @@ class WeightMethod(Method):
         del stats
         base = tree.flatten(params)
         out: dict[str, Any] = {}
-        for path in self.kernels(params):
-            form = MatrixForm(tuple(base[path].shape), axes_of(path, tuple(base[path].shape), axes_rules(self.axes)))
+        for path, form in self.forms(params).items():
             leaves = self.init_leaves(tree.key_for(key, path), base[path], form, path)
             out |= {f"{path}/{name}": leaf for name, leaf in leaves.items()}
         return with_head(out, params, self.head)

@@ -1,21 +1,22 @@
-"""Text for a causal language model: rows of token numbers, the loss of each token to be predicted, and what follows from it.
+"""Text generation by a causal language model: rows of token ids, the loss of each predicted token, and metrics.
 
-Two kinds of table, told apart by whether they have targets:
+There are two kinds of tables:
 
-* *Pairs.* A row is text, target, end: ``[BOS] text target EOS``, padded on the right. Only the tokens of the target and its
-  end are predicted. Text and target are tokenized apart, as a prompt is when the model is used, and nothing is put between them: end the
-  texts with whatever shall separate them.
-* *Plain text.* The documents are joined to one stream, ``EOS document EOS document EOS ...``, and that is cut into rows of one length
-  ("packing"): no padding but in the last row, nothing cut off, and every token but the very first is predicted exactly once. Attention and
-  positions run through a row, so a document sees the ends of those before it in its row, as in the training of GPT-2 and GPT-3.
+* *Pairs*, which have targets. A row is text, target, end: ``[BOS] text target EOS``, padded on the right. Only the tokens of the target
+  and EOS are predicted. Text and target are tokenized apart, as a prompt is when the model is used. Nothing is put between them: end the
+  texts with the separator you want.
+* *Plain text*, without targets. The documents are joined to one stream, ``EOS document EOS document EOS ...``, which is cut into rows of
+  one length ("packing"). So only the last row is padded, nothing is cut off, and every token but the first is predicted exactly once.
+  Attention and positions run through a row, so a document sees the ends of the documents before it in its row, as in the training of GPT-2
+  and GPT-3.
 
-BOS stands where the tokenizer's own template puts one, and is never predicted.
+BOS is at the beginning if the tokenizer's own template puts it there. It is never predicted.
 
-``label[t]`` is the token that position t predicts, so the row after its own token: the shift is done here, once, and not by the loss.
+``label[t]`` is the token that position t predicts, which is the token at t + 1. The loss needs no shift.
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax.numpy as jnp
@@ -23,28 +24,31 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from jpeft.data import Table
-from jpeft.tasks.token_loss import IGNORE, counts, losses
+from jpeft.models import generate
+from jpeft.tasks.cross_entropy import IGNORE, token_counts, token_losses
+from jpeft.tasks.task import Arrays, Batch, Decoding, Task
+from jpeft.training.config import Settings
 
 
 def encode(table: Table, tokenizer: Any, *, labels: Sequence[str] | None, max_length: int) -> dict[str, np.ndarray]:
-    """A table as rows of token numbers.
+    """Return a table as rows of token ids.
 
     Args:
-      table: N texts; with targets, pairs.
+      table: N texts; a table with targets holds pairs.
       tokenizer: A tokenizer of `transformers`.
-      labels: None for texts to be continued, which need no target; anything else for rows to learn from or to score.
-      max_length: Length L of every row to learn from. Longest prompt, for texts to be continued.
+      labels: None for prompts, which need no target; anything else for rows to train on or to score.
+      max_length: Length L of a row. For prompts: length of the longest one allowed.
 
     Returns:
-      int32 arrays. `input_ids` and `attention_mask` [N, L], and `label` [N, L], `IGNORE` where nothing is predicted. Pairs also have
-      `complete` [N], 0 where the end of a target was cut off; plain text has as many rows as its tokens fill. Texts to be continued
-      have no labels and are as wide as the longest of them.
+      int32 arrays `input_ids` and `attention_mask` [N, L], and `label` [N, L], `IGNORE` where nothing is predicted. Pairs also have
+      `complete` [N], 0 where the end of a target was cut off. Plain text has as many rows as its tokens fill. Prompts have no labels and
+      are padded to the longest of them.
 
     Raises:
-      ValueError: for a tokenizer without an end-of-text token, or texts that leave no room for anything to predict.
+      ValueError: for a tokenizer without an end-of-text token, or texts that leave no room for a prediction.
     """
     if tokenizer.eos_token_id is None:
-        raise ValueError("the tokenizer has no end-of-text token; set one, e.g. tokenizer.eos_token = '</s>'")
+        raise ValueError("The tokenizer has no end-of-text token: set one, e.g. tokenizer.eos_token = '</s>'.")
     if labels is None:
         return _prompts(table, tokenizer, max_length)
     return _packed(table, tokenizer, max_length) if table.target is None else _pairs(table, table.target, tokenizer, max_length)
@@ -60,7 +64,7 @@ def _pairs(table: Table, targets: list[str], tokenizer: Any, max_length: int) ->
     prompts = _starts(table, tokenizer)
     _check_room(prompts, table, max_length, "of the target")
     ends = [[*ids, tokenizer.eos_token_id] for ids in _tokens(tokenizer, targets)]
-    # One token more than fits, because the last is only predicted.
+    # One token more than max_length, because the last token is predicted and not an input.
     whole = [(prompt + end)[: max_length + 1] for prompt, end in zip(prompts, ends)]
     labels = [[IGNORE] * (len(prompt) - 1) + row[len(prompt) :] for prompt, row in zip(prompts, whole)]
     arrays = _padded({"input_ids": [row[:-1] for row in whole], "label": labels}, tokenizer, max_length)
@@ -70,32 +74,32 @@ def _pairs(table: Table, targets: list[str], tokenizer: Any, max_length: int) ->
 
 def _packed(table: Table, tokenizer: Any, max_length: int) -> dict[str, np.ndarray]:
     begin, eos = _template(tokenizer), tokenizer.eos_token_id
-    # Where documents have no beginning of their own, the end of the one before serves as such, so the first needs one too.
+    # Without BOS, the EOS of the document before marks the beginning of a document, so the first document needs one as well.
     stream: list[int] = [] if begin else [eos]
     predicted: list[int] = [] if begin else [IGNORE]
     for ids in _tokens(tokenizer, table.text):
         stream += [*begin, *ids, eos]
         predicted += [*([IGNORE] * len(begin)), *ids, eos]
     ids, label = stream[:-1], predicted[1:]
-    cuts = [slice(at, at + max_length) for at in range(0, len(ids), max_length)]
+    cuts = [slice(start, start + max_length) for start in range(0, len(ids), max_length)]
     return _padded({"input_ids": [ids[cut] for cut in cuts], "label": [label[cut] for cut in cuts]}, tokenizer, max_length)
 
 
 def _starts(table: Table, tokenizer: Any) -> list[list[int]]:
-    """The tokens of each text, behind what the tokenizer begins with; at least one, because a prediction has to start from something."""
+    """Return the tokens of each text behind BOS; at least one token, because the first prediction needs an input."""
     begin = _template(tokenizer)
     return [[*begin, *ids] or [tokenizer.eos_token_id] for ids in _tokens(tokenizer, table.text)]
 
 
 def _tokens(tokenizer: Any, texts: list[str]) -> list[list[int]]:
-    # verbose: a document may well be longer than the model's longest row.
+    # verbose=False: no warning about documents that are longer than the model's longest row.
     return tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"] if texts else []
 
 
 def _template(tokenizer: Any) -> list[int]:
-    """What the tokenizer puts in front of a text: BOS for some, nothing for others."""
+    """Return the tokens that the tokenizer puts in front of a text: BOS, or nothing."""
     plain, framed = (tokenizer("a", add_special_tokens=special)["input_ids"] for special in (False, True))
-    starts = [at for at in range(len(framed)) if framed[at : at + len(plain)] == plain]
+    starts = [i for i in range(len(framed)) if framed[i : i + len(plain)] == plain]
     return list(framed[: starts[0]]) if plain and starts else []
 
 
@@ -105,13 +109,13 @@ def _check_room(rows: list[list[int]], table: Table, max_length: int, what: str)
         worst = max(full, key=lambda i: len(rows[i]))
         raise ValueError(
             f"{len(full)} of {len(rows)} texts are longer than max_length={max_length} tokens, which leaves nothing {what}: the longest, "
-            f"{table.text[worst][:40]!r}..., has {len(rows[worst])}; raise max_length, or shorten or remove them"
+            f"{table.text[worst][:40]!r}..., has {len(rows[worst])}. Raise max_length, or shorten or remove these texts."
         )
 
 
 def _padded(columns: dict[str, list[list[int]]], tokenizer: Any, width: int) -> dict[str, np.ndarray]:
-    """Columns of rows of token numbers as arrays [N, width], with a mask of what is no padding."""
-    # What stands in the padding is never seen, so a tokenizer without a padding token (GPT-2's) will do.
+    """Return columns of rows of token ids as arrays [N, width], with a mask that is 0 at the padding."""
+    # The model never attends to padding, so a tokenizer without a padding token (GPT-2's) may use any id.
     fill = {"input_ids": tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id, "label": IGNORE}
     arrays = {name: np.full((len(rows), width), fill[name], np.int32) for name, rows in columns.items()}
     mask = np.zeros(arrays["input_ids"].shape, np.int32)
@@ -123,25 +127,25 @@ def _padded(columns: dict[str, list[list[int]]], tokenizer: Any, width: int) -> 
     return arrays | {"attention_mask": mask}
 
 
-# --- what is learned and measured -----------------------------------------------------------------------------------
+# --- metrics --------------------------------------------------------------------------------------------------------
 
 
 def scores(logits: Float[Array, "batch length vocab"], batch: Mapping[str, Any]) -> dict[str, Array]:
-    """For each row: its loss, the tokens predicted, and those of them that were the most likely ones."""
+    """Return for each row the loss, the number of predicted tokens, and how many of them had the highest probability."""
     label = jnp.asarray(batch["label"])
-    return {"loss": losses(logits, batch), "count": counts(batch), "correct": (logits.argmax(-1) == label).sum(-1)}
+    return {"loss": token_losses(logits, batch), "count": token_counts(batch), "correct": (logits.argmax(-1) == label).sum(-1)}
 
 
 def metrics(scores: Mapping[str, np.ndarray], arrays: Mapping[str, np.ndarray]) -> dict[str, float]:
-    """Loss, perplexity and accuracy over the tokens of all rows, each token counting once; for pairs also exact match.
+    """Return loss, perplexity and accuracy over the tokens of all rows, each token with equal weight; for pairs also exact match.
 
-    Exact match is the share of targets that greedy generation gives token for token, their end included. It needs no generation: the
-    most likely token is the right one at each place of the target, given all before it, exactly if greedy generation goes that way.
-    A target that was cut to fit does not match.
+    Exact match is the share of targets that greedy generation reproduces token for token, EOS included. It needs no generation: greedy
+    generation reproduces a target exactly if at each of its positions the most likely token, given the true tokens before, is the true one.
+    A target that was cut does not match.
     """
     tokens = float(scores["count"].sum(dtype=np.float64))
     loss = float(scores["loss"].sum(dtype=np.float64)) / tokens
-    # Nothing that has learned anything comes near e^700, the end of float64.
+    # e^700 is close to the largest float64; a trained model is far below.
     found = {"loss": loss, "perplexity": math.exp(min(loss, 700.0)), "token_accuracy": float(scores["correct"].sum()) / tokens}
     if "complete" in arrays:
         found["exact_match"] = float(np.mean((scores["correct"] == scores["count"]) & (arrays["complete"] == 1)))
@@ -149,5 +153,53 @@ def metrics(scores: Mapping[str, np.ndarray], arrays: Mapping[str, np.ndarray]) 
 
 
 def texts(tokens: Int[np.ndarray, "rows new"], lengths: Int[np.ndarray, " rows"], tokenizer: Any) -> list[str]:
-    """Generated token numbers as texts, without what marks their end."""
+    """Return generated token ids as texts, without EOS."""
     return [tokenizer.decode(row[:length], skip_special_tokens=True) for row, length in zip(tokens, lengths)]
+
+
+class Generation(Task):
+    """Continue texts."""
+
+    name = "generation"
+    model = "causal-lm"
+    columns = ("target",)
+    metric = "perplexity"
+    higher_is_better = False
+    targets = ("label", "complete")
+    generates = True
+
+    def label_names(self, table: Table) -> tuple[str, ...]:
+        """Return nothing: a language model has no classes."""
+        del table
+        return ()
+
+    def encode(self, table: Table, tokenizer: Any, *, labels: Sequence[str] | None, max_length: int) -> Arrays:
+        """Return rows of token ids and the tokens to predict; see `encode`."""
+        return encode(table, tokenizer, labels=labels, max_length=max_length)
+
+    def losses(self, logits: Array, batch: Batch, settings: Settings | None = None) -> Float[Array, " batch"]:
+        """Return the cross entropy summed over the predicted tokens of each row."""
+        return token_losses(logits, batch, 0.0 if settings is None else settings.label_smoothing)
+
+    def counts(self, batch: Batch) -> Float[Array, " batch"]:
+        """Return the number of predicted tokens in each row."""
+        return token_counts(batch)
+
+    def scores(self, logits: Array, batch: Batch) -> dict[str, Array]:
+        """Return loss and numbers of predicted and of correct tokens of each row; see `scores`."""
+        return scores(logits, batch)
+
+    def metrics(self, scores: Mapping[str, np.ndarray], arrays: Arrays, labels: Sequence[str]) -> dict[str, float]:
+        """Return loss, perplexity, accuracy and exact match; see `metrics`."""
+        del labels
+        return metrics(scores, arrays)
+
+    def answer(self, forward: Callable[..., Any], variables: Mapping[str, Any], batch: Batch, decoding: Decoding) -> dict[str, Array]:
+        """Return the generated tokens of each row and their number."""
+        generated = generate(forward, variables, batch["input_ids"], batch["attention_mask"], **decoding._asdict())
+        return {"tokens": generated.tokens, "lengths": generated.lengths}
+
+    def predictions(self, answers: Mapping[str, np.ndarray], labels: Sequence[str], tokenizer: Any) -> list[dict[str, Any]]:
+        """Return the generated text of each row."""
+        del labels
+        return [{"generated": text} for text in texts(answers["tokens"], answers["lengths"], tokenizer)]

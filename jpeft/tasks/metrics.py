@@ -7,21 +7,19 @@ from jaxtyping import Int
 
 
 def accuracy(predicted: Int[np.ndarray, " n"], expected: Int[np.ndarray, " n"]) -> float:
-    """Share of equal entries.
+    """Return the share of equal entries.
 
-    Example:
-        >>> accuracy(np.array([0, 1, 1, 1]), np.array([0, 1, 0, 1]))
-        0.75
+    >>> accuracy(np.array([0, 1, 1, 1]), np.array([0, 1, 0, 1]))
+    0.75
     """
     return float(np.mean(predicted == expected))
 
 
 def macro_f1(predicted: Int[np.ndarray, " n"], expected: Int[np.ndarray, " n"]) -> float:
-    """Unweighted mean of 2·tp / (2·tp + fp + fn) over the classes that occur in either array, as scikit-learn has it.
+    """Return the unweighted mean of F1 = 2·tp / (2·tp + fp + fn) over the classes that occur in either array, as scikit-learn does.
 
-    Example:
-        >>> macro_f1(np.array([0, 1, 1, 1]), np.array([0, 1, 0, 1]))
-        0.7333333333333334
+    >>> macro_f1(np.array([0, 1, 1, 1]), np.array([0, 1, 0, 1]))
+    0.7333333333333334
     """
     scores = []
     for label in np.union1d(predicted, expected):

@@ -1,202 +1,179 @@
-"""What a model is asked to do: how a table becomes arrays, logits become a loss, metrics and predictions.
+"""The contract of a task: how a table becomes arrays, and how logits become a loss, metrics and predictions.
 
-A task is one more `Task` in `TASKS`; trainer and command line never ask which.
+Trainer and command line call these methods and ask no task for its name.
 """
 
-from __future__ import annotations
-
-import dataclasses
-import functools
+import abc
+import importlib
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, Literal, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
-import optax
 from jaxtyping import Array, Float, PyTree
 
-from jpeft import data
-from jpeft.models import generate
-from jpeft.tasks import generation, tagging, token_loss
-from jpeft.tasks.metrics import accuracy, macro_f1
+from jpeft.data import Table
+from jpeft.tasks.registry import TASKS
+from jpeft.training.config import Settings
 
+# Columns by name, each [rows, ...].
 Arrays = dict[str, np.ndarray]
+# The same on a device, with the rows of one batch.
+Batch = Mapping[str, Any]
+# A column of the data besides the text; `Settings` has a field of the same name that says what the file calls the column.
+Column = Literal["pair", "label", "target", "tags"]
 
-# Columns of a batch that are not inputs of the model.
-TARGETS = frozenset({"label", "weight", "complete", "first"})
+# What the text models of `jpeft.models` take.
+TEXT_INPUTS = ("input_ids", "attention_mask", "token_type_ids")
 
 
 class Decoding(NamedTuple):
-    """How text is generated."""
+    """How text is generated.
 
-    # Longest continuation.
+    Attributes:
+      max_new_tokens: Length of the longest continuation.
+      stop: Token ids that end a text.
+      pad: Token id that fills a row behind its end.
+      key: Random key to draw tokens with; None for the most likely token each time. See `jpeft.models.generate`.
+      temperature: Divides the logits before a draw.
+      top_k: Draw among this many most likely tokens.
+      top_p: Draw among the most likely tokens that have this probability together.
+    """
+
     max_new_tokens: int = 64
-    # The ids that end a text, and the one that fills up after it.
     stop: tuple[int, ...] = ()
     pad: int = 0
-    # None for the most likely token each time, else tokens are drawn; see `jpeft.models.generate`.
     key: jax.Array | None = None
     temperature: float | None = None
     top_k: int | None = None
     top_p: float | None = None
 
 
-@dataclasses.dataclass(frozen=True)
-class Task:
-    """The pure functions that tell one task from another."""
+class Task(abc.ABC):
+    """A task: constants, and pure functions as methods. docs/skeletons/task.py is one to copy.
 
-    name: str
-    # What `jpeft.models.load(task=...)` calls the models for it.
-    model: str
-    # The columns of data that it reads besides the text.
-    columns: tuple[str, ...]
-    # The validation metric that early stopping and keep_best watch, and which way is better.
-    metric: str
-    higher_is_better: bool
-    # Training table -> label names in the order of the logits; none for a task without classes.
-    labels: Callable[[data.Table], tuple[str, ...]]
-    # (table, tokenizer, labels=, max_length=) -> arrays; labels=None for tables to be predicted, where rows are those of the table.
-    encode: Callable[..., Arrays]
-    # (logits, batch) -> loss of each row, summed over what is predicted in it.
-    losses: Callable[[Array, Mapping[str, Any]], Float[Array, " batch"]]
-    # batch -> how many predictions that is. The loss of a batch is the sum of the losses over the sum of these.
-    counts: Callable[[Mapping[str, Any]], Float[Array, " batch"]]
-    # (logits, batch) -> what the metrics need of each row, as arrays [batch, ...]; computed where the logits are.
-    scores: Callable[[Array, Mapping[str, Any]], PyTree]
-    # (scores, arrays, labels) -> metrics over all rows.
-    metrics: Callable[[Any, Arrays, Sequence[str]], dict[str, float]]
-    # (forward, variables, batch, decoding) -> answers for each row, as arrays [batch, ...].
-    answer: Callable[[Callable[..., Any], Mapping[str, Any], Mapping[str, Any], Decoding], PyTree]
-    # (answers, labels, tokenizer) -> one JSON-ready prediction per row.
-    predictions: Callable[[Any, Sequence[str], Any], list[dict[str, Any]]]
-    # Whether answers are generated text, so that `Decoding` has a meaning.
-    generates: bool = False
+    Attributes:
+      name: Name on the command line, a key of `jpeft.tasks.registry.TASKS`.
+      model: Kind of model, as `jpeft.models.load(task=...)` calls it.
+      columns: Columns of the data that the task reads besides the text.
+      metric: Validation metric that early stopping and `keep_best` watch, one of those that `metrics` returns.
+      higher_is_better: Whether a higher value of that metric is better.
+      inputs: Columns of `encode` that are arguments of the model; a column that is absent is not passed.
+      targets: The other columns of `encode`.
+      generates: Whether answers are generated text, so that `Decoding` applies.
+    """
 
-    def better(self, value: float, than: float) -> bool:
-        """Whether one value of the watched metric is better than another."""
+    name: ClassVar[str]
+    model: ClassVar[Literal["sequence-classification", "token-classification", "causal-lm"]]
+    columns: ClassVar[tuple[Column, ...]]
+    metric: ClassVar[str]
+    higher_is_better: ClassVar[bool] = True
+    inputs: ClassVar[tuple[str, ...]] = TEXT_INPUTS
+    targets: ClassVar[tuple[str, ...]] = ("label",)
+    generates: ClassVar[bool] = False
+
+    # --- data ---------------------------------------------------------------------------------------------------------
+
+    @abc.abstractmethod
+    def label_names(self, table: Table) -> tuple[str, ...]:
+        """Return the labels of a training table in the order of the logits; empty for a task without classes."""
+
+    @abc.abstractmethod
+    def encode(self, table: Table, tokenizer: Any, *, labels: Sequence[str] | None, max_length: int) -> Arrays:
+        """Return the columns `inputs` and `targets` of a table as arrays, all rows of one length.
+
+        Args:
+          table: Rows of data.
+          tokenizer: The model's tokenizer.
+          labels: From `label_names`; None for rows to be predicted, which have no targets and keep the order of the table.
+          max_length: Tokens of a row.
+        """
+
+    # --- training -----------------------------------------------------------------------------------------------------
+
+    @abc.abstractmethod
+    def losses(self, logits: Array, batch: Batch, settings: Settings | None = None) -> Float[Array, " batch"]:
+        """Return the loss of each row, summed over all predictions in the row.
+
+        Args:
+          logits: Output of the model, [batch, ...].
+          batch: Columns of `encode`, [batch, ...].
+          settings: Configuration of the run, for the training loss. None for the negative log-likelihood alone, without smoothing or other
+            regularisation, as metrics and Fisher information need it.
+        """
+
+    @abc.abstractmethod
+    def counts(self, batch: Batch) -> Float[Array, " batch"]:
+        """Return the number of predictions in each row. The loss of a batch is the sum of its `losses` over the sum of its `counts`."""
+
+    # --- evaluation ---------------------------------------------------------------------------------------------------
+
+    @abc.abstractmethod
+    def scores(self, logits: Array, batch: Batch) -> PyTree:
+        """Return what `metrics` needs of each row, as arrays [batch, ...]. This runs on the device, under `jit`."""
+
+    @abc.abstractmethod
+    def metrics(self, scores: Any, arrays: Arrays, labels: Sequence[str]) -> dict[str, float]:
+        """Return the metrics over all rows, from the `scores` of all rows and the columns of `encode`."""
+
+    @abc.abstractmethod
+    def answer(self, forward: Callable[..., Any], variables: Mapping[str, Any], batch: Batch, decoding: Decoding) -> PyTree:
+        """Return the model's answer to each row, as arrays [batch, ...].
+
+        Args:
+          forward: `forward(variables, **inputs, deterministic=True) -> logits`.
+          variables: `Peft.variables`.
+          batch: Columns of `encode` without labels.
+          decoding: How text is generated, for a task that does.
+        """
+
+    @abc.abstractmethod
+    def predictions(self, answers: Any, labels: Sequence[str], tokenizer: Any) -> list[dict[str, Any]]:
+        """Return the answers as one JSON object per row."""
+
+    # --- the same for every task --------------------------------------------------------------------------------------
+
+    def model_inputs(self, batch: Batch) -> dict[str, Any]:
+        """Return the columns of a batch that are arguments of the model."""
+        return model_inputs(batch, self.inputs)
+
+    def check_columns(self, arrays: Arrays) -> None:
+        """Raise an error if `encode` made a column that the task declares neither as an input nor as a target.
+
+        Raises:
+          ValueError: naming the column.
+        """
+        unknown = [name for name in arrays if name not in (*self.inputs, *self.targets)]
+        if unknown:
+            raise ValueError(
+                f"The task {self.name} encodes the column {unknown[0]!r}, which is neither in its inputs {self.inputs} nor in its targets "
+                f"{self.targets}: add it to one of them."
+            )
+
+    def is_better(self, value: float, than: float) -> bool:
+        """Return whether one value of the watched metric is better than another."""
         return value > than if self.higher_is_better else value < than
 
 
-def model_inputs(batch: Mapping[str, Any]) -> dict[str, Any]:
-    """The columns of a batch that the model takes (everything but labels and weights)."""
-    return {name: column for name, column in batch.items() if name not in TARGETS}
+def model_inputs(batch: Batch, inputs: Sequence[str] = TEXT_INPUTS) -> dict[str, Any]:
+    """Return the columns of a batch that are arguments of the model; `inputs` are those of a text model by default.
+
+    >>> model_inputs({"input_ids": [[5]], "label": [1]})
+    {'input_ids': [[5]]}
+    """
+    return {name: batch[name] for name in inputs if name in batch}
 
 
 def find_task(name: str) -> Task:
-    """The task of that name.
+    """Return the task of that name.
 
     Raises:
-        ValueError: listing the tasks, if there is none.
+      ValueError: listing the tasks, if there is none.
+
+    >>> find_task("generation").metric
+    'perplexity'
     """
     if name not in TASKS:
-        raise ValueError(f"unknown task {name!r}; there are {', '.join(sorted(TASKS))}")
-    return TASKS[name]
-
-
-# --- classification ---------------------------------------------------------------------------------------------------
-
-
-def _class_losses(logits: Array, batch: Mapping[str, Any]) -> Float[Array, " batch"]:
-    return optax.softmax_cross_entropy_with_integer_labels(logits.astype("float32"), batch["label"])
-
-
-def _class_metrics(logits: np.ndarray, arrays: Arrays, labels: Sequence[str]) -> dict[str, float]:
-    del labels
-    expected = arrays["label"]
-    predicted = logits.argmax(-1).astype(expected.dtype)
-    loss = float(np.mean(np.asarray(_class_losses(jnp.asarray(logits), arrays))))
-    return {"loss": loss, "accuracy": accuracy(predicted, expected), "macro_f1": macro_f1(predicted, expected)}
-
-
-@functools.partial(jax.jit, static_argnames="forward")
-def _logits(forward: Callable[..., Any], variables: Mapping[str, Any], inputs: Mapping[str, Any]) -> Array:
-    return forward(variables, **inputs, deterministic=True).astype("float32")
-
-
-def _class_predictions(logits: np.ndarray, labels: Sequence[str], tokenizer: Any) -> list[dict[str, Any]]:
-    del tokenizer
-    probabilities = np.asarray(jax.nn.softmax(logits, axis=-1))
-    return [{"label": labels[int(row.argmax())], "probabilities": dict(zip(labels, map(float, row)))} for row in probabilities]
-
-
-SEQUENCE_CLASSIFICATION = Task(
-    name="sequence-classification",
-    model="sequence-classification",
-    columns=("pair", "label"),
-    metric="accuracy",
-    higher_is_better=True,
-    labels=data.label_names,
-    encode=data.encode,
-    losses=_class_losses,
-    counts=lambda batch: jnp.ones(batch["label"].shape),
-    scores=lambda logits, batch: logits.astype("float32"),
-    metrics=_class_metrics,
-    answer=lambda forward, variables, batch, decoding: _logits(forward, variables, model_inputs(batch)),
-    predictions=_class_predictions,
-)
-
-
-# --- token classification ---------------------------------------------------------------------------------------------
-
-
-def _tags(forward: Callable[..., Any], variables: Mapping[str, Any], batch: Mapping[str, Any], decoding: Decoding) -> dict[str, Array]:
-    del decoding
-    return {"predicted": _logits(forward, variables, model_inputs(batch)).argmax(-1), "first": batch["first"]}
-
-
-def _tag_predictions(answers: Mapping[str, np.ndarray], labels: Sequence[str], tokenizer: Any) -> list[dict[str, Any]]:
-    del tokenizer
-    return [{"tags": tags} for tags in tagging.tags_of(answers["predicted"], answers["first"], labels)]
-
-
-TOKEN_CLASSIFICATION = Task(
-    name="token-classification",
-    model="token-classification",
-    columns=("tags",),
-    metric="f1",
-    higher_is_better=True,
-    labels=tagging.tag_names,
-    encode=tagging.encode,
-    losses=token_loss.losses,
-    counts=token_loss.counts,
-    scores=tagging.scores,
-    metrics=tagging.metrics,
-    answer=_tags,
-    predictions=_tag_predictions,
-)
-
-
-# --- generation -------------------------------------------------------------------------------------------------------
-
-
-def _continuations(
-    forward: Callable[..., Any], variables: Mapping[str, Any], batch: Mapping[str, Any], decoding: Decoding
-) -> dict[str, Array]:
-    made = generate(forward, variables, batch["input_ids"], batch["attention_mask"], **decoding._asdict())
-    return {"tokens": made.tokens, "lengths": made.lengths}
-
-
-def _text_predictions(answers: Mapping[str, np.ndarray], labels: Sequence[str], tokenizer: Any) -> list[dict[str, Any]]:
-    del labels
-    return [{"generated": text} for text in generation.texts(answers["tokens"], answers["lengths"], tokenizer)]
-
-
-GENERATION = Task(
-    name="generation",
-    model="causal-lm",
-    columns=("target",),
-    metric="perplexity",
-    higher_is_better=False,
-    labels=lambda table: (),
-    encode=generation.encode,
-    losses=token_loss.losses,
-    counts=token_loss.counts,
-    scores=generation.scores,
-    metrics=lambda scores, arrays, labels: generation.metrics(scores, arrays),
-    answer=_continuations,
-    predictions=_text_predictions,
-    generates=True,
-)
-
-TASKS = {task.name: task for task in (SEQUENCE_CLASSIFICATION, TOKEN_CLASSIFICATION, GENERATION)}
+        raise ValueError(f"There is no task {name!r}; there are {', '.join(sorted(TASKS))}.")
+    module, _, cls = TASKS[name].rpartition(".")
+    return getattr(importlib.import_module(module), cls)()

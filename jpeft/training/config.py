@@ -1,231 +1,216 @@
-"""The configurations of training and of comparing: frozen dataclasses, a comment per field, turned into flags by tyro."""
+"""The configurations of training and of comparing: frozen dataclasses whose fields are the command line's flags.
 
-from __future__ import annotations
+A flag is one field here: its help text, range and rules are arguments of `setting` (docs/guides/adding_a_flag.md).
+"""
 
-import ast
 import dataclasses
 import os
-from collections.abc import Iterable, Mapping
-from typing import Annotated, Any, Literal
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, Literal
 
-import tyro
+from jpeft.tasks.registry import TASKS
+from jpeft.training.options import parse_options as parse_options
+from jpeft.training.setting import check_ranges, configuration, names_where, renamed, setting
 
-OptionPairs = Annotated[tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="[NAME=VALUE ...]")]
-TaskName = Literal["sequence-classification", "token-classification", "generation"]
+# The names of all tasks, so that the command line lists them.
+if TYPE_CHECKING:
+    TaskName = str
+else:
+    TaskName = Literal[tuple(TASKS)]
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
+@configuration
 class Settings:
     """What a training run and a comparison of many have in common."""
 
-    # (A blank line after each banner keeps it out of the flags' help.)
     # --- what is trained, on what -----------------------------------------------------------------
 
-    # Folder with a Hugging Face checkpoint (config.json, model.safetensors, tokenizer files), or a hub id.
-    model: str
-    # Data: a folder with train/validation/test files, a file, "hub:name[/config]", or what comes along: "builtin", for generation also
-    # one of "builtin:reference" and "builtin:summaries".
-    data: str
-    # Folder of the run: config, metrics, curve, checkpoints, adapter, result. Must be new or empty.
-    output: str
-    # Column that holds the text; for generation, what the target continues, or all there is.
-    text: str = "text"
-    # Column that holds the second text of a pair; none for single texts.
-    pair: str | None = None
-    # Column that holds the label.
-    label: str = "label"
-    # Column that holds what is to be generated; without one, generation learns to continue the texts themselves.
-    target: str | None = None
-    # Column that holds a list of tags, for token classification; that of the text then holds lists of words.
-    tags: str = "tags"
-    # What the model is asked to do.
-    task: TaskName = "sequence-classification"
-    # Tokens per text (or pair), longer ones are cut; plain texts for generation fill rows of this length. Every batch has it.
-    max_length: int = 128
+    model: str = setting("Folder with a Hugging Face checkpoint (config.json, model.safetensors, tokenizer files), or a hub id.")
+    data: str = setting(
+        'Data: a folder with train/validation/test files, a file, "hub:name[/config]", or a built-in data set: "builtin" for '
+        'classification, "builtin:docs", "builtin:reference" or "builtin:summaries" for generation.'
+    )
+    output: str = setting(
+        "Folder of the run: configuration, metrics, curve, checkpoints, adapter, result. Must be new or empty.", resume_safe=True
+    )
+    text: str = setting("Text column. For generation: the prompt if --target is given, otherwise the whole text.", default="text")
+    pair: str | None = setting("Column of the second text of a pair; none for single texts.", default=None)
+    label: str = setting("Label column.", default="label")
+    target: str | None = setting(
+        "Column of the text to generate. Without it, generation learns to continue the texts of the text column.", default=None
+    )
+    tags: str = setting("For token classification: column of the lists of tags. The text column then holds lists of words.", default="tags")
+    task: TaskName = setting("Task of the model.", default="sequence-classification")
+    max_length: int = setting(
+        "Tokens per text (or pair). Longer texts are cut; plain texts for generation are joined and cut into rows of this length. Every "
+        "batch has this length.",
+        default=128,
+        at_least=1,
+    )
 
     # --- optimisation -----------------------------------------------------------------------------
 
-    # Examples per optimizer step.
-    batch_size: int = 16
-    # Passes over the training data.
-    epochs: int = 5
-    # Optimizer steps, instead of epochs.
-    steps: int | None = None
-    # Peak learning rate; none takes the method's own default.
-    learning_rate: float | None = None
-    # Learning rate of the newly made head, as a multiple of the others': it starts from nothing, all else from something good. None takes
-    # the method's own default.
-    head_rate: float | None = None
-    # Course of the learning rate after the warmup; linear and cosine end at zero.
-    schedule: Literal["constant", "linear", "cosine"] = "linear"
-    # Share of all steps over which the learning rate rises linearly.
-    warmup: float = 0.06
-    # Decoupled weight decay of the trained parameters (frozen ones are never decayed).
-    weight_decay: float = 0.01
-    # Largest global norm of the gradient over the trained parameters; none for no clipping.
-    clip: float | None = 1.0
-    # Micro-batches a step's batch is split into, to save memory; must divide batch_size.
-    accumulate: int = 1
-    # Type the model computes in; parameters stay float32.
-    dtype: Literal["float32", "bfloat16"] = "float32"
-    # Recompute activations in the backward pass, to save memory; "dots" keeps the products of matrices, and costs next to no time.
-    remat: bool | Literal["dots"] = False
-    # Run the layers as one scanned loop, to compile faster.
-    scan: bool = False
-    # Devices by axis, e.g. data=2,fsdp=4 or fsdp=-1 (-1: what is left); none for one device. data and fsdp split the batch, fsdp and tensor
-    # the weights.
-    mesh: str | None = None
+    batch_size: int = setting("Examples per optimizer step.", default=16, at_least=1)
+    epochs: int = setting("Passes over the training data.", default=5, at_least=1)
+    steps: int | None = setting("Optimizer steps; replaces epochs.", default=None, at_least=1)
+    learning_rate: float | None = setting("Peak learning rate; none for the method's default.", default=None, above=0, per_row=True)
+    head_lr_scale: float | None = setting(
+        "Learning rate of a newly initialised head, as a multiple of the learning rate of all other parameters; none for the method's "
+        "default.",
+        default=None,
+        above=0,
+        old_names=("head_rate",),
+    )
+    schedule: Literal["constant", "linear", "cosine"] = setting(
+        "Schedule of the learning rate after the warmup; linear and cosine end at zero.", default="linear"
+    )
+    warmup: float = setting("Share of all steps over which the learning rate rises linearly.", default=0.06, at_least=0, at_most=1)
+    weight_decay: float = setting("Decoupled weight decay of the trained parameters; frozen ones never decay.", default=0.01, at_least=0)
+    label_smoothing: float = setting(
+        "Share of the target probability that the training loss spreads evenly over all classes (all tokens of the vocabulary, for "
+        "generation).",
+        default=0.0,
+        at_least=0,
+        at_most=1,
+    )
+    clip: float | None = setting(
+        "Largest global norm of the gradient over the trained parameters; none for no clipping.", default=1.0, above=0
+    )
+    grad_accum: int = setting(
+        "Micro-batches that each batch is split into, to save memory; must divide batch_size.",
+        default=1,
+        at_least=1,
+        old_names=("accumulate",),
+    )
+    dtype: Literal["float32", "bfloat16"] = setting("Type that the model computes in; parameters stay float32.", default="float32")
+    remat: bool | Literal["dots"] = setting(
+        'Recompute activations in the backward pass, to save memory; "dots" keeps the results of matrix products and costs little time.',
+        default=False,
+    )
+    scan: bool = setting("Run the layers as one scanned loop, to compile faster.", default=False)
+    mesh: str | None = setting(
+        "Devices by axis, e.g. data=2,fsdp=4 or fsdp=-1 (-1: all remaining devices); none for one device. data and fsdp split the batch, "
+        "fsdp and tensor the weights.",
+        default=None,
+        # Another mesh changes the adapter by rounding errors only.
+        resume_safe=True,
+    )
+
+    movement_steps: int | None = setting(
+        "Steps of full fine-tuning that measure how far each weight moves, for methods that start from that (far stage=learners, "
+        "diff_pruning stage=mask); none for a tenth of the run's steps.",
+        default=None,
+        at_least=1,
+    )
 
     # --- evaluation, logging, checkpoints ---------------------------------------------------------
 
-    # Steps between evaluations on the validation split; none for the end of each epoch.
-    eval_every: int | None = None
-    # Evaluations without a better validation metric before training stops; none never stops early.
-    patience: int | None = None
-    # Keep the adapter of the best evaluation instead of the last one (implied by patience).
-    keep_best: bool = False
-    # Steps between two lines in metrics.jsonl.
-    log_every: int = 10
-    # Steps between checkpoints.
-    checkpoint_every: int = 100
-    # Checkpoints kept on disk.
-    keep: int = 2
-    # What is shown while training; auto is a bar on a terminal and lines elsewhere.
-    progress: Literal["auto", "bar", "lines", "none"] = "auto"
+    eval_every: int | None = setting(
+        "Steps between evaluations on the validation split; none for one at the end of each epoch.", default=None, at_least=1
+    )
+    patience: int | None = setting(
+        "Stop after this many evaluations without a better validation metric; none never stops early.", default=None, at_least=1
+    )
+    keep_best: bool = setting("Keep the adapter of the best evaluation instead of the last one (implied by patience).", default=False)
+    log_every: int = setting("Steps between two lines in metrics.jsonl.", default=10, at_least=1, resume_safe=True)
+    checkpoint_every: int = setting("Steps between checkpoints.", default=100, at_least=1, resume_safe=True)
+    keep: int = setting("Number of checkpoints kept on disk.", default=2, at_least=1, resume_safe=True)
+    progress: Literal["auto", "bar", "lines", "none"] = setting(
+        "Progress display; auto is a bar on a terminal and lines elsewhere.", default="auto", resume_safe=True
+    )
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
+@configuration
 class TrainConfig(Settings):
     """Fine-tune a pretrained model: `jpeft train --model FOLDER --output RUN --method lora rank=8`.
 
-    Example:
-        >>> TrainConfig(model="bert-base-uncased", data="builtin", output="run", method="lora", options=("rank=8",)).method
-        'lora'
+    Example: `TrainConfig(model="bert-base-uncased", data="builtin", output="run", method="lora", options=("rank=8",))`.
     """
 
-    # Name of the PEFT method; `jpeft methods` lists them.
-    method: str = "lora"
-    # Options of the method, e.g. rank=8 alpha=16; values are Python literals, anything else is a string.
-    options: OptionPairs = ()
-    # Seed of the adapter, the new head, the data order and dropout; the pretrained base never depends on it.
-    seed: int = 0
-    # Continue the run in `output` from its newest checkpoint.
-    resume: bool = False
-    # Delete the finished or broken run in `output` first.
-    overwrite: bool = False
-    # Also write the merged model as a Hugging Face folder, `output`/merged.
-    export: bool = False
+    method: str = setting("Name of the PEFT method; `jpeft methods` lists them.", default="lora", per_row=True)
+    options: tuple[str, ...] = setting(
+        "Options of the method, e.g. rank=8 alpha=16; values are Python literals, anything else is a string.",
+        default=(),
+        per_row=True,
+        positional=True,
+        metavar="[NAME=VALUE ...]",
+    )
+    seed: int = setting(
+        "Seed of the adapter, the new head, the data order and dropout; the pretrained base does not depend on it.", default=0, per_row=True
+    )
+    resume: bool = setting("Continue the run in `output` from its newest checkpoint.", default=False, resume_safe=True)
+    overwrite: bool = setting("Delete the run in `output` first.", default=False, resume_safe=True)
+    export: bool = setting("Also write the merged model as a Hugging Face folder, `output`/merged.", default=False, resume_safe=True)
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
+@configuration
 class CompareConfig(Settings):
     """Train several methods on one task with shared seeds: a table and a picture of quality against parameters.
 
-    Each method and seed is a run of its own below the output folder. The same command again reads finished runs back and continues
-    an interrupted one.
+    Each method and seed is a run of its own below the output folder. The same command run again reads finished runs back and continues an
+    interrupted one.
     """
 
-    # Folder of the comparison: a run folder for each method and seed, results.json, table.md, compare.png.
-    output: str
-    # Rows, each a method with options in quotes: lora "lora rank=4 target=['query','value']" "bitfit learning_rate=1e-3". Rows are
-    # also "head-only" and "full" (fine-tuning); "all" stands for these two and every method that applies.
-    methods: Annotated[tuple[str, ...], tyro.conf.arg(metavar="ROW ...")] = ("all",)
-    # Seeds that every row is trained with.
-    seeds: tuple[int, ...] = (0, 1, 2)
-    # Which parameters the picture shows on its horizontal axis.
-    parameters: Literal["trained", "stored", "changed"] = "trained"
-
-
-# Changing one of these between an interrupted run and its continuation leaves the trained adapter as it is (a mesh, but for rounding).
-WITHOUT_EFFECT = frozenset({"output", "log_every", "checkpoint_every", "keep", "resume", "overwrite", "export", "progress", "mesh"})
-
-
-def parse_options(pairs: Iterable[str]) -> dict[str, Any]:
-    """Turns `("rank=8", "target=.*query/kernel")` into keyword arguments of a method's factory.
-
-    Values are Python literals, `true`, `false` and `none` in any case among them; what is no literal is a string.
-
-    Raises:
-        ValueError: for a pair without `=` or a name given twice.
-
-    Example:
-        >>> parse_options(["rank=8", "target=.*query/kernel", "bias=False"])
-        {'rank': 8, 'target': '.*query/kernel', 'bias': False}
-    """
-    options: dict[str, Any] = {}
-    for pair in pairs:
-        name, equals, text = pair.partition("=")
-        if not equals or not name.isidentifier():
-            raise ValueError(f"method option {pair!r} is not of the form NAME=VALUE, such as rank=8")
-        if name in options:
-            raise ValueError(f"method option {name!r} is given twice: {list(pairs)}")
-        options[name] = _value(text)
-    return options
+    output: str = setting("Folder of the comparison: a run folder for each method and seed, results.json, table.md, compare.png.")
+    methods: tuple[str, ...] = setting(
+        "Rows, each a method with options in quotes: lora \"lora rank=4 target=['query','value']\" \"bitfit learning_rate=1e-3\". The "
+        'baselines "head-only" and "full" (fine-tuning) are rows too; "all" stands for the baselines and every method that applies.',
+        default=("all",),
+        metavar="ROW ...",
+    )
+    seeds: tuple[int, ...] = setting("Seeds; every row is trained once with each.", default=(0, 1, 2))
+    parameters: Literal["trained", "stored", "changed"] = setting(
+        "Parameter count on the horizontal axis of the picture.", default="trained"
+    )
 
 
 def resolved(config: TrainConfig) -> TrainConfig:
-    """The same configuration with local paths made absolute, so that a run can be opened from any directory."""
+    """Return the same configuration with local paths made absolute, so that a run can be opened from any directory."""
     local = {name: os.path.abspath(path) for name in ("model", "data") if os.path.exists(path := getattr(config, name))}
     return dataclasses.replace(config, output=os.path.abspath(config.output), **local)
 
 
 def changed_fields(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
-    """Fields that differ between two configurations (as dicts) and change what is trained: name -> (old, new).
+    """Return the fields that differ between two configurations (as dicts) and change what is trained: name -> (old, new).
 
-    Example:
-        >>> changed_fields({"seed": 0, "keep": 2}, {"seed": 1, "keep": 3})
-        {'seed': (0, 1)}
+    >>> changed_fields({"seed": 0, "keep": 2}, {"seed": 1, "keep": 3})
+    {'seed': (0, 1)}
     """
-    names = [name for name in {**old, **new} if name not in WITHOUT_EFFECT]
+    safe = names_where(TrainConfig, lambda about: about.resume_safe)
+    names = [name for name in {**old, **new} if name not in safe]
     return {name: (old.get(name), new.get(name)) for name in names if old.get(name) != new.get(name)}
 
 
 def to_json(config: TrainConfig) -> dict[str, Any]:
-    """The configuration as JSON values."""
+    """Return the configuration as JSON values."""
     return dataclasses.asdict(config) | {"options": list(config.options)}
 
 
 def from_json(values: Mapping[str, Any]) -> TrainConfig:
-    """Inverse of `to_json`; fields unknown to this version are a ValueError."""
+    """Read what `to_json` wrote, also by an earlier version: fields that are newer have their defaults.
+
+    Raises:
+      ValueError: for fields that this version does not know.
+    """
+    names = renamed(TrainConfig)
+    values = {names.get(name, name): value for name, value in values.items()}
     known = {field.name for field in dataclasses.fields(TrainConfig)}
     if unknown := sorted(set(values) - known):
-        raise ValueError(f"the run's configuration has unknown fields {unknown}: it was written by another version of jpeft")
+        raise ValueError(f"The run's configuration has unknown fields {unknown}: it was written by another version of jpeft.")
     return TrainConfig(**{**values, "options": tuple(values.get("options", ()))})
 
 
 def check_values(config: TrainConfig) -> None:
-    """Refuses values that cannot be meant.
+    """Raise a ValueError for values out of range or at odds with each other.
 
-    Called by the trainer and not at construction, where the command line's parser would take the error for its own.
+    The trainer calls this. The constructor does not, because the command line's parser would take the error for its own.
 
     Raises:
-        ValueError: naming the field, its value and what it may be.
+      ValueError: naming the field, its value and what it may be.
     """
-    for name in ("max_length", "batch_size", "epochs", "accumulate", "log_every", "checkpoint_every", "keep"):
-        if getattr(config, name) < 1:
-            raise ValueError(f"{name} must be at least 1, got {getattr(config, name)}")
-    for name in ("steps", "eval_every", "patience"):
-        if (value := getattr(config, name)) is not None and value < 1:
-            raise ValueError(f"{name} must be at least 1 (or none), got {value}")
-    for name in ("learning_rate", "head_rate", "clip"):
-        if (value := getattr(config, name)) is not None and not value > 0:
-            raise ValueError(f"{name} must be positive (or none), got {value}")
-    if not 0 <= config.warmup <= 1:
-        raise ValueError(f"warmup is a share of all steps between 0 and 1, got {config.warmup}")
-    if not config.weight_decay >= 0:
-        raise ValueError(f"weight_decay must not be negative, got {config.weight_decay}")
-    if config.batch_size % config.accumulate:
-        raise ValueError(f"accumulate={config.accumulate} does not divide batch_size={config.batch_size}")
+    check_ranges(config)
+    if config.batch_size % config.grad_accum:
+        raise ValueError(f"grad_accum={config.grad_accum} does not divide batch_size={config.batch_size}.")
     if config.resume and config.overwrite:
-        raise ValueError("resume continues the run in the output folder and overwrite deletes it: give one of them")
+        raise ValueError("resume continues the run in the output folder and overwrite deletes it: give one of them.")
     parse_options(config.options)
-
-
-def _value(text: str) -> Any:
-    words = {"true": True, "false": False, "none": None, "null": None}
-    if text.lower() in words:
-        return words[text.lower()]
-    try:
-        return ast.literal_eval(text)
-    except (ValueError, SyntaxError):
-        return text

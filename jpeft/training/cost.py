@@ -1,4 +1,4 @@
-"""What a compiled function costs, by XLA's own account: exact and free of noise, unlike time."""
+"""The cost of a compiled function as XLA counts it, which unlike time is exact."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ class Cost(NamedTuple):
     """The cost of one call.
 
     Attributes:
-      flops: Floating point operations. The body of a loop counts once, however often it runs.
+      flops: Floating point operations. XLA counts the body of a loop once, however often it runs.
       temporary_bytes: Peak of the memory that exists only during the call: activations and gradients, not arguments and results.
     """
 
@@ -18,7 +18,7 @@ class Cost(NamedTuple):
 
 
 def cost(compiled: Any) -> Cost:
-    """The cost of ``jax.jit(fn).lower(...).compile()``; None for what the backend does not tell.
+    """Return the cost of ``jax.jit(fn).lower(...).compile()``; None for numbers that the backend does not report.
 
     >>> import jax, jax.numpy as jnp
     >>> x = jnp.ones((8, 8))

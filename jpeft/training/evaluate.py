@@ -1,4 +1,4 @@
-"""An adapted model over a whole table, in fixed shapes: one compilation, the last batch padded and its padding dropped."""
+"""Evaluation of an adapted model over a whole table, in batches of one shape: the last batch is padded, and its padding dropped."""
 
 from __future__ import annotations
 
@@ -11,18 +11,18 @@ from jaxtyping import PyTree
 
 from jpeft import data, distributed
 from jpeft.core.peft import Peft
-from jpeft.tasks.task import Arrays, Decoding, Task, model_inputs
+from jpeft.tasks.task import Arrays, Decoding, Task
 
 
 class Evaluator:
     """Runs an adapted model over arrays without dropout.
 
     Args:
-        forward: `jpeft.wrap(model.apply, peft.method)`.
-        task: Gives metrics and answers.
-        batch_size: Rows per compiled call.
-        labels: Names of the classes, if there are any.
-        put: Puts a batch where the model is.
+      forward: `jpeft.wrap(model.apply, peft.method)`.
+      task: Defines metrics and answers.
+      batch_size: Rows per compiled call.
+      labels: Names of the classes, if there are any.
+      put: Puts a batch onto the devices of the model.
     """
 
     def __init__(
@@ -39,36 +39,38 @@ class Evaluator:
         self.batch_size = batch_size
         self.labels = tuple(labels)
         self._forward = forward
-        self._scores = jax.jit(lambda peft, batch: task.scores(forward(peft.variables, **model_inputs(batch), deterministic=True), batch))
+        self._scores = jax.jit(
+            lambda peft, batch: task.scores(forward(peft.variables, **task.model_inputs(batch), deterministic=True), batch)
+        )
 
     def metrics(self, peft: Peft, arrays: Arrays) -> dict[str, float]:
-        """The task's metrics over every row of `arrays`."""
+        """Return the task's metrics over all rows of `arrays`."""
         return self.task.metrics(self._over(arrays, lambda batch, index: self._scores(peft, batch)), arrays, self.labels)
 
     def answers(self, peft: Peft, arrays: Arrays, decoding: Decoding) -> PyTree:
-        """The task's answers to every row of `arrays`, in order."""
+        """Return the task's answers to all rows of `arrays`, in order."""
 
         def run(batch: dict[str, np.ndarray], index: int) -> PyTree:
-            # Other batches must not draw the same tokens.
+            # Each batch draws with a key of its own.
             key = None if decoding.key is None else jax.random.fold_in(decoding.key, index)
             return self.task.answer(self._forward, peft.variables, batch, decoding._replace(key=key))
 
         return self._over(arrays, run)
 
     def _over(self, arrays: Arrays, run: Callable[[dict[str, np.ndarray], int], PyTree]) -> PyTree:
-        """What `run(batch, number of the batch)` gives for each row."""
+        """Return the results of `run(batch, number of the batch)` for each row."""
         parts: list[PyTree] = []
 
         def take(outputs: PyTree, rows: np.ndarray) -> None:
-            parts.append(jax.tree.map(lambda x: np.asarray(x)[rows], distributed.whole(outputs)))
+            parts.append(jax.tree.map(lambda x: np.asarray(x)[rows], distributed.to_numpy(outputs)))
 
         waiting = None
         for index, batch in enumerate(data.eval_batches(arrays, self.batch_size)):
-            # JAX does not wait for what it has begun, so this one is under way while the one before is fetched.
-            begun = run(self._put(batch), index), batch["weight"] > 0
+            # JAX computes asynchronously: this batch is computed while the one before is fetched.
+            started = run(self._put(batch), index), batch["weight"] > 0
             if waiting is not None:
                 take(*waiting)
-            waiting = begun
+            waiting = started
         if waiting is not None:
             take(*waiting)
         return jax.tree.map(lambda *columns: np.concatenate(columns), *parts)

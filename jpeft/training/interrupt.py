@@ -1,4 +1,4 @@
-"""Ctrl-C and a polite kill, put off until the step in progress is finished and saved."""
+"""Ctrl-C and SIGTERM, deferred until the present step is finished and saved."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ class InterruptedRun(KeyboardInterrupt):
     """Training was interrupted; everything up to `step` is in the checkpoint in `path`.
 
     Attributes:
-        signum: The signal that did it.
-        step: Finished steps.
-        path: Folder of the run.
+      signum: The signal that interrupted it.
+      step: Finished steps.
+      path: Folder of the run.
     """
 
     def __init__(self, signum: int, step: int, path: str | os.PathLike[str]):
@@ -32,10 +32,10 @@ class InterruptedRun(KeyboardInterrupt):
 
 @contextlib.contextmanager
 def deferred_signals() -> Iterator[list[int]]:
-    """Collects SIGINT and SIGTERM in the list it yields; a second one acts at once, as it would have outside.
+    """Collect SIGINT and SIGTERM in the list that is yielded; a second signal has its usual effect at once.
 
-    Outside the main thread, where Python allows no handlers, the list stays empty. One of several processes leaves SIGTERM to JAX's
-    preemption service, which tells the others (`jpeft.distributed.stop_signal`), and takes SIGINT for the same.
+    Outside the main thread, where Python allows no handlers, the list stays empty. Each of several processes leaves SIGTERM to JAX's
+    preemption service, which informs the others (`jpeft.distributed.stop_signal`), and sends itself SIGTERM when it receives SIGINT.
     """
     caught: list[int] = []
     if threading.current_thread() is not threading.main_thread():

@@ -13,6 +13,9 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
+from jpeft.tasks.task import Task
+from jpeft.training.run_folder import RunFolder
+
 PALETTE = ("#9aa5b1", "#1f6fb2", "#d9822b", "#3a9a6b", "#8457b2", "#c0455e", "#6b7f2a", "#2f9c95")
 TRAIN, VALIDATION, METRIC, INK = "#9aa5b1", "#d9822b", "#1f6fb2", "#3b4451"
 
@@ -20,14 +23,14 @@ TRAIN, VALIDATION, METRIC, INK = "#9aa5b1", "#d9822b", "#1f6fb2", "#3b4451"
 def plot_curve(
     path: str | os.PathLike[str], lines: Sequence[Mapping[str, Any]], metric: str, title: str = "", *, higher_is_better: bool = True
 ) -> None:
-    """Draws the lines of a metrics.jsonl into a PNG, atomically.
+    """Draw the lines of a metrics.jsonl into a PNG, atomically.
 
     Args:
-        path: The PNG to write.
-        lines: Records with `step`, `split` ("train" or "validation"), `loss` and, for validation, the metrics.
-        metric: Name of the validation metric for the lower panel.
-        title: Text above the picture.
-        higher_is_better: Which value of the metric is marked as the best.
+      path: The PNG to write.
+      lines: Records with `step`, `split` ("train" or "validation"), `loss` and, for validation, the metrics.
+      metric: Name of the validation metric for the lower panel.
+      title: Text above the picture.
+      higher_is_better: Whether the highest value of the metric is marked as the best, or the lowest.
     """
     figure, upper, lower = _panels(title)
     train = [line for line in lines if line["split"] == "train"]
@@ -43,13 +46,13 @@ def plot_curve(
 
 
 def plot_curves(path: str | os.PathLike[str], runs: Mapping[str, Sequence[Mapping[str, Any]]], metric: str, title: str = "") -> None:
-    """Draws several runs into one PNG: training loss above, validation metric below, one colour a run.
+    """Draw several runs into one PNG: training loss above, validation metric below, one colour per run.
 
     Args:
-        path: The PNG to write, atomically.
-        runs: Lines of metrics.jsonl by the run's name.
-        metric: Name of the validation metric for the lower panel.
-        title: Text above the picture.
+      path: The PNG to write, atomically.
+      runs: Lines of metrics.jsonl by the run's name.
+      metric: Name of the validation metric for the lower panel.
+      title: Text above the picture.
     """
     figure, upper, lower = _panels(title)
     for color, (name, lines) in zip(itertools.cycle(PALETTE), runs.items()):
@@ -59,8 +62,17 @@ def plot_curves(path: str | os.PathLike[str], runs: Mapping[str, Sequence[Mappin
     write_figure(figure, path)
 
 
+def plot_run(folder: RunFolder, task: Task) -> None:
+    """Draw a run's curve.png from its metrics.jsonl."""
+    run = folder.read_config()["run"]
+    # Two parts of the path, because a folder is often just called "model", and a hub id has an owner.
+    model = "/".join(Path(run["model"]).parts[-2:])
+    title = f"{run['method']} on {model}"
+    plot_curve(folder.curve, folder.records(), task.metric, title, higher_is_better=task.higher_is_better)
+
+
 def _panels(title: str) -> tuple[Figure, Axes, Axes]:
-    # The object interface: no global state, no display, safe beside a user's own pyplot.
+    # Matplotlib's object interface: no global state, no display, safe beside a user's own pyplot.
     figure = Figure(figsize=(7.2, 5.4), dpi=150, layout="constrained")
     FigureCanvasAgg(figure)
     upper, lower = figure.subplots(2, 1, sharex=True, height_ratios=[3, 2])
@@ -85,7 +97,7 @@ def _finish(upper: Axes, lower: Axes, metric: str) -> None:
 
 
 def write_figure(figure: Figure, path: str | os.PathLike[str]) -> None:
-    """Writes a PNG, atomically."""
+    """Write a PNG, atomically."""
     path = Path(path)
     partial = path.with_name(f".{path.stem}.partial.png")
     figure.savefig(partial)
@@ -111,6 +123,6 @@ def _draw(axes: Axes, lines: Sequence[Mapping[str, Any]], name: str, color: str,
 def _name_best(axes: Axes, lines: Sequence[Mapping[str, Any]], metric: str, choose: Callable[..., Any]) -> None:
     best = choose(lines, key=lambda line: line[metric])
     axes.plot(best["step"], best[metric], "o", markersize=9, markerfacecolor="none", markeredgecolor=METRIC)
-    # Above the panel, where no curve can run through it.
+    # Above the panel, where no curve crosses it.
     text = f"best {best[metric]:.3f} at step {best['step']}"
     axes.set_title(text, loc="right", fontsize=9, color=METRIC, pad=4)

@@ -1,4 +1,4 @@
-"""What a training run shows: a bar on a terminal, occasional lines elsewhere, or nothing."""
+"""Progress display of a training run: a bar on a terminal, occasional lines elsewhere, or nothing."""
 
 from __future__ import annotations
 
@@ -12,19 +12,19 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 @runtime_checkable
 class Reporter(Protocol):
-    """Told about every step by the trainer."""
+    """Receives the progress of a run from the trainer."""
 
     def start(self, total: int, step: int) -> None:
-        """The run has `total` steps and begins after `step` of them."""
+        """Begin: the run has `total` steps, of which `step` are done."""
 
     def update(self, step: int, loss: float, metric: str, rate: float) -> None:
-        """`step` steps are done; the mean loss, the newest validation metric (text) and examples per second."""
+        """Show the number of finished steps, mean loss, newest validation metric (as text) and examples per second."""
 
     def message(self, text: str) -> None:
-        """One line that stays."""
+        """Show a line that stays."""
 
     def stop(self) -> None:
-        """The run is over or interrupted."""
+        """End: the run is finished or interrupted."""
 
 
 class BarReporter:
@@ -43,20 +43,20 @@ class BarReporter:
         )
 
     def start(self, total: int, step: int) -> None:
-        """Draws the bar."""
+        """Draw the bar."""
         self._task = self._bar.add_task("train", total=total, completed=step, loss="-", metric="", rate="")
         self._bar.start()
 
     def update(self, step: int, loss: float, metric: str, rate: float) -> None:
-        """Moves the bar."""
+        """Move the bar."""
         self._bar.update(self._task, completed=step, loss=f"{loss:.4f}", metric=metric, rate=f"{rate:.0f} samples/s")
 
     def message(self, text: str) -> None:
-        """Prints above the bar."""
+        """Print above the bar."""
         self._bar.console.print(text, markup=False, highlight=False)
 
     def stop(self) -> None:
-        """Leaves the bar as it stands."""
+        """Leave the bar as it is."""
         self._bar.stop()
 
 
@@ -68,11 +68,11 @@ class LineReporter:
         self._last = -seconds
 
     def start(self, total: int, step: int) -> None:
-        """Remembers where the run starts, for the time left."""
+        """Remember the beginning, to estimate the time left."""
         self._total, self._first, self._begun = total, step, time.monotonic()
 
     def update(self, step: int, loss: float, metric: str, rate: float) -> None:
-        """Prints, if the last line is old enough or the run is done."""
+        """Print, if the last line is old enough or the run is done."""
         now = time.monotonic()
         if now - self._last < self._seconds and step < self._total:
             return
@@ -88,31 +88,31 @@ class LineReporter:
         self.message("  ".join(part for part in parts if part))
 
     def message(self, text: str) -> None:
-        """Prints."""
+        """Print."""
         print(text, flush=True)
 
     def stop(self) -> None:
-        """Nothing to tidy."""
+        """Do nothing."""
 
 
 class SilentReporter:
     """Shows nothing."""
 
     def start(self, total: int, step: int) -> None:
-        """Nothing."""
+        """Do nothing."""
 
     def update(self, step: int, loss: float, metric: str, rate: float) -> None:
-        """Nothing."""
+        """Do nothing."""
 
     def message(self, text: str) -> None:
-        """Nothing."""
+        """Do nothing."""
 
     def stop(self) -> None:
-        """Nothing."""
+        """Do nothing."""
 
 
 def reporter(kind: str) -> Reporter:
-    """The reporter for `bar`, `lines`, `none`, or `auto`: a bar if standard output is a terminal, else lines."""
+    """Return the reporter for `bar`, `lines`, `none`, or `auto`: a bar if standard output is a terminal, else lines."""
     if kind == "auto":
         kind = "bar" if sys.stdout.isatty() else "lines"
     return {"bar": BarReporter, "lines": LineReporter, "none": SilentReporter}[kind]()

@@ -1,4 +1,4 @@
-"""The course of the learning rate, and the optimizer built on it."""
+"""The schedule of the learning rate, and the optimizer that uses it."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from collections.abc import Collection
 import jax
 import optax
 
+from jpeft.deprecation import renamed_members
 from jpeft.tree.adapters import Adapter
 from jpeft.tree.paths import path_str
 
@@ -14,22 +15,21 @@ SHAPES = ("constant", "linear", "cosine")
 
 
 def learning_rate_schedule(shape: str, peak: float, steps: int, warmup: float = 0.0) -> optax.Schedule:
-    """Linear warmup over a share of all steps, then constant, linear to zero or half a cosine to zero.
+    """Return a schedule: linear warmup over a share of all steps, then constant, linear to zero, or half a cosine to zero.
 
-    With w = round(warmup · steps), step t < w uses peak·(t+1)/(w+1): the first step already moves the parameters.
+    With w = round(warmup · steps), step t < w uses peak·(t+1)/(w+1), so the first step already moves the parameters.
 
     Args:
-        shape: One of `SHAPES`.
-        peak: Largest learning rate.
-        steps: Number of optimizer steps of the whole run.
-        warmup: Share of the steps spent rising, between 0 and 1.
+      shape: One of `SHAPES`.
+      peak: Largest learning rate.
+      steps: Number of optimizer steps of the whole run.
+      warmup: Share of the steps with a rising rate, between 0 and 1.
 
     Raises:
-        ValueError: for another shape.
+      ValueError: for another shape.
 
-    Example:
-        >>> float(learning_rate_schedule("linear", 1.0, 10)(5))
-        0.5
+    >>> float(learning_rate_schedule("linear", 1.0, 10)(5))
+    0.5
     """
     rising = round(warmup * steps)
     falling = max(steps - rising, 1)
@@ -39,33 +39,36 @@ def learning_rate_schedule(shape: str, peak: float, steps: int, warmup: float = 
         "cosine": lambda: optax.cosine_decay_schedule(peak, falling),
     }
     if shape not in shapes:
-        raise ValueError(f"unknown schedule {shape!r}; there are {', '.join(SHAPES)}")
+        raise ValueError(f"There is no schedule {shape!r}; there are {', '.join(SHAPES)}.")
     if not rising:
         return shapes[shape]()
     return optax.join_schedules([optax.linear_schedule(peak / (rising + 1), peak, rising), shapes[shape]()], [rising])
 
 
-def optimizer(schedule: optax.Schedule, *, weight_decay: float = 0.0, clip: float | None = None) -> optax.GradientTransformation:
-    """AdamW on a schedule after clipping by global norm; `jpeft.optimizer` confines it to the trained leaves.
+def clipped_adamw(schedule: optax.Schedule, *, weight_decay: float = 0.0, clip: float | None = None) -> optax.GradientTransformation:
+    """Return AdamW after clipping by the global norm; `jpeft.optimizer` confines it to the trained leaves.
 
     Args:
-        schedule: Step -> learning rate.
-        weight_decay: Decoupled weight decay.
-        clip: Largest global norm of the gradient; None for no clipping.
+      schedule: Step -> learning rate.
+      weight_decay: Decoupled weight decay.
+      clip: Largest global norm of the gradient; None for no clipping.
     """
     adamw = optax.adamw(schedule, weight_decay=weight_decay)
     return adamw if clip is None else optax.chain(optax.clip_by_global_norm(clip), adamw)
 
 
-def faster(tx: optax.GradientTransformation, adapter: Adapter, paths: Collection[str], rate: float) -> optax.GradientTransformation:
-    """An optimizer whose updates are `rate` times larger on some leaves: a head that starts from nothing has a longer way to go.
+def scale_updates(tx: optax.GradientTransformation, adapter: Adapter, paths: Collection[str], scale: float) -> optax.GradientTransformation:
+    """Return an optimizer whose updates of some leaves are multiplied, such as those of a newly initialised head.
 
     Args:
-        tx: The optimizer of the whole adapter.
-        adapter: Its tree.
-        paths: Base paths of the leaves; within a chain's part, they follow its name.
-        rate: The factor.
+      tx: The optimizer of the whole adapter.
+      adapter: The adapter.
+      paths: Paths of the leaves in the base. In the adapter of a chain, the name of the part precedes them.
+      scale: The factor.
     """
     chosen = lambda keys, _: any(f"/{path_str(keys)}".endswith(f"/{path}") for path in paths)
     mask = jax.tree_util.tree_map_with_path(chosen, adapter)
-    return optax.chain(tx, optax.masked(optax.scale(rate), mask))
+    return optax.chain(tx, optax.masked(optax.scale(scale), mask))
+
+
+__getattr__ = renamed_members(__name__, optimizer="clipped_adamw", faster="scale_updates")

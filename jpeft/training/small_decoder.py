@@ -1,10 +1,10 @@
-"""A small pretrained decoder where none can be downloaded: a GPT-2 of two million parameters, trained once on the docstrings at hand.
+"""A small pretrained decoder for machines without network: a GPT-2 of two million parameters, trained once on installed docstrings.
 
     from jpeft.training.small_decoder import decoder
     folder = decoder()            # minutes the first time, nothing afterwards
 
-It is an ordinary Hugging Face folder with a byte-level BPE tokenizer, for ``jpeft train --model``, `jpeft.models.load` or transformers.
-It writes the language of numerical Python and little sense: enough to tell one fine-tuning method from another.
+The folder is an ordinary Hugging Face folder with a byte-level BPE tokenizer, for ``jpeft train --model``, `jpeft.models.load` or
+transformers. The model's texts look like docstrings and make little sense, but it is good enough to compare fine-tuning methods.
 """
 
 import dataclasses
@@ -30,18 +30,27 @@ END = "<|endoftext|>"
 
 @dataclasses.dataclass(frozen=True)
 class Recipe:
-    """How the decoder is made."""
+    """How the decoder is made.
 
-    # Packages whose docstrings it learns.
+    Attributes:
+      packages: Packages whose docstrings are the training data.
+      vocabulary: Tokens of the tokenizer, including the 256 bytes and the end of text.
+      layers: Number of layers.
+      width: Width of a layer.
+      heads: Attention heads of a layer.
+      length: Longest sequence. Fine-tuning tasks use half of it and leave the rest to prompts.
+      steps: Training steps: a million and a half tokens, none of them twice.
+      batch_size: Full rows of a step.
+      learning_rate: Peak learning rate.
+      seed: Seed of initial weights and data order.
+    """
+
     packages: tuple[str, ...] = python_docs.PACKAGES
-    # Words of the tokenizer, the 256 bytes and the end of text among them.
     vocabulary: int = 2048
     layers: int = 4
     width: int = 192
     heads: int = 6
-    # Longest sequence. Later tasks take half of it, which leaves the rest to prompts.
     length: int = 256
-    # Steps of `batch_size` full rows: a million and a half tokens, none of them twice.
     steps: int = 1500
     batch_size: int = 4
     learning_rate: float = 3e-3
@@ -49,29 +58,28 @@ class Recipe:
 
 
 def decoder(recipe: Recipe = Recipe(), *, cache: str | os.PathLike[str] | None = None, progress: Any = "auto") -> Path:
-    """The folder of the decoder, which is trained if it is not there.
+    """Return the folder of the decoder, after training it if it does not exist.
 
-    All weights are trained, from random ones, with the library's own trainer (`freeze` with every path as its target). A training
-    that was interrupted goes on where it was; two processes that ask at once wait for each other.
+    All weights are trained from random values with `jpeft.training` (`freeze` with every path as its target). An interrupted training is
+    continued. If two processes call this at once, one waits for the other.
 
     Args:
-      recipe: How it is made.
-      cache: Folder to keep it in; `cache_folder()` if None. Another recipe, or another version of a package it learns from, is another
-        decoder.
+      recipe: How the decoder is made.
+      cache: Folder that holds decoders; `cache_folder()` if None. Each recipe, and each version of the packages, has its own decoder.
       progress: As `TrainConfig.progress`.
 
     Returns:
       A Hugging Face folder.
 
     Raises:
-      ValueError: if a package it learns from is not installed.
+      ValueError: if a package of the recipe is not installed.
     """
     from filelock import FileLock
 
     folder = Path(cache or cache_folder()) / f"decoder-{_key(recipe)}"
     folder.mkdir(parents=True, exist_ok=True)
     with FileLock(folder / "lock"):
-        if not (folder / "run" / "result.json").exists():  # which the trainer writes last
+        if not (folder / "run" / "result.json").exists():  # the trainer writes it last
             if not (folder / "start").exists():
                 _write_start(folder, recipe)
             _pretrain(folder, recipe, progress)
@@ -79,21 +87,21 @@ def decoder(recipe: Recipe = Recipe(), *, cache: str | os.PathLike[str] | None =
 
 
 def cache_folder() -> Path:
-    """Where made models are kept: $JPEFT_CACHE, or `jpeft` in the user's cache folder."""
+    """Return the folder of decoders: $JPEFT_CACHE, or `jpeft` in the user's cache folder."""
     if given := os.environ.get("JPEFT_CACHE"):
         return Path(given)
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "jpeft")
 
 
 def _key(recipe: Recipe) -> str:
-    # That of jpeft too, because another version may not continue an interrupted run of this one.
+    # The version of jpeft counts too, because another version may be unable to continue an interrupted run.
     versions = {name: importlib.metadata.version(name) for name in recipe.packages} | {"jpeft": jpeft.__version__}
     about = json.dumps({"recipe": dataclasses.asdict(recipe), "versions": versions}, sort_keys=True)
     return hashlib.sha256(about.encode()).hexdigest()[:16]
 
 
 def _write_start(folder: Path, recipe: Recipe) -> None:
-    """What training starts from: the texts in `data`, then in `start` the tokenizer and the model with random weights."""
+    """Write the training data to `data`, and tokenizer and model with random weights to `start`."""
     tables = python_docs.docs(recipe.packages)
     (folder / "data").mkdir(exist_ok=True)
     for name, table in tables.items():
@@ -105,7 +113,7 @@ def _write_start(folder: Path, recipe: Recipe) -> None:
         num_hidden_layers=recipe.layers,
         num_attention_heads=recipe.heads,
         max_position_embeddings=recipe.length,
-        # Less than one pass over the data: there is nothing to regularise.
+        # No dropout: training is less than one pass over the data, so nothing needs regularisation.
         attention_dropout=0.0,
         hidden_dropout=0.0,
         embedding_dropout=0.0,
@@ -118,7 +126,7 @@ def _write_start(folder: Path, recipe: Recipe) -> None:
 
 
 def _tokenizer(texts: list[str], recipe: Recipe) -> Any:
-    """Byte-level BPE, as GPT-2's: any text is a sequence of its words."""
+    """Return a byte-level BPE tokenizer like GPT-2's, which can encode any text."""
     from tokenizers import Tokenizer, decoders, pre_tokenizers, trainers
     from tokenizers.models import BPE
     from transformers import PreTrainedTokenizerFast

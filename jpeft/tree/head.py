@@ -1,17 +1,17 @@
 """The task head: made fresh for each task, so every method trains it."""
 
-import re
 from typing import Any
 
+from jpeft import layouts
 from jpeft.tree.paths import Params, Path, flatten
 from jpeft.tree.select import select
 
-# Where task heads are found in the families that people fine-tune. They are made fresh for every task, so every method trains them.
-HEAD = r"(pre_classifier|classifier|score|qa_outputs|classification_head)(/.*)?"
+# A regex of the heads that most families have, for options that extend it.
+HEAD = rf"({layouts.PLAIN.head})(/.*)?"
 
 
 def head_leaves(params: Params, head: str | None) -> dict[Path, Any]:
-    """The leaves of the task head: ``"auto"`` looks for the usual names at the top of the tree, a regex must match, None is no head.
+    """The leaves of the task head: ``"auto"`` looks for what the model's layout calls it, a regex must match, None is no head.
 
     Raises:
       ValueError: if a head was named that the model does not have.
@@ -20,7 +20,7 @@ def head_leaves(params: Params, head: str | None) -> dict[Path, Any]:
         return {}
     flat = flatten(params)
     if head == "auto":
-        return {path: leaf for path, leaf in flat.items() if re.fullmatch(HEAD, path)}
+        return {path: flat[path] for path in layouts.find(flat, layouts.Role.HEAD, required=False)}
     chosen = select(flat, head, option="head", params=params)
     return {path: flat[path] for path in chosen}
 

@@ -8,6 +8,8 @@ from typing import Any, NamedTuple, TypeVar
 import jax
 import jax.numpy as jnp
 
+from jpeft.layouts.geometry import KERNEL_AXES
+from jpeft.layouts.stacks import STACKED as STACKED
 from jpeft.tree.paths import Path
 
 T = TypeVar("T")
@@ -81,19 +83,14 @@ def _collapsed(values: Sequence[T], axes: tuple[int, ...], by: T) -> list[T]:
     return [by if i == axes[0] else v for i, v in enumerate(values) if i == axes[0] or i not in axes]
 
 
-# (regex on the path, number of axes, geometry). A stacked container is one whose layers share a single subtree: no index follows its name.
-STACKED = r"(?P<stack>(.*/)?(layers?|blocks?|h|stack|Scan[A-Z]\w*_\d+))/(?!\d+(/|$)).*"
-_QKV = r"(.*/)?(query|key|value)/kernel"
-_OUT = r"(.*/)?out/kernel"
-_CONV = r"(.*/)?([Cc]onv[^/]*|patch_embed[^/]*|projection|embedding)/kernel"
-DEFAULT_AXES: tuple[tuple[str, int, KernelAxes], ...] = (
-    (_QKV, 3, KernelAxes((), (0,), (1, 2))),  # nn.MultiHeadDotProductAttention
-    (_OUT, 3, KernelAxes((), (0, 1), (2,))),
-    (_CONV, 3, KernelAxes((), (0, 1), (2,))),
-    (_CONV, 4, KernelAxes((), (0, 1, 2), (3,))),
-    (_CONV, 5, KernelAxes((), (0, 1, 2, 3), (4,))),
-    (r".*", 2, KernelAxes((), (0,), (1,))),
-)
+def _axes(letters: str) -> KernelAxes:
+    """The geometry of a kernel without a stack from one letter for each axis, i for inputs and o for outputs."""
+    inputs, outputs = (tuple(i for i, letter in enumerate(letters) if letter == kind) for kind in "io")
+    return KernelAxes((), inputs, outputs)
+
+
+# (regex on the path, number of axes, geometry) of the known layouts.
+DEFAULT_AXES = tuple((pattern, len(letters), _axes(letters)) for pattern, letters in KERNEL_AXES)
 
 AxesRules = tuple[tuple[str, KernelAxes], ...]
 

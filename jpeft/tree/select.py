@@ -9,6 +9,7 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+from jpeft import layouts
 from jpeft.tree.paths import Params, Path, flatten
 
 Rules = Mapping[str, Any] | Sequence[Any]  # {regex: value} or ((regex, value), ...)
@@ -30,7 +31,15 @@ def first_match(path: Path, rules: Any, what: str) -> Any:
 
 
 def matches(pattern: str, path: Path) -> bool:
-    """Whether a regex matches the whole path of a leaf, or of the module that owns it."""
+    """Whether a regex matches the whole path of a leaf, or of the module that owns it.
+
+    Raises:
+      ValueError: for a role, which a single path cannot show.
+    """
+    if layouts.is_role(pattern):
+        raise ValueError(
+            f"'{pattern}' is a role, which only a whole model shows: a target may be one, but a rule for single paths may not."
+        )
     return re.fullmatch(pattern, path) is not None or re.fullmatch(pattern, path.rpartition("/")[0]) is not None
 
 
@@ -42,7 +51,9 @@ def named(name: str, path: Path) -> bool:
 
 def chooses(target: str | Sequence[str], path: Path) -> bool:
     """Whether a target, a regex or a list of names, names a path."""
-    return matches(target, path) if isinstance(target, str) else any(named(name, path) for name in target)
+    if isinstance(target, str):
+        return matches(target, path)
+    return any(matches(name, path) if layouts.is_role(name) else named(name, path) for name in target)
 
 
 def select(paths: Iterable[Path], target: str | Sequence[str], *, option: str = "target", params: Params | None = None) -> list[Path]:
@@ -51,26 +62,39 @@ def select(paths: Iterable[Path], target: str | Sequence[str], *, option: str = 
     Args:
       paths: Candidates.
       target: A string is a regex that must match a whole path, of the leaf or of its module. A sequence is a list of names, each a module
-        or leaf name or a '/'-suffix of a path, as HF PEFT's ``target_modules``; every one of them must be found.
+        or leaf name or a '/'-suffix of a path, as HF PEFT's ``target_modules``; every one of them must be found. A string or a name that
+        begins with ``@`` is a role, ``"@ffn_in|@ffn_out"`` (`jpeft.layouts`).
       option: Name of the option, for the message.
       params: The tree the candidates come from, to name what exists when they themselves say too little.
 
     Raises:
       ValueError: if the regex is not one, or something matches nothing.
     """
-    paths = list(paths)
+    candidates: Any = paths if isinstance(paths, Mapping) else list(paths)
+    paths = list(candidates)
+    # Roles are looked for in the whole tree, since a part of it may not show which layout the model follows.
+    whole = candidates if params is None else params
+    if layouts.is_role(target):
+        with_role = set(layouts.find(whole, str(target), option=option))
+        found = [path for path in paths if path in with_role]
+        if not found:
+            raise ValueError(_nothing(option, str(target), paths, params))
+        return found
     if isinstance(target, str):
         try:
-            found = [path for path in paths if chooses(target, path)]
+            found = [path for path in paths if matches(target, path)]
         except re.error as e:
             raise ValueError(f"{option}={target!r} is not a regular expression: {e}.") from e
         if not found:
             raise ValueError(_nothing(option, target, paths, params))
         return found
+    chosen: set[Path] = set()
     for name in target:
-        if not any(named(name, path) for path in paths):
+        new = select(candidates, name, option=option, params=params) if layouts.is_role(name) else [p for p in paths if named(name, p)]
+        if not new:
             raise ValueError(_nothing(option, name, paths, params))
-    return [path for path in paths if chooses(target, path)]
+        chosen.update(new)
+    return [path for path in paths if path in chosen]
 
 
 def _nothing(option: str, target: str, paths: list[Path], params: Params | None) -> str:

@@ -1,0 +1,33 @@
+"""What a command of the command line is."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any, Generic, TypeVar
+
+Args = TypeVar("Args")
+
+
+def _say_interrupted(args: Any) -> str:
+    del args
+    return "interrupted"
+
+
+@dataclasses.dataclass(frozen=True)
+class Command(Generic[Args]):
+    """One command: its name, its flags and its function.
+
+    Attributes:
+      name: The word after `jpeft`.
+      args: Dataclass whose fields are the flags. Its docstring is the command's help, and the comment above a field is the flag's help.
+      run: Runs the command. Its result is the exit status; None means 0.
+      resume_flags: Flags to add to an interrupted command line to continue the work.
+      interrupted: Message for Ctrl-C, given the flags.
+    """
+
+    name: str
+    args: type[Args]
+    run: Callable[[Args], int | None]
+    resume_flags: tuple[str, ...] = ()
+    interrupted: Callable[[Args], str] = _say_interrupted

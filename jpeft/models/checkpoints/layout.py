@@ -1,0 +1,82 @@
+"""Which tensors of a Hugging Face checkpoint make up which parameter.
+
+Parameter paths are Hugging Face's tensor names with slashes in place of dots, so one function, `checkpoint_layout`, serves loading and
+saving. A Linear's weight is (out, in) there and (in, out) here, except where the family says otherwise. The parameters of scanned blocks
+are the blocks' tensors stacked.
+"""
+
+import dataclasses
+import re
+from collections.abc import Sequence
+from typing import Any
+
+import flax.linen as nn
+import jax
+import numpy as np
+
+from jpeft.models import families
+from jpeft.tree.paths import flatten
+
+# Last component of a parameter's path -> last component of the tensor's name.
+_LEAVES = {"kernel": "weight", "embedding": "weight", "scale": "weight", "bias": "bias"}
+
+
+@dataclasses.dataclass(frozen=True)
+class Entry:
+    """One parameter and the checkpoint tensors that make it up."""
+
+    path: str  # "bert/pooler/dense/kernel"
+    names: tuple[str, ...]  # ("bert.pooler.dense.weight",); one name for each block where blocks are stacked
+    transposed: bool
+    stacked: bool
+    shape: tuple[int, ...]  # of the parameter
+    dtype: Any
+
+    @property
+    def tensor_shape(self) -> tuple[int, ...]:
+        """Shape of each tensor in the checkpoint."""
+        shape = self.shape[1:] if self.stacked else self.shape
+        return shape[::-1] if self.transposed else shape
+
+    def find_part(self, part: tuple[slice, ...]) -> tuple[tuple[str, ...], tuple[slice, ...]]:
+        """Return the tensors that a part of the parameter is made of, and which part of each tensor it needs."""
+        names, within = (self.names[part[0]], part[1:]) if self.stacked else (self.names, part)
+        return names, within[::-1] if self.transposed else within
+
+    def join(self, tensors: Sequence[np.ndarray]) -> np.ndarray:
+        """Return the parameter made of these tensors, or a part of it made of parts of them."""
+        parts = [tensor.T if self.transposed else tensor for tensor in tensors]
+        return (np.stack(parts) if self.stacked else parts[0]).astype(self.dtype)
+
+    def split(self, leaf: jax.Array | np.ndarray) -> dict[str, np.ndarray]:
+        """Return the tensors that this parameter is made of, by name; the inverse of `join`."""
+        parts = np.asarray(leaf) if self.stacked else np.asarray(leaf)[None]
+        # safetensors writes the underlying buffer whatever the strides: a transposed view would be stored untransposed.
+        return {name: np.ascontiguousarray(part.T if self.transposed else part) for name, part in zip(self.names, parts)}
+
+
+def checkpoint_layout(model: nn.Module) -> list[Entry]:
+    """Return every parameter of a model with the names of its tensors in a Hugging Face checkpoint.
+
+    >>> from jpeft.models import BertConfig, BertModel
+    >>> entry = checkpoint_layout(BertModel(BertConfig(scan=True, num_hidden_layers=2)))[-1]
+    >>> entry.path, entry.names
+    ('pooler/dense/kernel', ('pooler.dense.weight',))
+    """
+    config = model.config
+    family = families.family_of(config.model_type)
+    entries = []
+    for path, leaf in flatten(families.abstract_params(model)).items():
+        *modules, last = path.split("/")
+        transposed = last == "kernel" and not re.fullmatch(family.names.untransposed, path)
+        owners, stacked = [modules], False
+        for stack in family.stacks if config.scan else ():
+            if (depth := stack.find(modules)) is not None:
+                # "layer/output/kernel" is made of "layer.0.output.weight", "layer.1.output.weight", ...
+                owners = [[*modules[:depth], str(i), *modules[depth:]] for i in range(getattr(config, stack.num_layers))]
+                stacked = True
+        names = tuple(".".join([*owner, _LEAVES[last]]) for owner in owners)
+        if not family.names.prefixed:
+            names = tuple(name.removeprefix(f"{family.names.body}.") for name in names)
+        entries.append(Entry(path, names, transposed, stacked, leaf.shape, leaf.dtype))
+    return entries

@@ -1,0 +1,95 @@
+"""From a configuration to the model and its method, in the order in which they are built: columns, base, method, adapter."""
+
+import re
+from collections.abc import Callable
+from typing import Any
+
+from jax.sharding import Mesh
+
+import jpeft
+from jpeft import models
+from jpeft.core.method import Method
+from jpeft.core.peft import Peft
+from jpeft.tasks.task import Task, find_task
+from jpeft.training.config import TrainConfig, parse_options
+from jpeft.training.keys import keys
+from jpeft.tree.head import HEAD
+
+
+def read_columns(config: TrainConfig, task: Task) -> dict[str, Any]:
+    """Return the columns that the task reads, as arguments of `jpeft.data.read` and `splits`.
+
+    Raises:
+      ValueError: if the configuration names a column that the task does not use.
+    """
+    optional = {"pair": config.pair, "label": config.label, "target": config.target, "tags": config.tags}
+    # `label` and `tags` have a default, so they may be set where the task does not use them.
+    unused = [name for name in ("pair", "target") if optional[name] is not None and name not in task.columns]
+    if unused:
+        raise ValueError(
+            f"The task {task.name} has no use for {unused[0]}={optional[unused[0]]!r}; it reads {', '.join(('text', *task.columns))}."
+        )
+    return {"text": config.text, **{name: column if name in task.columns else None for name, column in optional.items()}}
+
+
+def load_base(config: TrainConfig, labels: tuple[str, ...], mesh: Mesh | None = None) -> models.Loaded:
+    """Load the pretrained model with a head for `labels`, on a mesh if one is given.
+
+    Raises:
+      ValueError: from the loader, or if the model cannot take `max_length` tokens.
+    """
+    loaded = models.load(
+        config.model,
+        task=find_task(config.task).model,
+        labels=labels,
+        dtype=config.dtype,
+        remat=config.remat,
+        scan=config.scan,
+        key=keys(config.seed).head,
+        mesh=mesh,
+    )
+    if config.max_length > loaded.config.max_length:
+        raise ValueError(f"max_length={config.max_length} is more than the model's {loaded.config.max_length} positions.")
+    return loaded
+
+
+def method_options(config: TrainConfig, tokenizer: Any = None) -> dict[str, Any]:
+    """Return the method's options. If `tokens` is text and a tokenizer is given, it becomes the token ids of the text."""
+    options = parse_options(config.options)
+    if isinstance(options.get("tokens"), str) and tokenizer is not None:
+        options["tokens"] = tokenizer(options["tokens"], add_special_tokens=False)["input_ids"]
+    return options
+
+
+def make_method(config: TrainConfig, loaded: models.Loaded) -> Method:
+    """Make the method that the configuration names.
+
+    Every parameter that the checkpoint lacks is trained along as part of the head: beside the head, that may be a pooler, which must not
+    keep its random initial values.
+    """
+    options = method_options(config, loaded.tokenizer if "tokens" in parse_options(config.options) else None)
+    others = [path for path in loaded.initialised if not re.fullmatch(HEAD, path)]
+    if others and "head" not in options:
+        options["head"] = "|".join([HEAD, *sorted(map(re.escape, others))])
+    return jpeft.make(config.method, **options)
+
+
+def attach(config: TrainConfig, loaded: models.Loaded, make_statistics: Callable[[Method], Any] | None = None) -> Peft:
+    """Return the base with a newly initialised adapter of the configured method.
+
+    Args:
+      config: Names the method.
+      loaded: The base.
+      make_statistics: Makes the statistics that the method requires; see `jpeft.training.statistics`. None where there is no data.
+
+    Raises:
+      ValueError: if the method requires statistics and they cannot be made.
+    """
+    method = make_method(config, loaded)
+    stats = None
+    if method.requires_stats:
+        if make_statistics is None:
+            kinds = ", ".join(kind.__name__ for kind in method.requires_stats)
+            raise ValueError(f"{config.method} requires the statistics {kinds} of a model and its data, and there is no data here.")
+        stats = make_statistics(method)
+    return jpeft.apply(loaded.params, method=method, key=keys(config.seed).adapter, stats=stats)

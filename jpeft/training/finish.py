@@ -1,0 +1,58 @@
+"""The end of a run: last evaluations, the adapter on disk, the picture, the result."""
+
+import jax
+import numpy as np
+
+import jpeft
+from jpeft.checkpoint.files import size_on_disk, write_json
+from jpeft.distributed import on_first_process
+from jpeft.training.loop import Loop
+from jpeft.training.plot import plot_run
+from jpeft.training.result import Result
+from jpeft.training.run import save_merged
+from jpeft.training.run_folder import RunFolder
+
+
+def finish(loop: Loop) -> Result:
+    """Evaluate and save the adapter that is kept, and write the result as the last file of the run."""
+    setup, config, folder, state, progress = loop.setup, loop.config, loop.folder, loop.state, loop.progress
+    seconds = loop.seconds()
+    kept = state.kept
+    metrics = {name: state.evaluator.metrics(kept, setup.splits[name]) if name in setup.splits else {} for name in ("validation", "test")}
+    trained = jpeft.summary(kept).trained
+    # Parts that only training needs, such as a prompt encoder, are kept in checkpoints but not in the saved adapter.
+    kept = jpeft.fold(kept)
+    jpeft.save(folder.adapter, kept, overwrite=True)
+    summary = jpeft.summary(kept)
+    result = Result(
+        **metrics,
+        best=progress.best,
+        best_step=progress.best_step,
+        steps=progress.step,
+        trained=trained,
+        seconds=round(seconds, 3),
+        compile_seconds=round(loop.compile_seconds, 3),
+        path=folder.path,
+        peft=kept,
+        stored=summary.stored,
+        changed=summary.changed,
+        adapter_bytes=on_first_process(lambda: size_on_disk(folder.adapter)),
+        step_seconds=on_first_process(lambda: _step_seconds(folder, config.batch_size)),
+        flops=None if config.scan or config.grad_accum > 1 else state.cost.flops,
+        temporary_bytes=state.cost.temporary_bytes,
+        device=jax.devices()[0].device_kind,
+    )
+    if config.export:
+        save_merged(folder.merged, setup.loaded, kept)
+
+    def write() -> None:
+        plot_run(folder, setup.task)
+        write_json(folder.result, result.to_json())
+
+    on_first_process(write)
+    return result
+
+
+def _step_seconds(folder: RunFolder, batch_size: int) -> float | None:
+    rates = [record["samples_per_second"] for record in folder.records() if record["split"] == "train"]
+    return float(batch_size / np.median(rates)) if rates else None

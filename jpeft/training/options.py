@@ -1,0 +1,37 @@
+"""Options of a method as text, `rank=8`, and as values."""
+
+import ast
+from collections.abc import Iterable
+from typing import Any
+
+
+def parse_options(pairs: Iterable[str]) -> dict[str, Any]:
+    """Turn `("rank=8", "target=.*query/kernel")` into keyword arguments of a method's factory.
+
+    Values are Python literals, `true`, `false` and `none` in any case among them; anything else is a string.
+
+    Raises:
+      ValueError: for a pair without `=` or a name that is given twice.
+
+    >>> parse_options(["rank=8", "target=.*query/kernel", "bias=False"])
+    {'rank': 8, 'target': '.*query/kernel', 'bias': False}
+    """
+    options: dict[str, Any] = {}
+    for pair in pairs:
+        name, equals, text = pair.partition("=")
+        if not equals or not name.isidentifier():
+            raise ValueError(f"The method option {pair!r} is not of the form NAME=VALUE, such as rank=8.")
+        if name in options:
+            raise ValueError(f"The method option {name!r} is given twice: {list(pairs)}.")
+        options[name] = _value(text)
+    return options
+
+
+def _value(text: str) -> Any:
+    words = {"true": True, "false": False, "none": None, "null": None}
+    if text.lower() in words:
+        return words[text.lower()]
+    try:
+        return ast.literal_eval(text)
+    except (ValueError, SyntaxError):
+        return text

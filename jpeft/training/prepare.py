@@ -1,0 +1,163 @@
+"""Everything that a configuration names, loaded and checked in order, before anything is written."""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import grain
+import jax
+import numpy as np
+from jaxtyping import Array, PyTree
+
+import jpeft
+from jpeft import data, models, registry
+from jpeft.checkpoint.fingerprint import fingerprint
+from jpeft.core.method import Method
+from jpeft.core.peft import Peft
+from jpeft.core.stages import Segment, plan
+from jpeft.tasks.task import Arrays, Task, find_task
+from jpeft.training.build import attach, load_base, read_columns
+from jpeft.training.config import TrainConfig, to_json
+from jpeft.training.devices import Devices, find_mesh
+from jpeft.training.keys import keys
+from jpeft.training.statistics import Kinds, Source, check_statistics, count_steps, make_statistics
+from jpeft.tree.paths import Params
+
+
+@dataclasses.dataclass(frozen=True)
+class Setup:
+    """What a run is made of; none of it changes in training.
+
+    Attributes:
+      config: The configuration.
+      task: Loss, metrics and predictions.
+      devices: Where arrays are.
+      labels: Names of the classes, in the order of the logits.
+      splits: The encoded data: train and, if there are such rows, validation and test.
+      loaded: The pretrained model.
+      peft: The base with the adapter that training begins with.
+      learning_rate: Peak learning rate, the configured one or the method's default.
+      head_lr_scale: Learning rate of a new head as a multiple of that.
+      steps: Optimizer steps of the run.
+      steps_per_epoch: Optimizer steps of a pass over the training data.
+      segments: The steps of each stage.
+      rows: `rows[step]` are the numbers of the training rows in a batch.
+    """
+
+    config: TrainConfig
+    task: Task
+    devices: Devices
+    labels: tuple[str, ...]
+    splits: dict[str, Arrays]
+    loaded: models.Loaded
+    peft: Peft
+    learning_rate: float
+    head_lr_scale: float
+    steps: int
+    steps_per_epoch: int
+    segments: tuple[Segment, ...]
+    rows: grain.MapDataset
+
+    @property
+    def keeps_best(self) -> bool:
+        """Whether the adapter of the best evaluation is kept instead of the last one."""
+        return self.config.keep_best or self.config.patience is not None
+
+    def batch(self, step: int) -> PyTree:
+        """Return the training batch of a step, on its devices."""
+        return self.devices.rows(self.splits["train"], np.asarray(self.rows[step]))
+
+    def statistics(self, kinds: Kinds, peft: Peft, forward: Callable[..., Any]) -> Any:
+        """Make statistics of a model in training: `peft`, run by `forward`."""
+
+        def run(params: Params, inputs: dict[str, Array]) -> Array:
+            return forward(peft.replace(params=params).variables, **inputs, deterministic=True)
+
+        return make_statistics(kinds, Source(self.config, self.task, self.labels, self.splits["train"], self.loaded, run, peft.params))
+
+    def to_json(self) -> dict[str, Any]:
+        """Return what config.json records."""
+        return {
+            "jpeft": jpeft.__version__,
+            "run": to_json(self.config),
+            "method": self.peft.method.config(),
+            "labels": list(self.labels),
+            "learning_rate": self.learning_rate,
+            "head_lr_scale": self.head_lr_scale,
+            "steps": self.steps,
+            "base": fingerprint(self.peft.params),
+            "data": {name: fingerprint(arrays) for name, arrays in self.splits.items()},
+        }
+
+
+def prepare(config: TrainConfig) -> Setup:
+    """Load and check data, model and method, in this order.
+
+    Raises:
+      ValueError: for anything wrong with them.
+    """
+    task = find_task(config.task)
+    tables = data.splits(config.data, **read_columns(config, task))
+    labels = task.label_names(tables["train"])
+    mesh = find_mesh(config)
+    loaded = load_base(config, labels, mesh)
+    splits = encode_splits(config, task, tables, labels, loaded.tokenizer)
+    peft = _attach(config, task, labels, splits["train"], loaded)
+    # A frozen base without a head has nothing to train and is evaluated as it is.
+    steps = count_steps(config, splits["train"]) if jax.tree.leaves(peft.adapter) else 0
+    defaults = registry.methods()[config.method]
+    return Setup(
+        config=config,
+        task=task,
+        devices=Devices(mesh, models.partition_rules(loaded.model)),
+        labels=labels,
+        splits=splits,
+        loaded=loaded,
+        peft=peft,
+        learning_rate=config.learning_rate or defaults.learning_rate,
+        head_lr_scale=config.head_lr_scale or defaults.head_lr_scale,
+        steps=steps,
+        steps_per_epoch=data.steps_per_epoch(splits["train"], config.batch_size),
+        segments=plan(peft.method.stages, steps),
+        rows=data.batch_rows(splits["train"], config.batch_size, seed=keys(config.seed).data),
+    )
+
+
+def encode_splits(
+    config: TrainConfig, task: Task, tables: dict[str, data.Table], labels: tuple[str, ...], tokenizer: Any
+) -> dict[str, Arrays]:
+    """Return the columns of each split that has rows.
+
+    Raises:
+      ValueError: from the task, or if the configuration needs a validation split and there is none.
+    """
+    splits = {
+        name: task.encode(table, tokenizer, labels=labels, max_length=config.max_length) for name, table in tables.items() if len(table)
+    }
+    for arrays in splits.values():
+        task.check_columns(arrays)
+    if (config.patience or config.keep_best) and "validation" not in splits:
+        raise ValueError("patience and keep_best need a validation split, and the data has none.")
+    return splits
+
+
+def _attach(config: TrainConfig, task: Task, labels: tuple[str, ...], arrays: Arrays, loaded: models.Loaded) -> Peft:
+    """Return the base with its adapter, after checking what later parts of the run need of the method."""
+    apply: Callable[..., Any] = loaded.model.apply
+
+    def forward(params: Params, inputs: dict[str, Array]) -> Array:
+        return apply({"params": params}, **inputs, deterministic=True)
+
+    source = Source(config, task, labels, arrays, loaded, forward, loaded.params)
+
+    def statistics(method: Method) -> Any:
+        check_statistics(method.requires_stats, config.method)
+        return make_statistics(method.requires_stats, source)
+
+    peft = attach(config, loaded, statistics)
+    for stage in peft.method.stages:
+        check_statistics(stage.requires_stats, f"The stage {stage.name!r} of {config.method}")
+    if config.export:
+        # A method that cannot merge says so now rather than after hours of training.
+        jpeft.merge(peft)
+    return peft

@@ -1,0 +1,65 @@
+"""What a run results in."""
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+from jpeft.core.peft import Peft
+from jpeft.training.run import open_run
+from jpeft.training.run_folder import RunFolder
+
+
+@dataclasses.dataclass(frozen=True)
+class Result:
+    """The result of a run. Runs of earlier versions lack the fields with defaults.
+
+    Attributes:
+      validation: Metrics of the kept adapter on the validation split; empty without one.
+      test: Metrics on the test split; empty without one.
+      best: Best validation metric; None without evaluations.
+      best_step: Step of the best evaluation; 0 without evaluations.
+      steps: Finished steps; fewer than planned after early stopping.
+      trained: Scalars that are trained; see `jpeft.Summary`.
+      seconds: Wall time of the training loop with its evaluations, without compiling. If the run was continued, all its parts up to their
+        newest checkpoints count.
+      compile_seconds: Time of compiling the steps of all stages, in this process.
+      path: Folder of the run.
+      peft: The base with the trained adapter, folded (`jpeft.fold`).
+      stored: Scalars of the saved adapter.
+      changed: Scalars of the base that take another value.
+      adapter_bytes: Size of the saved adapter's files.
+      step_seconds: Seconds per step: the median over the lines of metrics.jsonl, without evaluations and checkpoints.
+      flops: Floating point operations of a compiled step, of the last stage. None with grad_accum or scan, because XLA counts the body of a
+        loop once.
+      temporary_bytes: Peak of a step's temporary memory, of the last stage.
+      device: Name of the device.
+    """
+
+    validation: dict[str, float]
+    test: dict[str, float]
+    best: float | None
+    best_step: int
+    steps: int
+    trained: int
+    seconds: float
+    compile_seconds: float
+    path: Path
+    peft: Peft = dataclasses.field(repr=False)
+    stored: int | None = None
+    changed: int | None = None
+    adapter_bytes: int | None = None
+    step_seconds: float | None = None
+    flops: float | None = None
+    temporary_bytes: int | None = None
+    device: str | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        """Return all but the arrays and the folder."""
+        return {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name not in ("path", "peft")}
+
+
+def read_result(folder: RunFolder) -> Result:
+    """Return the result of a finished run, with its model loaded."""
+    values = json.loads(folder.result.read_text())
+    return Result(**values, path=folder.path, peft=open_run(folder.path).peft)
