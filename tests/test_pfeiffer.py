@@ -144,8 +144,8 @@ def test_starting_points():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"size": 0}, "size=0 must be at least 1"),
-        ({"activation": "swish"}, "activation='swish' is not one of"),
+        ({"size": 0}, "size=0 must be a whole number of at least 1"),
+        ({"activation": "swish"}, "activation='swish' must be one of 'gelu', 'gelu_new', 'relu', 'silu', 'tanh'"),
         ({"target": ["up"]}, "target='up' matches none"),
         (
             {"target": r"(?P<layer>.*mlp)/.*/kernel"},
@@ -166,17 +166,18 @@ def test_errors(name, options, message):
 
 
 def test_reduction_must_be_positive():
-    with pytest.raises(ValueError, match="reduction=0 must be at least 1"):
+    with pytest.raises(ValueError, match="pfeiffer: reduction=0 must be a whole number of at least 1"):
         jpeft.pfeiffer(reduction=0)
 
 
 def test_parallel_needs_the_input_as_wide_as_the_output():
     model = Classifier()
     peft = jpeft.apply(model.init(KEY, batch()["x"])["params"], method="parallel_adapter", target=["up"])
-    with pytest.raises(
-        ValueError,
-        match=r"'layer_0/up' was called with arguments of the shapes \[\(5, 6, 16\)\], where that with the index 0 should be x, 32 wide",
-    ):
+    message = (
+        r"'layer_0/up' was called with arguments of the shapes \[\(5, 6, 16\)\], "
+        "where the argument with the index 0 should be x, 32 wide"
+    )
+    with pytest.raises(ValueError, match=message):
         jpeft.wrap(model.apply, peft.method)(peft.variables, batch()["x"])
 
 
