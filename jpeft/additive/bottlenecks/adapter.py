@@ -6,7 +6,6 @@ import jax
 
 from jpeft.additive.bottlenecks.bottleneck import Activation, init_bottleneck
 from jpeft.additive.bottlenecks.bottleneck_method import BottleneckMethod
-from jpeft.additive.bottlenecks.family_names import PROJECTIONS
 from jpeft.additive.bottlenecks.sites import BottleneckSite
 from jpeft.core.initializers import truncated_normal
 from jpeft.core.options import Count, Names, NotNegative
@@ -46,7 +45,7 @@ class HoulsbyAdapter(BottleneckMethod):
 
     size: Count = 64
     activation: Activation = "gelu"
-    target: Names = PROJECTIONS
+    target: Names = "@attention_out|@cross_attention_out|@ffn_out"
     std: NotNegative = 1e-3
     train_norms: bool = True
 

@@ -1,15 +1,13 @@
 """The base of methods that add bottlenecks to modules."""
 
 import abc
-import re
 from collections.abc import Callable
 from typing import Any
 
 import jax
 
-from jpeft import tree
+from jpeft import layouts, tree
 from jpeft.additive.bottlenecks.bottleneck import Activation, project_down_and_up
-from jpeft.additive.bottlenecks.family_names import NORMS
 from jpeft.additive.bottlenecks.sites import BottleneckSite, find_sites
 from jpeft.core.layer import Layer
 from jpeft.core.method import Method, with_head
@@ -64,7 +62,7 @@ class BottleneckMethod(Method):
           ValueError: if the target matches nothing, or a width cannot be told.
         """
         del stats
-        norms = [path for path in not_head(params, self.head) if self.train_norms and re.fullmatch(NORMS, path)]
+        norms = layouts.find(not_head(params, self.head), "@norms", required=False) if self.train_norms else []
         base = tree.flatten(params)
         out = {path: tree.copy(base[path]) for path in norms}
         for site in find_sites(params, self.target_in(params), axes=self.axes, head=self.head):

@@ -9,7 +9,6 @@ from jaxtyping import Array, Float
 from jpeft import tree
 from jpeft.additive.bottlenecks.bottleneck import Activation
 from jpeft.additive.bottlenecks.bottleneck_method import BottleneckMethod
-from jpeft.additive.bottlenecks.family_names import FEED_FORWARD, SELF_AND_FEED_FORWARD
 from jpeft.additive.bottlenecks.sites import BottleneckSite
 from jpeft.core.initializers import glorot_uniform
 from jpeft.core.options import Count, Names, NotNegative
@@ -81,7 +80,7 @@ class Compacter(BottleneckMethod):
     def target_in(self, params: tree.Params) -> Names:
         """The option, or the feed-forward layers, or these and self-attention."""
         del params
-        return self.target or (FEED_FORWARD if self.plus_plus else SELF_AND_FEED_FORWARD)
+        return self.target or ("@ffn_out" if self.plus_plus else "@attention_out|@ffn_out")
 
     def init(self, key: jax.Array, params: tree.Params, *, stats: Any = None) -> tree.Adapter:
         """A bottleneck for each site, and the shared A at the adapter's root."""

@@ -6,7 +6,6 @@ import jax
 
 from jpeft.additive.bottlenecks.bottleneck import Activation, init_bottleneck, project_down_and_up
 from jpeft.additive.bottlenecks.bottleneck_method import BottleneckMethod, map_hidden
-from jpeft.additive.bottlenecks.family_names import FEED_FORWARD_MODULES
 from jpeft.additive.bottlenecks.sites import BottleneckSite, SiteKind
 from jpeft.core.initializers import kaiming_uniform, zeros
 from jpeft.core.layer import Layer
@@ -58,7 +57,7 @@ class ParallelAdapter(BottleneckMethod):
     size: Count = 64
     scale: float = 4.0
     activation: Activation = "relu"
-    target: Names = FEED_FORWARD_MODULES
+    target: Names = "@ffn|@ffn_residual"
 
     name = "parallel_adapter"
     summary = "bottleneck layers beside the feed-forward ones, scaled (He et al.)"

@@ -6,17 +6,14 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from jpeft import tree
+from jpeft import layouts, tree
 from jpeft.additive.bottlenecks.bottleneck import Activation, init_bottleneck, project_down_and_up
 from jpeft.additive.bottlenecks.bottleneck_method import BottleneckMethod, map_hidden
-from jpeft.additive.bottlenecks.family_names import BLOCKS, POST_NORM
 from jpeft.additive.bottlenecks.sites import BottleneckSite
 from jpeft.core.initializers import normal
 from jpeft.core.layer import Layer
 from jpeft.core.options import Count, Names, NotNegative
 from jpeft.tree.adapters import ADDED
-from jpeft.tree.head import not_head
-from jpeft.tree.select import matches
 
 _EPSILON = 1e-5
 
@@ -73,8 +70,10 @@ class PfeifferAdapter(BottleneckMethod):
 
     def target_in(self, params: tree.Params) -> Names:
         """The option, or the LayerNorms of post-norm blocks, or pre-norm blocks."""
-        post_norm = any(matches(POST_NORM, path) for path in not_head(params, self.head))
-        return self.target or (POST_NORM if post_norm else BLOCKS)
+        if self.target is not None:
+            return self.target
+        post_norm = "@post_norm/scale"
+        return post_norm if layouts.find(params, post_norm, required=False) else "@block"
 
     def init_at(self, key: jax.Array, site: BottleneckSite) -> dict[str, Any]:
         """Both kernels normal; a LayerNorm with scale one, if there is one."""

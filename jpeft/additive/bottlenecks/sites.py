@@ -9,6 +9,7 @@ import enum
 import re
 from typing import Any, NamedTuple
 
+from jpeft import layouts
 from jpeft.core.options import Axes, Names
 from jpeft.tree.adapters import ADDED
 from jpeft.tree.head import not_head
@@ -23,7 +24,7 @@ class SiteKind(enum.Enum):
     Attributes:
       MODULE: The module takes a hidden state as its first argument and returns one.
       RESIDUAL: The module takes a hidden state x as its second argument and adds x to what it computes, as `output` in BERT does with the
-        input of the feed-forward layer. The target says so by a group of the name ``residual``.
+        input of the feed-forward layer. The target says so by the role ``@ffn_residual``, or by a group of the name ``residual``.
     """
 
     MODULE = "module"
@@ -58,7 +59,8 @@ def find_sites(params: Params, target: Names, *, axes: Axes | None = None, head:
 
     Args:
       params: The base.
-      target: A regex or a list of names, as in `jpeft.tree.select.select`, for kernels and for scales of normalisations.
+      target: A regex, a list of names or roles, as in `jpeft.tree.select.select`, for kernels and for scales of normalisations; or roles of
+        modules, such as ``"@ffn"`` and ``"@block"``.
       axes: Geometry of kernels with more than two axes, as in `jpeft.lora`.
       head: Where the task head is, which gets no bottleneck.
 
@@ -71,10 +73,9 @@ def find_sites(params: Params, target: Names, *, axes: Axes | None = None, head:
     rules = axes_rules(axes)
     shapes = {path: tuple(leaf.shape) for path, leaf in not_head(params, head).items() if _shows_width(path, leaf.shape)}
     found: dict[str, BottleneckSite] = {}
-    for leaf in select(shapes, target, params=params):
+    for leaf, path, kind in _named(params, shapes, target):
         if "/pooler/" in f"/{leaf}":  # BERT's pooler belongs to no block, though its `dense` may match
             continue
-        path, kind = _module(leaf, target)
         width, stack = _width_and_stack(leaf, shapes[leaf], rules)
         first = found.setdefault(path, BottleneckSite(path, leaf, width, stack, kind))
         if first.width != width:
@@ -83,6 +84,14 @@ def find_sites(params: Params, target: Names, *, axes: Axes | None = None, head:
                 f"{width}. Let it match one of them: the kernel of the module's last projection."
             )
     return list(found.values())
+
+
+def _named(params: Params, shapes: dict[str, tuple[int, ...]], target: Names) -> list[tuple[str, str, SiteKind]]:
+    """What a target names: the leaf that tells the width, the module that gets the bottleneck, and how the module is called."""
+    if isinstance(target, str) and layouts.is_role(target):
+        kinds = {layouts.Role.FFN_RESIDUAL: SiteKind.RESIDUAL}
+        return [(found.leaf, found.path, kinds.get(found.role, SiteKind.MODULE)) for found in layouts.modules(params, target)]
+    return [(leaf, *_module(leaf, target)) for leaf in select(shapes, target, params=params)]
 
 
 def _shows_width(path: str, shape: tuple[int, ...]) -> bool:

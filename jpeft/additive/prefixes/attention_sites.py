@@ -1,19 +1,16 @@
 """The attentions of a model that get a prefix, found through their key projections, and the modules that count positions."""
 
 import math
-import re
 from typing import Any, NamedTuple
 
-from jpeft.additive.prompts.insertion import EMBEDDING
+from jpeft import layouts
 from jpeft.core.options import Axes, Names
 from jpeft.tree.head import not_head
 from jpeft.tree.kernels import axes_of, axes_rules
-from jpeft.tree.paths import Params, Path, flatten
+from jpeft.tree.paths import Params, Path
 from jpeft.tree.select import select
 
-# The key projections of common families. A fused projection produces queries, keys and values of equal width.
-KEY = r"(.*/)?(key|k_lin|k_proj|(Self|EncDec)Attention/k|c_attn|query_key_value|qkv)/kernel"
-FUSED = r"(.*/)?(c_attn|query_key_value|qkv)/kernel"
+KEY = "@key|@qkv"  # key projections, and fused ones, which produce queries, keys and values of equal width
 
 # Two modules without parameters, so a target cannot match them; they are called so in `jpeft.models`.
 CORE = "core"  # beside the key projection: maps queries, keys, values and mask to the context
@@ -61,11 +58,12 @@ def find_attention_sites(
       ValueError: if the target matches nothing, or the geometry of a kernel is not known.
     """
     shapes = {path: tuple(leaf.shape) for path, leaf in not_head(params, head).items() if len(leaf.shape) > 1}
+    fused = set(layouts.find(params, "@qkv", required=False))
     found = []
     for path in sorted(select(shapes, target, params=params), key=_in_order_of_numbers):
         geometry, shape = axes_of(path, shapes[path], axes_rules(axes)), shapes[path]
         attention = path.split("/")[:-2]
-        kinds = 3 if re.fullmatch(FUSED, path) else 1  # outputs that one kernel produces: queries, keys and values, or keys alone
+        kinds = 3 if path in fused else 1  # outputs that one kernel produces: queries, keys and values, or keys alone
         key_width = width or geometry.fan_out(shape) // kinds
         stack = tuple(shape[i] for i in geometry.stack)
         found.append(AttentionSite(path, "/".join([*attention, CORE]), stack, geometry.fan_in(shape), key_width))
@@ -81,8 +79,7 @@ def find_position_modules(params: Params) -> list[Path]:
     >>> find_position_modules({"bert": {"embeddings": {"word_embeddings": {"embedding": 0}}}, "decoder": {"wte": {"embedding": 0}}})
     ['bert/positions', 'decoder/positions']
     """
-    tables = [path for path in flatten(params) if re.fullmatch(EMBEDDING, path)]
-    bodies = [table.split("/")[:-2] for table in tables]
+    bodies = [table.split("/")[:-2] for table in layouts.find(params, "@embedding", required=False)]
     return ["/".join([*(body[:-1] if body[-1:] == ["embeddings"] else body), POSITIONS]) for body in bodies]
 
 
