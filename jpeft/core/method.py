@@ -62,7 +62,7 @@ class MethodType(abc.ABCMeta):
         own = opt.signature(cls)
         if not getattr(cls, "stage", ""):
             return own
-        choose = inspect.Parameter("stage", inspect.Parameter.KEYWORD_ONLY, default=cls.stage, annotation="str")
+        choose = inspect.Parameter("stage", inspect.Parameter.KEYWORD_ONLY, default=getattr(cls, "stage", ""), annotation="str")
         return own.replace(parameters=[*own.parameters.values(), choose])
 
     if not TYPE_CHECKING:  # a type checker reads the options off the fields

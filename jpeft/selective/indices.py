@@ -53,8 +53,10 @@ def decode(digits: Float[Array, "digits k"]) -> Int[Array, " k"]:
     >>> decode(encode(np.array([3, 2**24 + 1]), size=2**25))
     Array([       3, 16777217], dtype=int32)
     """
-    low, *higher = as_integers(digits)
-    return sum((digit * DIGIT**i for i, digit in enumerate(higher, start=1)), low)
+    flat, *higher = as_integers(digits)
+    for i, digit in enumerate(higher, start=1):
+        flat = flat + digit * DIGIT**i
+    return flat
 
 
 def label_pairs(adapter: tree.Adapter, is_frozen: Callable[[str], bool] = lambda path: False) -> Any:
