@@ -7,6 +7,7 @@ import pytest
 from tables import Classifier, batch, noised
 
 import jpeft
+from jpeft.additive.bottlenecks.sites import BottleneckSite, SiteKind, find_sites
 from jpeft.models import BertConfig, BertModel, GPT2Config, GPT2Model, abstract_params
 from jpeft.models.bert.encoder import FeedForward, ResidualOutput
 from jpeft.models.common.cache import View
@@ -123,6 +124,16 @@ def test_places_by_name(leaf, around, beside):
         leaves = jpeft.flatten(jpeft.apply(params, method=method).adapter)
         assert {path.rpartition("/down/")[0].removesuffix("/+") for path in leaves if "/down/" in path} == {place}
         assert all(leaf.shape[:-2] == shape[:-2] for path, leaf in leaves.items() if path.endswith("kernel"))
+
+
+def test_only_a_group_called_residual_makes_a_site_a_residual():
+    """In the site the kind is a value of its own, whatever the group of the regex is called otherwise."""
+    params = {"0": {"output": {"dense": {"kernel": jnp.zeros((12, 8))}}}}
+    for group, kind in (("residual", SiteKind.RESIDUAL), ("layer", SiteKind.MODULE), ("x", SiteKind.MODULE)):
+        (site,) = find_sites(params, rf"(?P<{group}>.*output)/dense/kernel")
+        assert site == BottleneckSite("0/output", "0/output/dense/kernel", 8, (), kind)
+    (site,) = find_sites(params, ["dense"])
+    assert site == BottleneckSite("0/output/dense", "0/output/dense/kernel", 8, (), SiteKind.MODULE)
 
 
 def test_starting_points():

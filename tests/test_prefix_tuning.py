@@ -223,6 +223,26 @@ def test_the_position_table_bounds_text_and_prefix_together():
             jax.eval_shape(jpeft.wrap(body.apply, peft.method), peft.variables, ids)
 
 
+@pytest.mark.parametrize(
+    ("table", "module"),
+    [
+        ("bert/embeddings/word_embeddings/embedding", "bert/positions"),
+        ("wte/embedding", "positions"),
+        ("model/embed_tokens/embedding", "model/positions"),
+        ("shared/embedding", "positions"),
+        ("embedder/embedding", "positions"),
+        ("wpe/embedding", None),
+        ("bert/embeddings/position_embeddings/embedding", None),
+    ],
+)
+def test_positions_move_beside_every_word_embedding(table, module):
+    """The same names embed words for a prefix and for a prompt. Without one of them no module is known, and nothing is added."""
+    params = jpeft.unflatten({table: jnp.zeros((17, 8)), "key/kernel": jnp.zeros((8, 8))})
+    peft = jpeft.apply(params, method="prefix_tuning", mlp=None, length=3)
+    shifts = {path: int(leaf) for path, leaf in jpeft.flatten(peft.method.bind(params, peft.adapter)).items() if path.endswith("shift")}
+    assert shifts == ({f"{module}/jpeft/+/shift": 3} if module else {})
+
+
 # --- starting points --------------------------------------------------------------------------------------------------------------------
 
 

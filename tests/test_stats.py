@@ -90,6 +90,20 @@ def test_errors(params, data, options, message):
 
 
 def test_movement_is_absolute():
+    moved = movement({"a": jnp.array([1.0, -2.0])}, {"a": jnp.array([0.0, 1.0])})
+    np.testing.assert_array_equal(moved.values["a"], [1.0, 3.0])
+
+
+# --- in methods -----------------------------------------------------------------------------------------------------------------------
+
+
+SPARSE = jpeft.fish_mask(sparsity=0.3, refresh=1, head=None)
+LEARNERS = jpeft.far(target="a/kernel", retention=0.5, stage="learners", head=None)
+
+
+def test_each_part_of_a_chain_reads_its_kind_from_a_list(params, data):
+    information = fisher(losses_fn, params, [data])
+    # By their movement, neurons 1 and 2 are the learners; the Fisher information would choose others.
     tuned = {**params, "a": {**params["a"], "kernel": params["a"]["kernel"] + jnp.array([[0.0, 1.0, 1.0, 0.0]])}}
     moved = movement(params, tuned)
     chain = jpeft.chain(fish=SPARSE, far=LEARNERS)

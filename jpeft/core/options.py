@@ -72,7 +72,7 @@ Axes = Sequence[tuple[str, tuple[Sequence[int], ...]]]  # rules (regex, KernelAx
 PerPath = T | Mapping[str, T] | tuple[tuple[str, T], ...]  # one value for all paths, or rules {regex: value}
 
 
-def option(default: Any, *, alias: str) -> Any:
+def option(*, default: Any, alias: str) -> Any:
     """A dataclass field that callers spell `alias`, because a function of the contract has the option's name already.
 
     >>> import jpeft
@@ -230,10 +230,10 @@ def describe(hint: Any) -> str:
     if origin in (Union, types.UnionType):
         return ", or ".join(dict.fromkeys(map(describe, _without_pairs(args))))
     if origin is Literal:
-        return f"one of {', '.join(map(repr, args))}" if len(args) > 1 else repr(args[0])
+        return f"one of {', '.join(map(repr, args))}" if args[1:] else repr(*args)
     if isinstance(origin, type) and issubclass(origin, Mapping):
         return f"rules {{regex: {describe(args[1])}}}"
-    if origin is tuple and args[1:] != (Ellipsis,):
+    if origin is tuple and args and args[1:] != (Ellipsis,):
         return f"({', '.join(map(describe, args))})"
     if args and isinstance(origin, type) and issubclass(origin, Iterable):
         return f"a list, each {describe(args[0])}"

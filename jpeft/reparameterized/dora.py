@@ -50,7 +50,7 @@ class DoRA(WeightMethod):
     rank: PerPath[Count] = 8
     alpha: PerPath[Positive] = 16.0
     rslora: bool = False
-    initializer: low_rank.Initializer = option("kaiming", alias="init")
+    initializer: low_rank.Initializer = option(default="kaiming", alias="init")
 
     name = "dora"
     summary = "low-rank updates of the direction of kernels, and a trained magnitude for each output"

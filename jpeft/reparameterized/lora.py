@@ -62,7 +62,7 @@ class LoRA(WeightMethod):
     target: Names = r"(.*/)?kernel"
     dropout: Probability = 0.0
     rslora: bool = False
-    initializer: low_rank.Initializer = option("kaiming", alias="init")
+    initializer: low_rank.Initializer = option(default="kaiming", alias="init")
     view: Literal["auto", "two-view", "factored"] = "auto"
 
     name = "lora"

@@ -53,8 +53,11 @@ def decode(digits: Float[Array, "digits k"]) -> Int[Array, " k"]:
     >>> decode(encode(np.array([3, 2**24 + 1]), size=2**25))
     Array([       3, 16777217], dtype=int32)
     """
-    low, *higher = as_integers(digits)
-    return sum((digit * DIGIT**i for i, digit in enumerate(higher, start=1)), low)
+    integers = as_integers(digits)
+    index = integers[0]
+    for i in range(1, len(integers)):
+        index = index + integers[i] * DIGIT**i
+    return index
 
 
 def label_pairs(adapter: tree.Adapter, is_frozen: Callable[[str], bool] = lambda path: False) -> Any:

@@ -40,7 +40,7 @@ class PrefixMethod(Method):
     """
 
     length: Count | None = None
-    initializer: Literal["random", "tokens"] = option("random", alias="init")
+    initializer: Literal["random", "tokens"] = option(default="random", alias="init")
     tokens: Sequence[int] | None = None
     mlp: Count | None = None
     std: NotNegative = 0.02
