@@ -94,7 +94,7 @@ def test_the_rate_goes_on_or_begins_anew(config, result):
     entered = [line["step"] for line in records(result.path) if line["split"] == "stage"]
     for stage, step in zip(first.stages, entered, strict=True):
         after = min(s for s in rates if s > step)
-        assert (rates[after] > rates[step]) == stage.restart
+        assert (rates[after] > rates[step]) == stage.restart_schedule
 
 
 # The trainer asks no method for its name: one will do here, and DiffPruning is killed in each stage in test_resume.py.
