@@ -49,6 +49,8 @@ class OutputScale(WeightMethod):
 
     def call_linear(self, layer, linear, inputs, leaves, path, rng):
         """Scaling the outputs is cheaper than scaling the kernel: no gradient of the kernel's size is formed."""
+        if linear.scale_outputs is None:  # a layer whose outputs cannot be scaled by themselves
+            return super().call_linear(layer, linear, inputs, leaves, path, rng)
         return linear.scale_outputs(layer(*inputs), 1 + leaves["g"])
 
 

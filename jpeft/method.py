@@ -2,22 +2,15 @@
 
 from jpeft.core.function_method import factory as factory
 from jpeft.core.function_method import init_with_head
+from jpeft.core.groups import Group as Group
 from jpeft.core.layer import Layer as Layer
 from jpeft.core.layer import Linear as Linear
 from jpeft.core.method import FREEZE as FREEZE
 from jpeft.core.method import TRAIN as TRAIN
 from jpeft.core.method import Method as Method
+from jpeft.core.stages import Stage as Stage
 from jpeft.tree.adapters import ADDED as ADDED
 from jpeft.tree.head import not_head as not_head
 
 with_head = init_with_head
-
-# TEMPORARY, until all methods are classes.
-import collections.abc  # noqa: E402
-
-import jpeft.core.groups  # noqa: E402
-import jpeft.core.stages  # noqa: E402
-
-CallFn = InitFn = AdvanceFn = collections.abc.Callable
-Group, Stage = jpeft.core.groups.Group, jpeft.core.stages.Stage
-passthrough = None
+passthrough = None  # `call=passthrough` meant a method without middleware, which is the default

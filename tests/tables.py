@@ -16,8 +16,7 @@ from flax import linen as nn
 
 import jpeft
 from jpeft.models import BertConfig, BertForSequenceClassification, GPT2Config, GPT2Model, LlamaConfig, LlamaModel, Rope
-from jpeft.selective.far import FEED_FORWARD
-from jpeft.stats import fisher
+from jpeft.stats import Movement, fisher
 
 WIDTH, HEADS, LENGTH, BATCH, LAYERS, CLASSES, VOCAB = 16, 2, 6, 5, 2, 3, 23
 
@@ -210,7 +209,7 @@ ROWS = {
     ),
     "chain-sparse": Row(jpeft.chain(lora=jpeft.lora(rank=1), fish=jpeft.fish_mask(sparsity=0.03)), ("scan", "bert-remat", "llama")),
     "chain-mergeable": Row(
-        jpeft.chain(lora=jpeft.lora(rank=2), second=jpeft.lora(rank=1, target=FEED_FORWARD), bitfit=jpeft.bitfit()),
+        jpeft.chain(lora=jpeft.lora(rank=2), second=jpeft.lora(rank=1, target="@ffn_in|@ffn_out"), bitfit=jpeft.bitfit()),
         ("einsum", "bert-remat", "llama-scan"),
     ),
     # What docs/skeletons offers to copy.
@@ -277,7 +276,8 @@ def information(model_name: str) -> Any:
     def losses(params, batch):
         return optax.softmax_cross_entropy_with_integer_labels(MODELS[model_name].apply({"params": params}, batch["x"]), batch["y"])
 
-    return fisher(losses, base(model_name), [batch()], chunk=BATCH)
+    found = fisher(losses, base(model_name), [batch()], chunk=BATCH)
+    return [found, Movement(found.values)]
 
 
 @functools.cache

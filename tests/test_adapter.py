@@ -100,8 +100,8 @@ def test_sits_before_the_residual():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"size": 0}, "size=0 must be at least 1"),
-        ({"activation": "swish"}, "activation='swish' is not one of"),
+        ({"size": 0}, "adapter: size=0 must be a whole number of at least 1"),
+        ({"activation": "swish"}, "activation='swish' must be one of 'gelu', 'gelu_new', 'relu', 'silu', 'tanh'"),
         ({"target": ["up"]}, "target='up' matches none"),
     ],
 )

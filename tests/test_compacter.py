@@ -121,9 +121,9 @@ def test_count_on_bert_base():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"size": 0}, "size=0 must be at least 1"),
-        ({"rank": 0}, "rank=0 must be at least 1"),
-        ({"activation": "swish"}, "activation='swish' is not one of"),
+        ({"size": 0}, "compacter: size=0 must be a whole number of at least 1"),
+        ({"rank": 0}, "rank=0 must be a whole number of at least 1"),
+        ({"activation": "swish"}, "activation='swish' must be one of 'gelu', 'gelu_new', 'relu', 'silu', 'tanh'"),
         ({"size": 6}, "division=4 must divide the width 8 of 'down/kernel' and the bottleneck's 6"),
         ({"division": 3}, "division=3 must divide the width 8"),
         ({"plus_plus": True, "target": ["down"]}, "plus_plus=True chooses the feed-forward layers"),

@@ -11,7 +11,7 @@ from tables import MODELS, base, batch, case, noised
 import jpeft
 from jpeft.models import BertForSequenceClassification, abstract_params
 from jpeft.models.bert.config import BertConfig
-from jpeft.selective import hard_concrete, sparse
+from jpeft.selective import hard_concrete, indices
 from jpeft.selective.diff_pruning import OPEN_PENALTY
 
 PARAMS = {
@@ -175,7 +175,7 @@ def test_projection_keeps_the_largest_differences_of_all_tensors():
     ranked = sorted(((size, path, i) for path, leaf in body.items() for i, size in enumerate(leaf.reshape(-1))), reverse=True)[:keep]
     flat = jpeft.flatten(after.adapter)
     got = {
-        (path.removesuffix("/indices"), i) for path, leaf in flat.items() if path.endswith("indices") for i in sparse.decode(leaf).tolist()
+        (path.removesuffix("/indices"), i) for path, leaf in flat.items() if path.endswith("indices") for i in indices.decode(leaf).tolist()
     }
     assert got == {(path, i) for _, path, i in ranked}
     # They go on from w as it was before gating; the head as it was trained.
@@ -183,7 +183,7 @@ def test_projection_keeps_the_largest_differences_of_all_tensors():
         if path.endswith("/indices"):
             owner = path.removesuffix("/indices")
             w = jpeft.flatten(peft.adapter)[f"{owner}/w"].reshape(-1)
-            np.testing.assert_array_equal(flat[f"{owner}/values"], w[sparse.decode(leaf)])
+            np.testing.assert_array_equal(flat[f"{owner}/values"], w[indices.decode(leaf)])
     np.testing.assert_array_equal(after.adapter["classifier"]["kernel"], peft.adapter["classifier"]["kernel"])
     assert after.method == jpeft.diff_pruning(sparsity=0.4, stage="mask")
     assert after.method.stages == ()
@@ -196,7 +196,7 @@ def test_closed_gates_fill_up_what_open_ones_leave():
     after = jpeft.advance(peft.replace(adapter=jpeft.unflatten(flat)))
     assert jpeft.summary(after).trained == int(46 * 0.4)
     best = int(jnp.argmax(peft.adapter["a"]["kernel"]["alpha"]))
-    assert best in sparse.decode(after.adapter["a"]["kernel"]["indices"]).tolist()
+    assert best in indices.decode(after.adapter["a"]["kernel"]["indices"]).tolist()
     everything = np.sort(np.concatenate([np.abs(flat[f"{path}/w"]).reshape(-1) for path in ("a/kernel", "a/bias", "b/kernel")]))
     held = np.concatenate([np.abs(leaf) for path, leaf in jpeft.flatten(after.adapter).items() if path.endswith("/values")])
     assert np.isin(everything[-7:], held).all()
@@ -262,10 +262,10 @@ def test_in_a_chain_with_another_method():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"sparsity": 0.0}, "must be a share of the parameters"),
-        ({"mask_share": 1.0}, "must be a share of the steps"),
-        ({"weight_rate": 0.0}, "must be positive"),
-        ({"l0": -1.0}, "must not be negative"),
+        ({"sparsity": 0.0}, "sparsity=0.0 must be a number above 0 and at most 1"),
+        ({"mask_share": 1.0}, "mask_share=1.0 must be a number above 0 and below 1"),
+        ({"weight_rate": 0.0}, "weight_rate=0.0 must be a number above 0"),
+        ({"l0": -1.0}, "l0=-1.0 must be a number of at least 0"),
         ({"stage": "fixed"}, "is not one of 'gates', 'mask'"),
     ],
 )

@@ -14,10 +14,10 @@ from flax import linen as nn
 from tables import MODELS, base, batch, case, compiled_flops, noised, optimised
 
 import jpeft
+from jpeft import layouts
 from jpeft.models import BertForSequenceClassification, abstract_params
 from jpeft.models.bert.config import BertConfig
-from jpeft.selective import columns, far
-from jpeft.tree.select import matches
+from jpeft.selective import columns
 
 METHOD = jpeft.far(retention=0.25)
 LAST = jpeft.far(retention=0.25, stage="learners")
@@ -94,7 +94,7 @@ def test_counts_on_bert_base(scan):
     ],
 )
 def test_what_a_feed_forward_layer_is_called(path, is_one):
-    assert (matches(far.FEED_FORWARD, path)) == is_one
+    assert bool(layouts.find([path], "@ffn_in|@ffn_out", required=False)) == is_one
 
 
 def test_what_else_is_trained():
@@ -211,6 +211,29 @@ def test_a_layer_that_another_method_wraps_is_differentiated_as_it_is():
     assert slope == pytest.approx(float(numeric), rel=1e-2, abs=1e-2)
 
 
+@pytest.mark.parametrize(
+    "other",
+    [
+        jpeft.lora(rank=2, target="@ffn_in|@ffn_out", head=None),
+        jpeft.dora(rank=2, target="@ffn_in|@ffn_out", head=None),
+        jpeft.ia3(head=None),
+    ],
+    ids=lambda method: method.name,
+)
+@pytest.mark.parametrize("order", ["before", "after"])
+def test_in_a_chain_the_layer_computes_what_merging_writes(other, order):
+    """Behind a weight method, learners replace columns of the kernel that it leaves; in front of one, it changes their kernel."""
+    model, x = MODELS["bert"], batch()["x"]
+    parts = {"far": LAST, "other": other} if order == "before" else {"other": other, "far": LAST}
+    chain = jpeft.chain(**parts)
+    peft = jpeft.apply(base("bert"), method=chain, stats=jpeft.stats.movement(base("bert"), noised(base("bert"))))
+    labels = peft.method.labels(peft.adapter)
+    noise = noised(peft.adapter, scale=0.3)
+    peft = peft.replace(adapter=jax.tree.map(lambda leaf, new, label: new if label == "train" else leaf, peft.adapter, noise, labels))
+    bound = jax.jit(jpeft.wrap(model.apply, chain))(peft.variables, x)
+    chex.assert_trees_all_close(bound, model.apply({"params": jpeft.merge(peft)}, x), atol=1e-4, rtol=1e-4)
+
+
 # --- merged --------------------------------------------------------------------------------------------------------------------------
 
 
@@ -251,7 +274,7 @@ def test_the_second_stage_on_its_own():
 
 def test_placing_without_learners_changes_nothing_and_all_changes_all():
     leaf = jnp.arange(6.0).reshape(2, 3)
-    np.testing.assert_array_equal(columns.placed(leaf, -leaf[:, [2, 0, 1]], jnp.array([2.0, 0.0, 1.0])), -leaf)
+    np.testing.assert_array_equal(columns.place_columns(leaf, -leaf[:, [2, 0, 1]], jnp.array([2.0, 0.0, 1.0])), -leaf)
 
 
 # --- errors --------------------------------------------------------------------------------------------------------------------------
@@ -260,8 +283,8 @@ def test_placing_without_learners_changes_nothing_and_all_changes_all():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"retention": 0.0}, "must be a share of the neurons"),
-        ({"priming_share": 0.0}, "must be a share of the steps"),
+        ({"retention": 0.0}, "retention=0.0 must be a number above 0 and at most 1"),
+        ({"priming_share": 0.0}, "priming_share=0.0 must be a number above 0 and below 1"),
         ({"stage": "done"}, "is not one of 'priming', 'learners'"),
     ],
 )

@@ -11,7 +11,7 @@ from tables import MODELS, base, batch, case, noised
 import jpeft
 from jpeft.models import BertForSequenceClassification, abstract_params
 from jpeft.models.bert.config import BertConfig
-from jpeft.selective import sparse
+from jpeft.selective import choice, indices
 from jpeft.stats import fisher
 
 PARAMS = {
@@ -28,7 +28,7 @@ def scores(seed=0, params=PARAMS):
 def chosen(peft) -> dict[str, list[int]]:
     """The indices that an adapter holds, by path."""
     flat = jpeft.flatten(peft.adapter)
-    return {path.removesuffix("/indices"): sparse.decode(leaf).tolist() for path, leaf in flat.items() if path.endswith("/indices")}
+    return {path.removesuffix("/indices"): indices.decode(leaf).tolist() for path, leaf in flat.items() if path.endswith("/indices")}
 
 
 # --- which ---------------------------------------------------------------------------------------------------------------------------
@@ -62,8 +62,8 @@ def test_ties_go_to_the_first_in_tree_order():
 def test_published_counts(config, total, keep, body):
     params = abstract_params(BertForSequenceClassification(config, num_labels=2))
     assert jpeft.tree.size(params) == total
-    assert sparse.budget(params, 0.005, head=None) == keep
-    assert sparse.budget(params, 0.005, head="auto") == body
+    assert choice.budget(params, 0.005, head=None) == keep
+    assert choice.budget(params, 0.005, head="auto") == body
 
 
 def test_counts_of_a_model():
@@ -121,10 +121,10 @@ def test_differences_survive_in_half_precision():
 
 def test_indices_are_exact_whole_numbers():
     index = np.array([0, 1, 2**24 - 1, 2**24, 2**24 + 1, 31_000_003, 2**31 - 2])
-    digits = sparse.encode(index, 2**31 - 1)
+    digits = indices.encode(index, 2**31 - 1)
     assert (digits.dtype, digits.shape) == (jnp.float32, (2, 7))
-    np.testing.assert_array_equal(sparse.decode(digits + 0.0), index)
-    assert sparse.encode(np.array([2**24 - 1]), 2**24).shape == (1, 1)
+    np.testing.assert_array_equal(indices.decode(digits + 0.0), index)
+    assert indices.encode(np.array([2**24 - 1]), 2**24).shape == (1, 1)
 
 
 def test_indices_take_no_gradient():
@@ -155,7 +155,7 @@ def test_abstract_parameters_with_concrete_stats():
     chex.assert_trees_all_equal_shapes_and_dtypes(abstract.adapter, jpeft.apply(PARAMS, "fish_mask", sparsity=0.4, stats=stats).adapter)
 
 
-# --- choosing anew -------------------------------------------------------------------------------------------------------------------
+# --- choosing again ------------------------------------------------------------------------------------------------------------------
 
 
 def refreshed(times=2):
@@ -213,11 +213,11 @@ def test_a_refreshed_adapter_is_saved_and_loaded(tmp_path):
 
 def test_a_refresh_needs_statistics():
     peft, stats = refreshed(1)[0], scores(1)
-    with pytest.raises(ValueError, match="stage 'refresh' of fish_mask needs 'fisher' statistics of the current model"):
+    with pytest.raises(ValueError, match="stage 'refresh' of fish_mask requires Fisher statistics of the current model"):
         jpeft.advance(peft)
     with pytest.raises(ValueError, match="call jpeft.advance outside of jit"):
         jax.eval_shape(lambda p: jpeft.advance(p, stats=stats), peft)
-    with pytest.raises(ValueError, match="refresh=-1 must not be negative"):
+    with pytest.raises(ValueError, match="refresh=-1 must be a whole number of at least 0"):
         jpeft.fish_mask(refresh=-1)
 
 
@@ -246,7 +246,7 @@ def test_loading_refuses_another_model(tmp_path):
 
 @pytest.mark.parametrize("sparsity", [0.0, 1.5, -0.1])
 def test_sparsity_is_a_share(sparsity):
-    with pytest.raises(ValueError, match="must be a share"):
+    with pytest.raises(ValueError, match="must be a number above 0 and at most 1"):
         jpeft.fish_mask(sparsity=sparsity)
 
 

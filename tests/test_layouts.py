@@ -122,14 +122,12 @@ def trees():
     sizes = dict(vocab_size=23, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, max_position_embeddings=32)
     for config in (BertConfig, GPT2Config, LlamaConfig):
         family = next(family for family in families.FAMILIES if family.config is config)
-        for kind in family.names:
-            for task, (model, _) in family.tasks.items():
+        for kind in family.hf_classes:
+            for task, described in family.models.items():
                 more = {} if config is GPT2Config else {"model_type": kind}
-                labels = {"num_labels": 3} if task.endswith("classification") else {}
-                yield (
-                    f"{kind}-{task}",
-                    lambda config=config, model=model, more=more, labels=labels: abstract_params(model(config(**sizes, **more), **labels)),
-                )
+                labels = {"num_labels": 3} if described.has_labels else {}
+                make = lambda config=config, model=described.module, more=more, labels=labels: model(config(**sizes, **more), **labels)
+                yield f"{kind}-{task}", lambda make=make: abstract_params(make())
 
 
 TREES = dict(trees())

@@ -9,7 +9,7 @@ from tables import noised
 from test_prompt_tuning import LENGTHS, MASK, TEMPLATE, language_model, texts
 
 import jpeft
-from jpeft.additive.prompts.p_tuning import encoded
+from jpeft.additive.prompts.prompt_encoder import compute_prompt
 from jpeft.models import BertConfig, BertModel, abstract_params
 
 WTE = {"wte": {"embedding": jnp.ones((20, 6))}}
@@ -41,7 +41,7 @@ def test_lstm_encoder_equals_torch(hidden):
     with torch.no_grad():
         states = theirs(put(leaves["embedding"])[None])[0]
         want = linears["second"](torch.relu(linears["first"](states)))[0].numpy()
-    np.testing.assert_allclose(encoded(leaves), want, atol=1e-5)
+    np.testing.assert_allclose(compute_prompt(leaves), want, atol=1e-5)
 
 
 def test_mlp_encoder():
@@ -50,7 +50,7 @@ def test_mlp_encoder():
     leaves = jax.tree.map(np.array, made)
     first, second = leaves["mlp"]["first"], leaves["mlp"]["second"]
     want = np.maximum(leaves["embedding"] @ first["kernel"] + first["bias"], 0) @ second["kernel"] + second["bias"]
-    np.testing.assert_allclose(encoded(made), want, atol=1e-5)
+    np.testing.assert_allclose(compute_prompt(made), want, atol=1e-5)
 
 
 def test_starts_as_torch_does():
@@ -87,7 +87,7 @@ def test_folds_to_a_prompt_at_the_same_places(family, tmp_path):
     assert folded.method == jpeft.prompt_tuning(template=TEMPLATE)
     assert jpeft.fold(folded) is folded
     (prompt,) = jax.tree.leaves(folded.adapter)
-    np.testing.assert_allclose(prompt, encoded(peft.adapter["+"]))
+    np.testing.assert_allclose(prompt, compute_prompt(peft.adapter["+"]))
     run = lambda p: jax.jit(jpeft.wrap(model.apply, p.method))(p.variables, ids, mask)
     chex.assert_trees_all_close(run(folded), run(peft), atol=1e-5)
     for name, one in (("folded", folded), ("unfolded", peft)):
@@ -112,16 +112,16 @@ def test_folds_in_a_chain():
 def test_one_pseudo_token():
     """The few-shot templates have single ones; nothing is squeezed away."""
     peft = jpeft.apply(WTE, method="p_tuning", template=((("before", 7), 1),))
-    assert encoded(peft.adapter["+"]).shape == (1, 6)
+    assert compute_prompt(peft.adapter["+"]).shape == (1, 6)
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"encoder": "gru"}, "encoder='gru' is not one of 'lstm', 'mlp'"),
-        ({"hidden": 0}, "hidden=0 is the width of the LSTM: at least 1"),
+        ({"encoder": "gru"}, "encoder='gru' must be one of 'lstm', 'mlp'"),
+        ({"hidden": 0}, "hidden=0 must be a whole number of at least 1"),
         ({"encoder": "mlp", "hidden": 4}, "hidden=4 is the width of the LSTM.*None for encoder='mlp'"),
-        ({"length": 0}, "length=0 must be at least 1"),
+        ({"length": 0}, "length=0 must be a whole number of at least 1"),
         ({"template": [["end", [5]]]}, "has no pseudo tokens"),
     ],
 )

@@ -7,6 +7,7 @@ import pytest
 from tables import Classifier, batch, noised
 
 import jpeft
+from jpeft.additive.bottlenecks.sites import BottleneckSite, SiteKind, find_sites
 from jpeft.models import BertConfig, BertModel, GPT2Config, GPT2Model, abstract_params
 from jpeft.models.bert.encoder import FeedForward, ResidualOutput
 from jpeft.models.common.cache import View
@@ -125,6 +126,16 @@ def test_places_by_name(leaf, around, beside):
         assert all(leaf.shape[:-2] == shape[:-2] for path, leaf in leaves.items() if path.endswith("kernel"))
 
 
+def test_only_a_group_called_residual_makes_a_site_a_residual():
+    """In the site the kind is a value of its own, whatever the group of the regex is called otherwise."""
+    params = {"0": {"output": {"dense": {"kernel": jnp.zeros((12, 8))}}}}
+    for group, kind in (("residual", SiteKind.RESIDUAL), ("layer", SiteKind.MODULE), ("x", SiteKind.MODULE)):
+        (site,) = find_sites(params, rf"(?P<{group}>.*output)/dense/kernel")
+        assert site == BottleneckSite("0/output", "0/output/dense/kernel", 8, (), kind)
+    (site,) = find_sites(params, ["dense"])
+    assert site == BottleneckSite("0/output/dense", "0/output/dense/kernel", 8, (), SiteKind.MODULE)
+
+
 def test_starting_points():
     """Pfeiffer: N(0, 0.02²) and a sixteenth of the width. Parallel: torch's uniform for linear layers, and nothing added."""
     params = {"output": {"LayerNorm": {"scale": jnp.ones(256), "bias": jnp.zeros(256)}}}
@@ -144,8 +155,8 @@ def test_starting_points():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"size": 0}, "size=0 must be at least 1"),
-        ({"activation": "swish"}, "activation='swish' is not one of"),
+        ({"size": 0}, "size=0 must be a whole number of at least 1"),
+        ({"activation": "swish"}, "activation='swish' must be one of 'gelu', 'gelu_new', 'relu', 'silu', 'tanh'"),
         ({"target": ["up"]}, "target='up' matches none"),
         (
             {"target": r"(?P<layer>.*mlp)/.*/kernel"},
@@ -166,17 +177,18 @@ def test_errors(name, options, message):
 
 
 def test_reduction_must_be_positive():
-    with pytest.raises(ValueError, match="reduction=0 must be at least 1"):
+    with pytest.raises(ValueError, match="pfeiffer: reduction=0 must be a whole number of at least 1"):
         jpeft.pfeiffer(reduction=0)
 
 
 def test_parallel_needs_the_input_as_wide_as_the_output():
     model = Classifier()
     peft = jpeft.apply(model.init(KEY, batch()["x"])["params"], method="parallel_adapter", target=["up"])
-    with pytest.raises(
-        ValueError,
-        match=r"'layer_0/up' was called with arguments of the shapes \[\(5, 6, 16\)\], where that with the index 0 should be x, 32 wide",
-    ):
+    message = (
+        r"'layer_0/up' was called with arguments of the shapes \[\(5, 6, 16\)\], "
+        "where the argument with the index 0 should be x, 32 wide"
+    )
+    with pytest.raises(ValueError, match=message):
         jpeft.wrap(model.apply, peft.method)(peft.variables, batch()["x"])
 
 

@@ -11,7 +11,7 @@ from tables import Classifier, batch, fit, noised
 from tiny_text import make_model, make_rows, write_csv
 
 import jpeft
-from jpeft.additive.prefixes.prefix import sites
+from jpeft.additive.prefixes.attention_sites import find_attention_sites
 from jpeft.models import (
     BertConfig,
     BertForSequenceClassification,
@@ -107,7 +107,7 @@ def test_plain_remat_and_scan_agree(family):
 
 
 def test_layers_are_in_the_order_of_their_numbers():
-    found = sites(abstract_params(BertModel(tiny(num_hidden_layers=12))))
+    found = find_attention_sites(abstract_params(BertModel(tiny(num_hidden_layers=12))))
     assert [site.core.split("/")[2] for site in found] == [str(i) for i in range(12)]
 
 
@@ -198,7 +198,7 @@ def test_equals_hf_peft(family, tmp_path):
 
     loaded = load(tmp_path, task="causal-lm" if family == "gpt2" else "encoder")
     prefix = weight.detach().numpy().reshape(5, 3, 2, 8)
-    places = [f"{site.core}/+/{name}" for site in sites(loaded.params) for name in ("key", "value")]
+    places = [f"{site.core}/+/{name}" for site in find_attention_sites(loaded.params) for name in ("key", "value")]
     given = jpeft.unflatten({path: prefix[:, i // 2, i % 2] for i, path in enumerate(places)})
     peft = jpeft.apply(loaded.params, method="prefix_tuning", length=5, mlp=None, stats=given)
     got = jax.jit(jpeft.wrap(loaded.model.apply, peft.method))(peft.variables, IDS, MASK)
@@ -221,6 +221,26 @@ def test_the_position_table_bounds_text_and_prefix_together():
         peft = jax.eval_shape(lambda p: jpeft.apply(p, method="prefix_tuning", length=3), abstract_params(body))
         with pytest.raises(ValueError, match="41 positions, but the position table holds 40"):
             jax.eval_shape(jpeft.wrap(body.apply, peft.method), peft.variables, ids)
+
+
+@pytest.mark.parametrize(
+    ("table", "module"),
+    [
+        ("bert/embeddings/word_embeddings/embedding", "bert/positions"),
+        ("wte/embedding", "positions"),
+        ("model/embed_tokens/embedding", "model/positions"),
+        ("shared/embedding", "positions"),
+        ("embedder/embedding", "positions"),
+        ("wpe/embedding", None),
+        ("bert/embeddings/position_embeddings/embedding", None),
+    ],
+)
+def test_positions_move_beside_every_word_embedding(table, module):
+    """The same names embed words for a prefix and for a prompt. Without one of them no module is known, and nothing is added."""
+    params = jpeft.unflatten({table: jnp.zeros((17, 8)), "key/kernel": jnp.zeros((8, 8))})
+    peft = jpeft.apply(params, method="prefix_tuning", mlp=None, length=3)
+    shifts = {path: int(leaf) for path, leaf in jpeft.flatten(peft.method.bind(params, peft.adapter)).items() if path.endswith("shift")}
+    assert shifts == ({f"{module}/jpeft/+/shift": 3} if module else {})
 
 
 # --- starting points --------------------------------------------------------------------------------------------------------------------
@@ -303,7 +323,7 @@ def test_p_tuning_v2_classifies_texts_and_tokens(family, task):
     params = model.init(KEY, IDS)["params"]
     peft = jpeft.apply(params, method="p_tuning_v2", length=4)
     heads = {path for path in jpeft.flatten(params) if path.split("/")[0] in ("classifier", "pre_classifier")}
-    prefixes = {f"{site.core}/+/{name}" for site in sites(params) for name in ("key", "value")}
+    prefixes = {f"{site.core}/+/{name}" for site in find_attention_sites(params) for name in ("key", "value")}
     assert jpeft.flatten(peft.adapter).keys() == heads | prefixes
     labels = IDS % 3 if tokens else IDS[:, 0] % 3
     losses = fit(model, peft, IDS, labels, steps=15, rate=jpeft.methods()["p_tuning_v2"].learning_rate)
@@ -344,12 +364,12 @@ def test_chains_and_folds_in_a_chain():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"length": 0}, "length=0 must be at least 1"),
-        ({"mlp": 0}, "mlp=0 must be None or at least 1"),
-        ({"dropout": 1.0}, "dropout=1.0 is not in"),
-        ({"init": "words"}, "init='words' is not one of 'random', 'tokens'"),
+        ({"length": 0}, "prefix_tuning: length=0 must be a whole number of at least 1"),
+        ({"mlp": 0}, "mlp=0 must be a whole number of at least 1, or None"),
+        ({"dropout": 1.0}, "dropout=1.0 must be a number of at least 0 and below 1"),
+        ({"init": "words"}, "init='words' must be one of 'random', 'tokens'"),
         ({"init": "tokens"}, "init='tokens' needs tokens="),
-        ({"tokens": [3]}, "tokens are what init='tokens' starts from, and init is 'random'"),
+        ({"tokens": [3]}, "tokens are what init='tokens' starts from, but init is 'random'"),
         ({"init": "tokens", "tokens": [3, 1], "length": 3}, "length=3, but there are 2 tokens to start from"),
         ({"init": "tokens", "tokens": [3, 1]}, r"they were not given: stats=jpeft.stats.key_values\(model, params, \[tokens\]\)"),
         ({"target": ".*/keys/kernel"}, "target='.*/keys/kernel' matches none"),

@@ -11,6 +11,7 @@ import pytest
 from tables import fit, noised
 
 import jpeft
+from jpeft.core.statistics import LabelTokens, Prompt
 from jpeft.models import (
     BertForMaskedLM,
     BertForSequenceClassification,
@@ -407,7 +408,7 @@ def test_starts_from_labels():
     np.testing.assert_array_equal(given[:2, 0], [3, 9])
     assert not set(np.array(given[2:, 0])) - set(range(0, 60, 3))
     method = jpeft.prompt_tuning(init="labels", length=4)
-    assert method.needs == "labels"
+    assert method.requires_stats == (LabelTokens,)
     np.testing.assert_array_equal(
         jpeft.apply(WTE, method=method, key=jax.random.key(5), stats=[[1], [2, 4]]).adapter["wte"]["+"]["prompt"], given
     )
@@ -417,6 +418,7 @@ def test_starts_from_another_prompt(tmp_path):
     first = jpeft.apply(WTE, method="prompt_tuning", length=4, init="labels", stats=[[1]])
     np.testing.assert_array_equal(start(length=4, stats=first.adapter), prompt_of(first))
     np.testing.assert_array_equal(start(length=4, stats=np.array(prompt_of(first))), prompt_of(first))
+    np.testing.assert_array_equal(start(length=4, init="labels", stats=[LabelTokens(((2,),)), Prompt(prompt_of(first))]), prompt_of(first))
     with pytest.raises(ValueError, match=r"has the shape \(4, 3\) where \(5, 3\) is needed"):
         start(length=5, stats=first.adapter)
     jpeft.save(tmp_path / "out", first)  # a method that needs statistics to begin with needs none to be loaded
@@ -426,22 +428,23 @@ def test_starts_from_another_prompt(tmp_path):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"length": 0}, "length=0 must be at least 1"),
-        ({"init": "random"}, "init='random' is not one of 'vocab', 'uniform', 'tokens', 'labels'"),
-        ({"tokens": [1]}, "tokens are what init='tokens' starts from, and init is 'vocab'"),
+        ({"length": 0}, "length=0 must be a whole number of at least 1"),
+        ({"init": "random"}, "init='random' must be one of 'vocab', 'uniform', 'tokens', 'labels'"),
+        ({"tokens": [1]}, "tokens= is for init='tokens', and init is 'vocab'"),
         ({"init": "tokens"}, "init='tokens' needs tokens="),
         ({"init": "tokens", "tokens": [20]}, "There is no token 20: the vocabulary has 20"),
         ({"init": "labels"}, "init='labels' needs the token ids of each class label"),
         ({"init": "labels", "labels": [[1], [2]], "length": 1}, "There are 2 labels and only 1 rows"),
         ({"length": 21}, "21 different tokens cannot be drawn from 20 of the vocabulary"),
-        ({"sample": 0}, "sample=0 must be at least 1"),
+        ({"sample": 0}, "sample=0 must be a whole number of at least 1"),
         ({"length": 2, "template": [["start", 3]]}, "length=2, but the template has 3 pseudo tokens"),
         ({"template": [["start", [4, 5]]]}, "The template has no pseudo tokens.*jpeft.hard_prompt"),
         ({"template": [["middle", 3]]}, r"\('middle', 3\) is not a pair of a place"),
         ({"template": [["start", 0]]}, "at 'start' a number of pseudo tokens or a tuple of token ids must stand, not 0"),
-        ({"edges": (1, -1)}, r"edges=\(1, -1\) must be None or two numbers"),
+        ({"edges": (1, -1)}, r"edges=\(1, -1\) must be \(a whole number of at least 0, a whole number of at least 0\), or None"),
         ({"embedding": "wpe/embedding"}, "embedding='wpe/embedding' matches none"),
         ({"body": "encoder"}, "body='encoder' does not contain the embedding 'wte/embedding'"),
+        ({"body": "wte"}, "body='wte' does not contain the embedding 'wte/embedding'"),
     ],
 )
 def test_errors(options, message):

@@ -100,7 +100,7 @@ def test_freeze_targets_and_patterns():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"top": -1}, "top=-1 must not be negative"),
+        ({"top": -1}, "freeze: top=-1 must be a whole number of at least 0"),
         ({"top": 4}, "top=4, but the model has 3 layers"),
         ({"layers": "layer"}, "needs exactly one group"),
         ({"layers": r"block/(\d+)"}, "matches none of the"),

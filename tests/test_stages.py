@@ -1,4 +1,4 @@
-"""The protocol of stages and parameter groups, on methods made by hand: nothing here knows a method by name."""
+"""The protocol of stages and parameter groups, on methods of the test's own: nothing here knows a method by name."""
 
 import jax
 import jax.numpy as jnp
@@ -9,25 +9,46 @@ import pytest
 import jpeft
 from jpeft import Group, Method, Stage
 from jpeft.core.stages import plan
+from jpeft.core.statistics import find
+from jpeft.stats import Fisher, Movement
 
 PARAMS = {"a": {"kernel": jnp.ones((3, 2)), "bias": jnp.zeros(2)}}
 
 
-def init(key, params, *, stats=None):
-    return {"a": {"bias": jnp.array(params["a"]["bias"], copy=True), "kernel": jnp.array(params["a"]["kernel"], copy=True)}}
+class Last(Method):
+    name = "last"
+    why_no_merge = None
+
+    def init(self, key, params, *, stats=None):
+        return {"a": {"bias": jnp.array(params["a"]["bias"], copy=True), "kernel": jnp.array(params["a"]["kernel"], copy=True)}}
+
+
+class Staged(Last):
+    name = "staged"
+
+    @property
+    def stages(self):
+        return (Stage("bias", 0.4, only_bias),)
+
+
+class Choosy(Last):
+    name = "choosy"
+
+    @property
+    def stages(self):
+        return (Stage("bias", 0.4, only_bias, requires_stats=(Fisher,)),)
 
 
 def only_bias(params, adapter, *, key, stats=None):
-    noise = 0.0 if stats is None else stats * jax.random.normal(key, (2,))
+    found = find(stats, Fisher)
+    noise = 0.0 if found is None else found.values * jax.random.normal(key, (2,))
     return last, {"a": {"bias": adapter["a"]["bias"] + noise}}
 
 
-last = Method(init=init, name="last")
-staged = Method(init=init, merge=jpeft.tree.graft, stages=(Stage("bias", 0.4, only_bias),), name="staged")
-choosy = Method(init=init, stages=(Stage("bias", 0.4, only_bias, needs="fisher"),), name="choosy")
+last, staged, choosy = Last(), Staged(), Choosy()
 
 
-def test_advance_goes_on_from_what_was_trained():
+def test_advance_continues_from_the_trained_adapter():
     peft = jpeft.apply(PARAMS, method=staged)
     peft = peft.replace(adapter=jax.tree.map(lambda leaf: leaf + 1.0, peft.adapter))
     after = jpeft.advance(peft)
@@ -40,18 +61,22 @@ def test_advance_goes_on_from_what_was_trained():
 
 def test_advance_asks_for_statistics_and_is_a_function_of_its_key():
     peft = jpeft.apply(PARAMS, method=choosy)
-    with pytest.raises(ValueError, match="stage 'bias' of choosy needs 'fisher' statistics of the current model"):
+    with pytest.raises(ValueError, match="stage 'bias' of choosy requires Fisher statistics of the current model"):
         jpeft.advance(peft)
-    draws = [jpeft.advance(peft, key=jax.random.key(i), stats=1.0).adapter["a"]["bias"] for i in (0, 0, 1)]
+    draws = [jpeft.advance(peft, key=jax.random.key(i), stats=Fisher(1.0)).adapter["a"]["bias"] for i in (0, 0, 1)]
     np.testing.assert_array_equal(draws[0], draws[1])
     assert np.abs(draws[0] - draws[2]).min() > 1e-3
+    # A plain value serves as the kind that the stage requires. Another kind does not.
+    np.testing.assert_array_equal(jpeft.advance(peft, key=jax.random.key(0), stats=1.0).adapter["a"]["bias"], draws[0])
+    with pytest.raises(ValueError, match="requires Fisher"):
+        jpeft.advance(peft, stats=Movement(1.0))
 
 
 # --- the plan of a run ---------------------------------------------------------------------------------------------------------------
 
 
 def stages(*shares, restarts=()):
-    return tuple(Stage(f"s{i}", share, only_bias, restart=i in restarts) for i, share in enumerate(shares))
+    return tuple(Stage(f"s{i}", share, only_bias, restart_schedule=i in restarts) for i, share in enumerate(shares))
 
 
 def test_a_method_without_stages_takes_all_steps():
@@ -63,7 +88,7 @@ def test_a_method_without_stages_takes_all_steps():
 def test_shares_become_steps():
     segments = plan(stages(0.3, 0.25), 101, first="begin")
     assert [(s.name, s.begin, s.end) for s in segments] == [("begin", 0, 46), ("s0", 46, 76), ("s1", 76, 101)]
-    assert {s.course for s in segments} == {(0, 101)}
+    assert {s.schedule_span for s in segments} == {(0, 101)}
 
 
 def test_every_stage_gets_a_step():
@@ -72,8 +97,16 @@ def test_every_stage_gets_a_step():
         plan(stages(0.01, 0.5), 2)
 
 
-def test_a_restart_divides_the_course_of_the_learning_rate():
-    assert [s.course for s in plan(stages(0.2, 0.2, 0.2, restarts={1}), 100)] == [(0, 60), (0, 60), (60, 100), (60, 100)]
+def test_a_restart_divides_the_schedule_of_the_learning_rate():
+    assert [s.schedule_span for s in plan(stages(0.2, 0.2, 0.2, restarts={1}), 100)] == [(0, 60), (0, 60), (60, 100), (60, 100)]
+
+
+def test_the_old_names_still_work():
+    with pytest.warns(DeprecationWarning, match="restart_schedule"):
+        stage = Stage("s", 0.5, only_bias, restart=True)
+    assert stage == Stage("s", 0.5, only_bias, restart_schedule=True)
+    with pytest.warns(DeprecationWarning, match="lr_scale"):
+        assert Group(rate=0.5) == Group(lr_scale=0.5)
 
 
 # --- chains --------------------------------------------------------------------------------------------------------------------------
@@ -82,26 +115,33 @@ def test_a_restart_divides_the_course_of_the_learning_rate():
 def test_a_chain_moves_its_staged_part_on():
     chain = jpeft.chain(staged=staged, lora=jpeft.lora(rank=1, target="nothing|a/other"))
     assert [(s.name, s.share) for s in chain.stages] == [("bias", 0.4)]
-    adapter = {"staged": init(None, PARAMS), "lora": {}}
+    adapter = {"staged": staged.init(None, PARAMS), "lora": {}}
     after = jpeft.advance(jpeft.Peft(PARAMS, adapter, chain))
     assert after.method == jpeft.chain(staged=last, lora=chain.parts[1][1])
     assert jpeft.flatten(after.adapter).keys() == {"staged/a/bias"}
     assert after.method.stages == ()
 
 
-def test_a_chain_has_one_course_of_stages():
-    with pytest.raises(ValueError, match="the training of 'x' and of 'z' takes stages, and a run has one course"):
+def test_only_one_part_of_a_chain_has_stages():
+    with pytest.raises(ValueError, match="training of 'x' and of 'z' takes stages, and the steps of a run are divided among"):
         jpeft.chain(x=staged, y=jpeft.bitfit(), z=choosy)
 
 
 # --- parameter groups ----------------------------------------------------------------------------------------------------------------
 
 
-def labels(adapter):
-    return {"a": {"bias": "slow", "kernel": "own"}}
+class Grouped(Last):
+    name = "grouped"
+
+    def labels(self, adapter):
+        return {"a": {"bias": "slow", "kernel": "own"}}
+
+    @property
+    def groups(self):
+        return (("slow", Group(lr_scale=0.25)), ("own", Group(fixed_lr=0.1, clip=1.0)))
 
 
-grouped = Method(init=init, labels=labels, groups=(("slow", Group(rate=0.25)), ("own", Group(constant=0.1, clip=1.0))), name="grouped")
+grouped = Grouped()
 
 
 def updates(tx, peft, grads):
@@ -132,7 +172,7 @@ def test_the_user_may_say_otherwise():
 
 def test_groups_of_a_chain_keep_apart():
     chain = jpeft.chain(x=grouped, y=grouped)
-    peft = jpeft.Peft(PARAMS, {"x": init(None, PARAMS), "y": init(None, PARAMS)}, chain)
+    peft = jpeft.Peft(PARAMS, {"x": grouped.init(None, PARAMS), "y": grouped.init(None, PARAMS)}, chain)
     assert set(jax.tree.leaves(chain.labels(peft.adapter))) == {"x/slow", "x/own", "y/slow", "y/own"}
     got = updates(
         jpeft.optimizer({"x/own": optax.sgd(3.0), "train": optax.sgd(1.0)}, peft), peft, jax.tree.map(jnp.ones_like, peft.adapter)

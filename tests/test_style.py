@@ -9,7 +9,8 @@ import pytest
 
 PACKAGE = Path(__file__).parents[1] / "jpeft"
 # Folders and files that keep the dialect of errors and docstrings; the rest of the package follows. Imports are checked everywhere.
-ROOMS = ("checkpoint", "cli", "comparison", "core", "hosts", "reparameterized", "sharding", "tasks", "training", "tree")
+ROOMS = ("checkpoint", "cli", "comparison", "core", "data", "deprecation.py", "distributed.py", "hosts", "reparameterized", "sharding")
+ROOMS += ("tasks", "training", "tree")
 SECTIONS = ("Args", "Returns", "Raises", "Attributes", "Yields", "Example", "Examples")
 
 

@@ -34,7 +34,7 @@ def compare(config: CompareConfig, *, say: Callable[[str], None] = print) -> Com
     """
     rows = parse_rows(config.methods, config.learning_rate)
     if not config.seeds or len(set(config.seeds)) < len(config.seeds):
-        raise ValueError(f"seeds must be one or more different numbers, got {list(config.seeds)}.")
+        raise ValueError(f"seeds={list(config.seeds)} must be one or more different numbers.")
     # Seed by seed, so that all rows have a result early.
     runs = [(row, _run_config(config, row, seed)) for seed in config.seeds for row in rows]
     for _, run in runs:

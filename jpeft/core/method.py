@@ -62,7 +62,7 @@ class MethodType(abc.ABCMeta):
         own = opt.signature(cls)
         if not getattr(cls, "stage", ""):
             return own
-        choose = inspect.Parameter("stage", inspect.Parameter.KEYWORD_ONLY, default=cls.stage, annotation="str")
+        choose = inspect.Parameter("stage", inspect.Parameter.KEYWORD_ONLY, default=getattr(cls, "stage", ""), annotation="str")
         return own.replace(parameters=[*own.parameters.values(), choose])
 
     if not TYPE_CHECKING:  # a type checker reads the options off the fields
@@ -72,6 +72,8 @@ class MethodType(abc.ABCMeta):
                 from jpeft.core.function_method import FunctionMethod
 
                 return FunctionMethod.deprecated(*args, **options)
+            aliases = {field: name for name, field in opt.spellings(cls).items()}
+            options = {aliases.get(name, name): value for name, value in options.items()}  # `dataclasses.replace` gives names of fields
             if "stage" in options and cls.stage:
                 return cls.of_stage(options.pop("stage"))(**options)
             name = cls.name if isinstance(cls.name, str) else cls.__name__

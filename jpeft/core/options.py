@@ -72,7 +72,7 @@ Axes = Sequence[tuple[str, tuple[Sequence[int], ...]]]  # rules (regex, KernelAx
 PerPath = T | Mapping[str, T] | tuple[tuple[str, T], ...]  # one value for all paths, or rules {regex: value}
 
 
-def option(default: Any, *, alias: str) -> Any:
+def option(*, default: Any, alias: str) -> Any:
     """A dataclass field that callers spell `alias`, because a function of the contract has the option's name already.
 
     >>> import jpeft
@@ -222,7 +222,7 @@ def describe(hint: Any) -> str:
     'a whole number of at least 1, or rules {regex: a whole number of at least 1}'
     """
     origin, args = typing.get_origin(hint), typing.get_args(hint)
-    words = {int: "a whole number", float: "a number", str: "a text", bool: "True or False", type(None): "None"}
+    words = {int: "a whole number", float: "a number", str: "a text", bool: "True or False", type(None): "None", Any: "any value"}
     if hint == Number:
         return "a number"
     if origin is Annotated:
@@ -230,9 +230,11 @@ def describe(hint: Any) -> str:
     if origin in (Union, types.UnionType):
         return ", or ".join(dict.fromkeys(map(describe, _without_pairs(args))))
     if origin is Literal:
-        return f"one of {', '.join(map(repr, args))}" if len(args) > 1 else repr(args[0])
+        return f"one of {', '.join(map(repr, args))}" if args[1:] else repr(*args)
     if isinstance(origin, type) and issubclass(origin, Mapping):
         return f"rules {{regex: {describe(args[1])}}}"
+    if origin is tuple and args and args[1:] != (Ellipsis,):
+        return f"({', '.join(map(describe, args))})"
     if args and isinstance(origin, type) and issubclass(origin, Iterable):
         return f"a list, each {describe(args[0])}"
     return words.get(hint, getattr(hint, "__name__", str(hint)))

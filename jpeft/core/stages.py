@@ -81,7 +81,7 @@ def plan(stages: tuple[Stage, ...], steps: int, *, first: str = "") -> tuple[Seg
     for length in lengths:
         ends.append(ends[-1] + length)
     begins = [0, *ends[:-1]]
-    restarts = [0, *(begin for stage, begin in zip(stages, begins[1:], strict=True) if stage.restart), steps]
+    restarts = [0, *(begin for stage, begin in zip(stages, begins[1:], strict=True) if stage.restart_schedule), steps]
     span = lambda begin: (max(r for r in restarts if r <= begin), min(r for r in restarts if r > begin))
     names = [first, *(stage.name for stage in stages)]
     return tuple(Segment(name, begin, end, span(begin)) for name, begin, end in zip(names, begins, ends, strict=True))

@@ -68,7 +68,7 @@ def batch_rows(arrays: Mapping[str, np.ndarray], batch_size: int, *, seed: int) 
     if size == 0:
         raise ValueError("There are no rows to train on.")
     if not 0 <= seed < 2**32:
-        raise ValueError(f"seed must be a whole number from 0 to 2^32 - 1, got {seed}.")
+        raise ValueError(f"seed={seed} must be a whole number from 0 to 2^32 - 1.")
     take = functools.partial(_batch_rows, size=size, batch_size=batch_size, seed=seed)
     return grain.MapDataset.range(sys.maxsize // batch_size).map(take)
 

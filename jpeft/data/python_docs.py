@@ -69,7 +69,7 @@ def reference() -> dict[str, Table]:
         from pydoc_data.topics import topics
     except ImportError as error:
         raise ValueError(
-            "builtin:reference is made of pydoc_data, which this Python does not have: install its full standard library."
+            "The data set builtin:reference is made of pydoc_data, which this Python does not have: install its full standard library."
         ) from error
     documents, seen = [], set()
     for name in sorted(topics):
@@ -118,7 +118,7 @@ def summaries() -> dict[str, Table]:
 def _folder(package: str) -> Path:
     spec = importlib.util.find_spec(package)  # finds the package without importing it
     if spec is None or not spec.submodule_search_locations:
-        raise ValueError(f'the built-in texts are docstrings of {package}, which is not installed: pip install "jpeft[demo]".')
+        raise ValueError(f'The built-in texts are docstrings of {package}, which is not installed: pip install "jpeft[demo]".')
     return Path(spec.submodule_search_locations[0])
 
 

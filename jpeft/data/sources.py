@@ -79,7 +79,8 @@ def splits(
         if label is not None:
             label_names(parts["train"])
     except ValueError as error:
-        raise ValueError(f"{spec}: {error}") from error
+        message = f"{spec}: {error}"
+        raise ValueError(message) from error
     return {name: found[name] if name != "train" and name in found else parts[name] for name in SPLIT_NAMES}
 
 

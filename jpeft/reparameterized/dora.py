@@ -50,7 +50,7 @@ class DoRA(WeightMethod):
     rank: PerPath[Count] = 8
     alpha: PerPath[Positive] = 16.0
     rslora: bool = False
-    initializer: low_rank.Initializer = option("kaiming", alias="init")
+    initializer: low_rank.Initializer = option(default="kaiming", alias="init")
 
     name = "dora"
     summary = "low-rank updates of the direction of kernels, and a trained magnitude for each output"
@@ -73,6 +73,9 @@ class DoRA(WeightMethod):
         """``g * (x V) + bias`` with ``g = m / ||V||``: the product as in LoRA, its outputs scaled."""
         merged = layer.merged(layer.params)
         if linear.scale_outputs is None or linear.add_bias is None or merged is None:
+            return super().call_linear(layer, linear, inputs, leaves, path, rng)
+        if merged.get("bias") is not layer.params.get("bias"):
+            # Inner middleware changes the bias (FAR's learners, (IA)³), so the bias cannot be taken out of the layer's outputs below.
             return super().call_linear(layer, linear, inputs, leaves, path, rng)
         form, s = MatrixForm(layer.params[linear.name].shape, linear.axes), self._scale(path)
         a, b = (form.leaf_to_matrix(leaves[name], self.leaf_axes[name]) for name in "ab")

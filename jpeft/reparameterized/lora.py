@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from jpeft.core.dropout import inverted_dropout
 from jpeft.core.layer import Layer, Linear
 from jpeft.core.options import Count, Names, PerPath, Positive, Probability, option
 from jpeft.reparameterized import low_rank, two_view
@@ -61,7 +62,7 @@ class LoRA(WeightMethod):
     target: Names = r"(.*/)?kernel"
     dropout: Probability = 0.0
     rslora: bool = False
-    initializer: low_rank.Initializer = option("kaiming", alias="init")
+    initializer: low_rank.Initializer = option(default="kaiming", alias="init")
     view: Literal["auto", "two-view", "factored"] = "auto"
 
     name = "lora"
@@ -92,8 +93,7 @@ class LoRA(WeightMethod):
         """One of the views, whichever is cheaper for the layer's shape."""
         a, b, s, x = leaves["a"], leaves["b"], self.scale(path), inputs[0]
         if self.dropout and rng is not None and jnp.issubdtype(x.dtype, jnp.floating):
-            keep = jax.random.bernoulli(rng, 1 - self.dropout, x.shape)
-            return two_view.factored(layer, linear, s, inputs, jnp.where(keep, x / (1 - self.dropout), 0).astype(x.dtype), a, b)
+            return two_view.factored(layer, linear, s, inputs, inverted_dropout(rng, x, self.dropout), a, b)
         return two_view.low_rank(layer, linear, s, inputs, a, b, view=self.view)
 
 

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from jpeft.core.initializers import kaiming_uniform
 from jpeft.core.options import Count, PerPath, Positive
 from jpeft.reparameterized.matrix_form import INPUTS, OUTPUTS
 from jpeft.tree.kernels import KernelAxes
@@ -34,9 +35,8 @@ def factors(
     shape_a, shape_b = axes.factor_shapes(shape, rank)
     if path.rpartition("/")[2] == "embedding":
         return {"a": jnp.zeros(shape_a), "b": jax.random.normal(key, shape_b)}
-    bound = 1 / math.sqrt(axes.fan_in(shape))
     uniform = initializer == "kaiming"
-    a = jax.random.uniform(key, shape_a, minval=-bound, maxval=bound) if uniform else jax.random.normal(key, shape_a) / rank
+    a = kaiming_uniform(key, shape_a, fan_in=axes.fan_in(shape)) if uniform else jax.random.normal(key, shape_a) / rank
     return {"a": a, "b": jnp.zeros(shape_b)}
 
 

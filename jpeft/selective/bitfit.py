@@ -1,31 +1,26 @@
 """BitFit: train the biases."""
 
-from collections.abc import Sequence
 from typing import Any
 
 import jax
 
 from jpeft import tree
-from jpeft.method import Method, factory, not_head, passthrough, with_head
+from jpeft.core.method import Method, with_head
+from jpeft.core.options import Names
+from jpeft.tree.head import not_head
 from jpeft.tree.select import select
 
-# The paper's two kinds of biases that do half of the work: the query's and the middle of the MLP's, by their names in common families.
-QUERY = r"(.*/)?(query|q_lin|q_proj|q)/bias"
-MIDDLE = r"(.*/)?(intermediate/dense|lin1|fc1|c_fc|up_proj|wi|mlp/up|mlp/Dense_0)/bias"
+# In the paper, two kinds of biases make up most of the effect: those of the query and of the first feed-forward layer.
+SMALLER_SUBSET = "@query/bias|@ffn_in/bias"
 
 
-@factory
-def bitfit(
-    *,
-    subset: str | Sequence[str] = "all",
-    head: str | None = "auto",
-) -> Method:
+class BitFit(Method):
     r"""BitFit: ``y = W x + b`` with only the bias vectors ``b`` trained, and the task head.
 
     Args:
       subset: "all" biases, those of LayerNorms included; "query+middle", the paper's smaller set (query biases and those of the first
-        feed-forward layer); a regex; or a list of module names. Names are matched whole: ``output/dense`` does not also match
-        ``attention/output/dense``'s sibling layers by accident, as a substring would.
+        feed-forward layer); a regex; roles (`jpeft.layouts`); or a list of module names. Names are compared whole, component by component:
+        the name ``dense`` matches ``output/dense`` and not ``output/dense_2``.
       head: Task head to train along: "auto", a regex, or None.
 
     Returns:
@@ -43,24 +38,35 @@ def bitfit(
     https://arxiv.org/abs/2106.10199.
 
     Differs from the authors' code, which matches names by substring and always adds the pooler's bias to a subset. In attention without
-    rotary positions the key's bias shifts all logits of a query alike, so its gradient is zero and it stays as it is.
+    rotary positions, the key's bias adds the same number to all logits of a query, so its gradient is zero and training does not move it.
     """
 
-    def init_fn(key: jax.Array, params: tree.Params, *, stats: Any = None) -> tree.Adapter:
+    subset: Names = "all"
+    head: str | None = "auto"
+
+    name = "bitfit"
+    family = "selective"
+    summary = "train the biases (all, or query and middle-of-MLP)"
+    learning_rate = 1e-2
+    head_lr_scale = 20.0
+    why_no_merge = None
+
+    def init(self, key: jax.Array, params: tree.Params, *, stats: Any = None) -> tree.Adapter:
+        """Copies of the chosen biases, and the head."""
         del key, stats
-        leaves = not_head(params, head)
+        leaves = not_head(params, self.head)
         biases = {path: leaf for path, leaf in leaves.items() if path.rpartition("/")[2] == "bias"}
         if not biases:
             raise ValueError(
                 "bitfit: the model has no bias parameters, so there is nothing to train. "
                 f"Its leaves are called {sorted({path.rpartition('/')[2] for path in leaves})}. Use another method, e.g. method='lora'."
             )
-        if subset == "all":
+        if self.subset == "all":
             chosen = list(biases)
-        elif subset == "query+middle":
-            chosen = select(biases, QUERY, option="subset") + select(biases, MIDDLE, option="subset")
         else:
-            chosen = select(biases, subset, option="subset")
-        return tree.unflatten({path: tree.copy(biases[path]) for path in chosen})
+            subset = SMALLER_SUBSET if self.subset == "query+middle" else self.subset
+            chosen = select(biases, subset, option="subset", params=params)
+        return with_head({path: tree.copy(biases[path]) for path in chosen}, params, self.head)
 
-    return Method(init=with_head(init_fn, head), call=passthrough, merge=tree.graft)
+
+bitfit = BitFit

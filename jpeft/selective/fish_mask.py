@@ -3,32 +3,30 @@
 from typing import Any
 
 import jax
-import numpy as np
 
 from jpeft import tree
+from jpeft.core.method import Method
+from jpeft.core.options import CountOrZero
+from jpeft.core.stages import Stage
 from jpeft.core.statistics import Fisher
-from jpeft.method import Method, Stage, factory, not_head
 from jpeft.selective import sparse
+from jpeft.selective.choice import ScoreKinds
+from jpeft.selective.sparse_method import SparseMethod
+from jpeft.tree.head import not_head
 
 
-@factory
-def fish_mask(
-    *,
-    sparsity: float = 0.005,
-    refresh: int = 0,
-    head: str | None = "auto",
-) -> Method:
+class FishMask(SparseMethod):
     r"""FishMask: ``theta = theta_0 + m * delta``, m = 1 for the k weights of highest Fisher information, fixed before training.
 
-    k of all weights together, not of each tensor, are chosen once. The adapter holds these k differences and where they belong, so that
+    The k weights are chosen once, from all weights together and not from each tensor. The adapter holds their k differences and indices, so
     gradients, optimizer moments and the checkpoint are of size k and not of the model's size; see `jpeft.selective.sparse`.
 
     Args:
       sparsity: Share of the parameters that may change; 0.005 is the paper's main setting. The head is trained whole and counted inside:
         ``k = int(total * sparsity) - |head|``.
-      refresh: How many times the mask is chosen anew in training, after equal parts of the steps, by the Fisher information of the model
-        as it then is (`jpeft.advance` with new ``stats``). What was learnt stays: entries chosen again go on, all others are kept as they
-        are and no longer trained, so up to ``(refresh + 1) k`` entries differ from the base in the end.
+      refresh: How many times the mask is chosen again in training, after equal parts of the steps, by the Fisher information of the model
+        as it then is (`jpeft.advance` with new ``stats``). No training is lost: entries that are chosen again train further, all others
+        keep their differences and are no longer trained. So up to ``(refresh + 1) k`` entries differ from the base in the end.
       head: Task head to train along: "auto", a regex, or None.
 
     Returns:
@@ -50,33 +48,38 @@ def fish_mask(
 
     Reference: Sung, Nair and Raffel, Training Neural Networks with Fixed Sparse Masks, 2021, https://arxiv.org/abs/2111.09839.
 
-    Differs from the authors' code, which multiplies dense gradients by the mask before the optimizer's step, so that weight decay still
-    moves what the mask excludes, and memory is that of full fine-tuning. Decay here acts on the difference to the pretrained weights.
+    Differs from the authors' code, which multiplies dense gradients by the mask before the optimizer's step. There, weight decay still
+    moves weights outside the mask, and memory is that of full fine-tuning. Here, decay acts on the difference to the pretrained weights.
     """
-    if not 0 < sparsity <= 1:
-        raise ValueError(f"sparsity={sparsity} must be a share of the parameters, above 0 and at most 1.")
 
-    if refresh < 0:
-        raise ValueError(f"refresh={refresh} must not be negative: it counts how often the mask is chosen anew.")
+    refresh: CountOrZero = 0
 
-    def choose(params: tree.Params, stats: Any) -> dict[str, np.ndarray]:
-        return sparse.choose_from(params, stats, sparsity, head, "fish_mask", _HOW)
+    name = "fish_mask"
+    summary = "train the weights of highest Fisher information (needs stats)"
+    learning_rate = 2e-3
+    how_to_score = (
+        "Make the Fisher information of your data first: from jpeft.stats import fisher; stats = fisher(losses, params, batches), with "
+        "losses(params, batch) the loss of each example; then jpeft.apply(params, method='fish_mask', stats=stats)."
+    )
 
-    def init_fn(key: jax.Array, params: tree.Params, *, stats: Any = None) -> tree.Adapter:
-        del key
-        return tree.unflatten(sparse.leaves(not_head(params, head), choose(params, stats)))
+    @property
+    def score_kinds(self) -> ScoreKinds:
+        """The Fisher information."""
+        return (Fisher,)
 
-    def refresh_fn(params: tree.Params, adapter: tree.Adapter, *, key: jax.Array, stats: Any = None) -> tuple[Method, tree.Adapter]:
+    @property
+    def stages(self) -> tuple[Stage, ...]:
+        """One for each refresh still to come. Each has an equal share of the steps, as has the present stage."""
+        share = 1 / (self.refresh + 1)
+        return tuple(Stage("refresh", share, self._choose_again, requires_stats=(Fisher,)) for _ in range(self.refresh))
+
+    def _choose_again(
+        self, params: tree.Params, adapter: tree.Adapter, *, key: jax.Array, stats: Any = None
+    ) -> tuple[Method, tree.Adapter]:
         del key
         replaced, beside, _ = tree.split(params, adapter)
-        anew = sparse.chosen_anew(not_head(params, head), beside, choose(params, stats), "fish_mask")
-        return fish_mask(sparsity=sparsity, refresh=refresh - 1, head=head), tree.unflatten(replaced | anew)
-
-    stages = tuple(Stage("refresh", 1 / (refresh + 1), refresh_fn, requires_stats=(Fisher,)) for _ in range(refresh))
-    return sparse.method(init_fn, sparsity, head, needs="fisher", stages=stages)
+        differences = sparse.reselect(not_head(params, self.head), beside, self.choose(params, stats), self.name)
+        return self.replace(refresh=self.refresh - 1), tree.unflatten(replaced | differences)
 
 
-_HOW = (
-    "Make the Fisher information of your data first: from jpeft.stats import fisher; stats = fisher(losses, params, batches), with "
-    "losses(params, batch) the loss of each example; then jpeft.apply(params, method='fish_mask', stats=stats)."
-)
+fish_mask = FishMask

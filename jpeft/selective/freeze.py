@@ -1,40 +1,32 @@
 """Freeze: train the top layers, keep the rest."""
 
 import re
-from collections.abc import Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from jpeft import tree
-from jpeft.method import Method, factory, not_head, passthrough, with_head
+from jpeft import layouts, tree
+from jpeft.core.method import Method, with_head
+from jpeft.core.options import CountOrZero, Names
+from jpeft.tree.head import not_head
 from jpeft.tree.kernels import STACKED
 from jpeft.tree.select import select
 
 _INDEXED = re.compile(r"(?P<stack>.*?[^/\d])[_/](?P<index>\d+)/(?P<rest>.*)")
-_AFTER = r"(pooler|ln_f|final_?layer_?norm|final_norm|norm|layer_?norm|encoder_norm|decoder_norm|ln_post)(/.*)?"
 
 
-@factory
-def freeze(
-    *,
-    top: int = 2,
-    layers: str | None = None,
-    also: str | Sequence[str] | None = "auto",
-    target: str | Sequence[str] | None = None,
-    head: str | None = "auto",
-) -> Method:
-    r"""Freeze: train the ``top`` layers nearest the output, what stands after them, and the task head; all else stays as it is.
+class Freeze(Method):
+    r"""Freeze: train the ``top`` layers nearest the output, the modules that follow them, and the task head; all else stays as it is.
 
-    With L layers, ``theta_l' = theta_l + delta_l`` for ``l >= L - top`` and ``theta_l' = theta_l`` below. It is the one selective method
-    whose backward pass is really shorter: nothing below the lowest trained layer is differentiated. (Not so for layers stacked by
-    `nn.scan`, whose backward pass runs through the whole stack; there only the trained slice has gradients and optimizer state.)
+    With L layers, ``theta_l' = theta_l + delta_l`` for ``l >= L - top`` and ``theta_l' = theta_l`` below. Of all selective methods, only
+    this one shortens the backward pass: nothing below the lowest trained layer is differentiated. (With layers stacked by `nn.scan` the
+    backward pass runs through the whole stack; there only gradients and optimizer state are limited to the trained slice.)
 
     Args:
       top: How many layers, counted from the output. 0 trains the head (and `also`) alone.
-      layers: Regex for the paths of the layers, with a group ``(\d+)`` for the index; found by itself where one stack of numbered (or
-        scanned) layers holds the most parameters.
+      layers: Regex for the paths of the layers, with a group ``(\d+)`` for the index. By default, the stack of numbered or scanned layers
+        that holds the most parameters.
       also: Leaves to train besides: "auto" for the pooler and final norm that follow the layers (with ``top=0``: none), a regex, names, or
         None.
       target: Ignore layers: train exactly these paths (a regex or a list of names) and the head.
@@ -54,71 +46,81 @@ def freeze(
     Reference: Lee, Tang and Lin, What Would Elsa Do? Freezing Layers During Transformer Fine-Tuning, 2019,
     https://arxiv.org/abs/1911.03090.
     """
-    if top < 0:
-        raise ValueError(f"top={top} must not be negative: it counts the trained layers from the output.")
 
-    def init_fn(key: jax.Array, params: tree.Params, *, stats: Any = None) -> tree.Adapter:
+    top: CountOrZero = 2
+    layers: str | None = None
+    also: Names | None = "auto"
+    target: Names | None = None
+    head: str | None = "auto"
+
+    name = "freeze"
+    family = "selective"
+    summary = "train the top layers and what follows them, freeze the rest"
+    learning_rate = 5e-4
+    why_no_merge = None
+
+    def init(self, key: jax.Array, params: tree.Params, *, stats: Any = None) -> tree.Adapter:
+        """Copies of the trained leaves, of a scanned stack its top slice, and the head."""
         del key, stats
-        leaves = not_head(params, head)
-        if target is not None:
-            return tree.unflatten({path: tree.copy(leaves[path]) for path in select(leaves, target, params=params)})
-        stack = find_layers(leaves, layers) if top else {}
-        trained = {
-            path: take(leaves[path]) if index is None else tree.copy(leaves[path]) for path, index in uppermost(stack, leaves).items()
-        }
-        outside = [path for path in leaves if path not in stack]
-        if also == "auto":
-            after = [path for path in outside if top and re.search(rf"(^|/){_AFTER}$", path) and "embed" not in path]
-        else:
-            after = select(outside, also, option="also", params=params) if also is not None else []
-        return tree.unflatten(trained | {path: tree.copy(leaves[path]) for path in after})
+        leaves = not_head(params, self.head)
+        if self.target is not None:
+            chosen = {path: tree.copy(leaves[path]) for path in select(leaves, self.target, params=params)}
+            return with_head(chosen, params, self.head)
+        stack = find_layers(leaves, self.layers) if self.top else {}
+        top = self._top_layers(stack, leaves)
+        trained = {path: self._top_slice(leaves[path]) if index is None else tree.copy(leaves[path]) for path, index in top.items()}
+        outside = {path: leaf for path, leaf in leaves.items() if path not in stack}
+        trained |= {path: tree.copy(leaves[path]) for path in self._find_also(outside, params)}
+        return with_head(trained, params, self.head)
 
-    def uppermost(stack: dict[str, int | None], leaves: dict[str, Any]) -> dict[str, int | None]:
-        stacked = {leaves[path].shape[:1] for path, index in stack.items() if index is None}
-        if len(stacked) > 1 or () in stacked:
+    def bind(self, params: tree.Params, adapter: tree.Adapter, *, rng: jax.Array | None = None) -> tree.Params:
+        """Replace whole leaves, and the top slice of scanned stacks."""
+        del rng
+        base = tree.flatten(params)
+        # An adapter leaf with fewer layers than the base's [layers, ...] holds the top ones.
+        whole = lambda path, leaf: leaf if leaf.shape == base[path].shape else jnp.concatenate([base[path][: -leaf.shape[0]], leaf])
+        return tree.replace(params, {path: whole(path, leaf) for path, leaf in tree.flatten(adapter).items()})
+
+    def count_changed(self, params: tree.Params, adapter: tree.Adapter) -> int:
+        """The size of the adapter, as a slice of a stack changes the slice only."""
+        del params
+        return tree.size(adapter)
+
+    def _top_layers(self, stack: dict[str, int | None], leaves: dict[str, Any]) -> dict[str, int | None]:
+        """The part of the stack that belongs to the top layers."""
+        depths = {leaves[path].shape[:1] for path, index in stack.items() if index is None}
+        if len(depths) > 1 or () in depths:
             raise ValueError(
                 f"freeze: the leaves below {next(iter(stack)).rpartition('/')[0]!r} do not share a leading axis, so they are no stack of "
                 "layers. Say where the layers are with layers=r'...(\\d+)...', or name the leaves with target=...."
             )
-        total = stacked.pop()[0] if stacked else 1 + max((i for i in stack.values() if i is not None), default=-1)
-        if top > total:
-            raise ValueError(f"top={top}, but the model has {total} layers.")
-        return {path: index for path, index in stack.items() if index is None or index >= total - top}
+        total = depths.pop()[0] if depths else 1 + max((i for i in stack.values() if i is not None), default=-1)
+        if self.top > total:
+            raise ValueError(f"freeze: top={self.top}, but the model has {total} layers.")
+        return {path: index for path, index in stack.items() if index is None or index >= total - self.top}
 
-    def take(leaf: Any) -> Any:
-        return jnp.array(leaf[leaf.shape[0] - top :], copy=True)
+    def _top_slice(self, leaf: Any) -> Any:
+        return jnp.array(leaf[leaf.shape[0] - self.top :], copy=True)
 
-    def bind_fn(params: tree.Params, adapter: tree.Adapter, *, rng: jax.Array | None = None) -> tree.Params:
-        del rng
-        base = tree.flatten(params)
-        new = tree.flatten(adapter)
-        whole = {
-            path: leaf if leaf.shape == base[path].shape else jnp.concatenate([base[path][: -leaf.shape[0]], leaf])
-            for path, leaf in new.items()
-        }
-        return tree.replace(params, whole)
-
-    def changed_fn(params: tree.Params, adapter: tree.Adapter) -> int:
-        del params
-        return tree.size(adapter)
-
-    return Method(init=with_head(init_fn, head), bind=bind_fn, call=passthrough, merge=bind_fn, changed=changed_fn)
+    def _find_also(self, outside: dict[str, Any], params: tree.Params) -> list[str]:
+        """The leaves outside the stack of layers that the option `also` names."""
+        if self.also == "auto":
+            return layouts.find(outside, "@pooler|@final_norm", required=False) if self.top else []
+        return select(outside, self.also, option="also", params=params) if self.also is not None else []
 
 
 def find_layers(leaves: dict[str, Any], pattern: str | None) -> dict[str, int | None]:
-    """The leaves that belong to the stack of layers, with the index of each one's layer; None for leaves that hold all layers.
+    """The leaves of the stack of layers, each with the index of its layer; None for a leaf that holds all layers.
+
+    Args:
+      leaves: The base's leaves by path.
+      pattern: A regex with one group for the index; None to look for the stack with the most parameters.
 
     Raises:
-      ValueError: if there is no stack, or two of equal size.
+      ValueError: if there is no stack, or there are several of equal size.
     """
     if pattern is not None:
-        regex = re.compile(pattern)
-        if regex.groups != 1:
-            raise ValueError(f"layers={pattern!r} needs exactly one group, (\\d+), for the layer's index.")
-        found: dict[str, int | None] = {path: int(m[1]) for path in leaves if (m := regex.match(path))}
-        if not found:
-            raise ValueError(f"layers={pattern!r} matches none of the {len(leaves)} parameters, such as {list(leaves)[:5]}.")
-        return found
+        return _match_layers(leaves, pattern)
     # Candidates by (name, whether indexed). A path may be in two: `layers/ln_1` is in a scanned stack `layers`, or in layers called `ln`.
     stacks: dict[tuple[str, bool], dict[str, int | None]] = {}
     for path in leaves:
@@ -126,7 +128,9 @@ def find_layers(leaves: dict[str, Any], pattern: str | None) -> dict[str, int | 
             stacks.setdefault((m["stack"], True), {})[path] = int(m["index"])
         if m := re.fullmatch(STACKED, path):
             stacks.setdefault((m["stack"], False), {})[path] = None
+    # Indices of layers are 0, 1, 2, ... without a gap.
     stacks = {key: paths for key, paths in stacks.items() if not key[1] or set(paths.values()) == set(range(len(set(paths.values()))))}
+    # Of equal sizes, an indexed stack is preferred.
     sizes = {key: (sum(leaves[path].size for path in paths), key[1]) for key, paths in stacks.items()}
     largest = [key for key, size in sizes.items() if size == max(sizes.values())]
     if len(largest) != 1:
@@ -136,3 +140,17 @@ def find_layers(leaves: dict[str, Any], pattern: str | None) -> dict[str, int | 
             f"parameters begin with {list(leaves)[:5]}."
         )
     return stacks[largest[0]]
+
+
+def _match_layers(leaves: dict[str, Any], pattern: str) -> dict[str, int | None]:
+    """The leaves whose paths a regex matches from the start, with the index in its group."""
+    regex = re.compile(pattern)
+    if regex.groups != 1:
+        raise ValueError(f"freeze: layers={pattern!r} needs exactly one group, (\\d+), for the layer's index.")
+    found: dict[str, int | None] = {path: int(m[1]) for path in leaves if (m := regex.match(path))}
+    if not found:
+        raise ValueError(f"freeze: layers={pattern!r} matches none of the {len(leaves)} parameters, such as {list(leaves)[:5]}.")
+    return found
+
+
+freeze = Freeze

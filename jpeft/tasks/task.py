@@ -54,7 +54,7 @@ class Task(abc.ABC):
 
     Attributes:
       name: Name on the command line, a key of `jpeft.tasks.registry.TASKS`.
-      model: Kind of model, as `jpeft.models.load(task=...)` calls it.
+      model: Kind of model, one of those that `jpeft.models.load(task=...)` takes.
       columns: Columns of the data that the task reads besides the text.
       metric: Validation metric that early stopping and `keep_best` watch, one of those that `metrics` returns.
       higher_is_better: Whether a higher value of that metric is better.
@@ -64,7 +64,7 @@ class Task(abc.ABC):
     """
 
     name: ClassVar[str]
-    model: ClassVar[Literal["sequence-classification", "token-classification", "causal-lm"]]
+    model: ClassVar[str]
     columns: ClassVar[tuple[Column, ...]]
     metric: ClassVar[str]
     higher_is_better: ClassVar[bool] = True

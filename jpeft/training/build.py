@@ -61,12 +61,14 @@ def method_options(config: TrainConfig, tokenizer: Any = None) -> dict[str, Any]
     return options
 
 
-def make_method(config: TrainConfig, loaded: models.Loaded) -> Method:
-    """Make the method that the configuration names.
+def make_method(config: TrainConfig, loaded: models.Loaded, recorded: dict[str, Any] | None = None) -> Method:
+    """Make the method that the configuration names; of a run that is continued, the method that its folder records.
 
-    Every parameter that the checkpoint lacks is trained along as part of the head: beside the head, that may be a pooler, which must not
+    A record has all options, so a run keeps the defaults with which it began, whatever they are in this version. Every parameter that the checkpoint lacks is trained along as part of the head: beside the head, that may be a pooler, which must not
     keep its random initial values.
     """
+    if recorded is not None:
+        return jpeft.make(recorded)
     options = method_options(config, loaded.tokenizer if "tokens" in parse_options(config.options) else None)
     others = [path for path in loaded.initialised if not re.fullmatch(HEAD, path)]
     if others and "head" not in options:
@@ -74,18 +76,24 @@ def make_method(config: TrainConfig, loaded: models.Loaded) -> Method:
     return jpeft.make(config.method, **options)
 
 
-def attach(config: TrainConfig, loaded: models.Loaded, make_statistics: Callable[[Method], Any] | None = None) -> Peft:
+def attach(
+    config: TrainConfig,
+    loaded: models.Loaded,
+    make_statistics: Callable[[Method], Any] | None = None,
+    recorded: dict[str, Any] | None = None,
+) -> Peft:
     """Return the base with a newly initialised adapter of the configured method.
 
     Args:
       config: Names the method.
       loaded: The base.
       make_statistics: Makes the statistics that the method requires; see `jpeft.training.statistics`. None where there is no data.
+      recorded: As for `make_method`.
 
     Raises:
       ValueError: if the method requires statistics and they cannot be made.
     """
-    method = make_method(config, loaded)
+    method = make_method(config, loaded, recorded)
     stats = None
     if method.requires_stats:
         if make_statistics is None:

@@ -212,5 +212,5 @@ def check_values(config: TrainConfig) -> None:
     if config.batch_size % config.grad_accum:
         raise ValueError(f"grad_accum={config.grad_accum} does not divide batch_size={config.batch_size}.")
     if config.resume and config.overwrite:
-        raise ValueError("resume continues the run in the output folder and overwrite deletes it: give one of them.")
+        raise ValueError("--resume continues the run in the output folder and --overwrite deletes it: give one of them.")
     parse_options(config.options)

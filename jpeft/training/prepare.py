@@ -90,8 +90,12 @@ class Setup:
         }
 
 
-def prepare(config: TrainConfig) -> Setup:
+def prepare(config: TrainConfig, recorded: dict[str, Any] | None = None) -> Setup:
     """Load and check data, model and method, in this order.
+
+    Args:
+      config: The configuration.
+      recorded: The method that the folder of the run records, if the run is continued.
 
     Raises:
       ValueError: for anything wrong with them.
@@ -102,7 +106,7 @@ def prepare(config: TrainConfig) -> Setup:
     mesh = find_mesh(config)
     loaded = load_base(config, labels, mesh)
     splits = encode_splits(config, task, tables, labels, loaded.tokenizer)
-    peft = _attach(config, task, labels, splits["train"], loaded)
+    peft = _attach(config, task, labels, splits["train"], loaded, recorded)
     # A frozen base without a head has nothing to train and is evaluated as it is.
     steps = count_steps(config, splits["train"]) if jax.tree.leaves(peft.adapter) else 0
     defaults = registry.methods()[config.method]
@@ -137,11 +141,18 @@ def encode_splits(
     for arrays in splits.values():
         task.check_columns(arrays)
     if (config.patience or config.keep_best) and "validation" not in splits:
-        raise ValueError("patience and keep_best need a validation split, and the data has none.")
+        raise ValueError("The settings patience and keep_best need a validation split, and the data has none.")
     return splits
 
 
-def _attach(config: TrainConfig, task: Task, labels: tuple[str, ...], arrays: Arrays, loaded: models.Loaded) -> Peft:
+def _attach(
+    config: TrainConfig,
+    task: Task,
+    labels: tuple[str, ...],
+    arrays: Arrays,
+    loaded: models.Loaded,
+    recorded: dict[str, Any] | None,
+) -> Peft:
     """Return the base with its adapter, after checking what later parts of the run need of the method."""
     apply: Callable[..., Any] = loaded.model.apply
 
@@ -154,7 +165,7 @@ def _attach(config: TrainConfig, task: Task, labels: tuple[str, ...], arrays: Ar
         check_statistics(method.requires_stats, config.method)
         return make_statistics(method.requires_stats, source)
 
-    peft = attach(config, loaded, statistics)
+    peft = attach(config, loaded, statistics, recorded)
     for stage in peft.method.stages:
         check_statistics(stage.requires_stats, f"The stage {stage.name!r} of {config.method}")
     if config.export:

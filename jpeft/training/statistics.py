@@ -60,7 +60,7 @@ def make_fisher(source: Source) -> Fisher:
     """Return the empirical Fisher information over the first examples of the training order."""
     examples = len(next(iter(source.arrays.values())))
     ds = data.batches(source.arrays, source.config.batch_size, seed=keys(source.config.seed).data)
-    return Fisher(stats.fisher(source.losses, source.params, iter(ds), num_samples=min(FISHER_EXAMPLES, examples)))
+    return stats.fisher(source.losses, source.params, iter(ds), num_samples=min(FISHER_EXAMPLES, examples))
 
 
 def make_movement(source: Source) -> Movement:
@@ -85,7 +85,7 @@ def make_movement(source: Source) -> Movement:
     opt_state = jax.jit(tx.init)(params)
     for index in range(movement_steps(config, source.arrays)):
         params, opt_state = step(params, opt_state, ds[index])
-    return Movement(stats.movement(source.params, params))
+    return stats.movement(source.params, params)
 
 
 def movement_steps(config: TrainConfig, arrays: Arrays) -> int:
@@ -96,7 +96,7 @@ def movement_steps(config: TrainConfig, arrays: Arrays) -> int:
 def make_key_values(source: Source) -> KeyValues:
     """Return the keys and values of the text in the method's option `tokens`."""
     tokens = method_options(source.config, source.loaded.tokenizer)["tokens"]
-    return KeyValues(jax.jit(functools.partial(stats.key_values, source.loaded.model))(source.params, jnp.array([tokens])))
+    return jax.jit(functools.partial(stats.key_values, source.loaded.model))(source.params, jnp.array([tokens]))
 
 
 def make_label_tokens(source: Source) -> LabelTokens:

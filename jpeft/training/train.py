@@ -47,7 +47,8 @@ def train(config: TrainConfig, *, report: Reporter | None = None) -> Result:
     on_first_process(lambda: folder.check(config))
     if config.resume and on_first_process(folder.result.exists):
         return _read_finished(config, folder)
-    setup = prepare(config)
+    recorded = on_first_process(lambda: folder.read_config().get("method") if config.resume and folder.in_use else None)
+    setup = prepare(config, recorded)
     about = setup.to_json()
     check_equal({name: about[name] for name in ("method", "labels", "base", "data")})
     if config.resume:
@@ -70,9 +71,7 @@ def _check_same(folder: RunFolder, about: dict[str, Any]) -> None:
     before, now = folder.read_config(), json.loads(json.dumps(about))
     # Earlier versions wrote the head's scale under another name.
     before.setdefault("head_lr_scale", before.get("head_rate"))
-    changed = [
-        name for name in ("method", "labels", "learning_rate", "head_lr_scale", "steps", "base", "data") if before[name] != now[name]
-    ]
+    changed = [name for name in ("labels", "learning_rate", "head_lr_scale", "steps", "base", "data") if before[name] != now[name]]
     if changed:
         raise ValueError(f"Cannot resume {folder.path}: since it began, its {', '.join(changed)} changed.")
 

@@ -1,18 +1,17 @@
-"""The bottleneck that adapters are made of: down-projection, activation, up-projection."""
+"""The bottleneck that adapters are made of: a projection to a few features, a nonlinearity, a projection back."""
 
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Float
 
-from jpeft.additive.bottlenecks.places import Place
-from jpeft.method import ADDED
-from jpeft.tree.paths import flatten, key_for
+from jpeft.core.initializers import Initializer
 
-Draw = Callable[[jax.Array, tuple[int, ...]], jax.Array]  # (key, shape) -> initial kernel
+Activation = Literal["gelu", "gelu_new", "relu", "silu", "tanh"]
 
-ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
+ACTIVATIONS: dict[Activation, Callable[[jax.Array], jax.Array]] = {
     "gelu": lambda x: jax.nn.gelu(x, approximate=False),
     "gelu_new": jax.nn.gelu,
     "relu": jax.nn.relu,
@@ -20,71 +19,41 @@ ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
     "tanh": jnp.tanh,
 }
 
-WHY_NOT = "an adapter is a nonlinear layer of its own, which no weight of the base can take up; keep using it through jpeft.wrap"
 
+def init_bottleneck(
+    key: jax.Array, *, width: int, size: int, stack: tuple[int, ...], down: Initializer, up: Initializer
+) -> dict[str, dict[str, Array]]:
+    """The leaves of one bottleneck, ``2 width size + size + width`` scalars for each layer of the stack.
 
-def check(size: int | None, activation: str) -> None:
-    """Refuse what is no bottleneck.
-
-    Raises:
-      ValueError: for a size below 1 or an unknown activation.
+    Args:
+      key: A random key.
+      width: d, the features of the hidden state.
+      size: m, the features inside.
+      stack: Sizes of the stack axes.
+      down: Initialises W_down.
+      up: Initialises W_up.
     """
-    if size is not None and size < 1:
-        raise ValueError(f"size={size} must be at least 1.")
-    if activation not in ACTIVATIONS:
-        raise ValueError(f"activation={activation!r} is not one of {sorted(ACTIVATIONS)}.")
-
-
-# --- initial kernels --------------------------------------------------------------------------------------------------------------------
-
-
-def truncated_normal(std: float) -> Draw:
-    """A normal cut at two standard deviations and not rescaled, as in TensorFlow, so that its real deviation is 0.88 `std`."""
-    return lambda key, shape: std * jax.random.truncated_normal(key, -2, 2, shape)
-
-
-def normal(std: float) -> Draw:
-    """N(0, std²)."""
-    return lambda key, shape: std * jax.random.normal(key, shape)
-
-
-def kaiming(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
-    """Uniform within ± 1 / √inputs: torch's for linear layers, ``kaiming_uniform(a=√5)``."""
-    return jax.random.uniform(key, shape, minval=-(shape[-2] ** -0.5), maxval=shape[-2] ** -0.5)
-
-
-def zeros(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
-    """All zero."""
-    del key
-    return jnp.zeros(shape)
-
-
-# --- parameters and function ------------------------------------------------------------------------------------------------------------
-
-
-def init(key: jax.Array, place: Place, size: int, *names: str, down: Draw, up: Draw) -> dict[str, Any]:
-    """Parameters of one bottleneck, by path: ``2 width size + size + width`` scalars in each layer, the biases zero."""
-    keys, width, stack = jax.random.split(key_for(key, place.leaf)), place.width, place.stack
-    leaves = {
-        "down": {"kernel": down(keys[0], (*stack, width, size)), "bias": jnp.zeros((*stack, size))},
-        "up": {"kernel": up(keys[1], (*stack, size, width)), "bias": jnp.zeros((*stack, width))},
+    down_key, up_key = jax.random.split(key)
+    return {
+        "down": {"kernel": down(down_key, (*stack, width, size)), "bias": jnp.zeros((*stack, size))},
+        "up": {"kernel": up(up_key, (*stack, size, width)), "bias": jnp.zeros((*stack, width))},
     }
-    return added(place, leaves, *names)
 
 
-def added(place: Place, leaves: dict[str, Any], *names: str) -> dict[str, Any]:
-    """Leaves by path, as they are added to the module at a place, under `names` there."""
-    return {"/".join(filter(None, (place.path, ADDED, *names, name))): leaf for name, leaf in flatten(leaves).items()}
+def project_down_and_up(leaves: Mapping[str, Any], h: Float[Array, "*batch d"], activation: Activation) -> Float[Array, "*batch d"]:
+    """``W_up act(W_down h + b_down) + b_up``, computed in the dtype of `h`.
 
-
-def apply(leaves: dict[str, Any], h: jax.Array, activation: str) -> jax.Array:
-    """``W_up act(W_down h + b_down) + b_up``, computed in the dtype of `h`."""
+    Args:
+      leaves: ``{"down": {"kernel", "bias"}, "up": {"kernel", "bias"}}``; other entries are not read.
+      h: The hidden state.
+      activation: Name of the nonlinearity.
+    """
     down, up = jax.tree.map(lambda leaf: leaf.astype(h.dtype), (leaves["down"], leaves["up"]))
-    rows = h.reshape(-1, h.shape[-1])  # a matrix: with two leading axes XLA for CPU transposes all that the gradients contract
-    inner = ACTIVATIONS[activation](rows @ down["kernel"] + down["bias"][None])  # (rows, size)
-    return (inner @ up["kernel"] + up["bias"][None]).reshape(h.shape)
+    # One matrix: with two leading axes XLA on CPU transposes every operand of the contractions in the backward pass.
+    rows = h.reshape(-1, h.shape[-1])  # [tokens, d]
+    inner = ACTIVATIONS[activation](_linear(down, rows))  # [tokens, m]
+    return _linear(up, inner).reshape(h.shape)
 
 
-def on_hidden(outputs: Any, change: Callable[[jax.Array], jax.Array]) -> Any:
-    """``change(h)`` in the place of the hidden state h: what a module returns, or the first thing where it returns a tuple."""
-    return (change(outputs[0]), *outputs[1:]) if isinstance(outputs, tuple) else change(outputs)
+def _linear(leaves: Mapping[str, Any], x: Float[Array, "tokens inputs"]) -> Float[Array, "tokens outputs"]:
+    return x @ leaves["kernel"] + leaves["bias"][None]

@@ -1,7 +1,5 @@
 """Compacter: adapters whose kernels are sums of Kronecker products with factors shared by all layers."""
 
-import re
-from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -9,33 +7,21 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from jpeft import tree
-from jpeft.additive.bottlenecks import bottleneck
-from jpeft.additive.bottlenecks.places import FEED_FORWARD, NORMS, SELF_AND_FEED_FORWARD, Place, places
-from jpeft.method import ADDED, Layer, Method, factory, not_head, with_head
-from jpeft.tree.kernels import AxesRules
+from jpeft.additive.bottlenecks.bottleneck import Activation
+from jpeft.additive.bottlenecks.bottleneck_method import BottleneckMethod
+from jpeft.additive.bottlenecks.sites import BottleneckSite
+from jpeft.core.initializers import glorot_uniform
+from jpeft.core.options import Count, Names, NotNegative
+from jpeft.tree.adapters import ADDED
 
-RULE = f"{ADDED}/rule"  # the shared factors A, once at the adapter's root
+RULE = f"{ADDED}/rule"  # path of the shared factors A, once at the adapter's root
 
 
-@factory
-def compacter(
-    *,
-    size: int | None = None,
-    reduction: int = 32,
-    division: int = 4,
-    rank: int = 1,
-    plus_plus: bool = False,
-    activation: str = "gelu_new",
-    std: float = 1e-4,
-    target: str | Sequence[str] | None = None,
-    train_norms: bool = True,
-    axes: AxesRules | None = None,
-    head: str | None = "auto",
-) -> Method:
+class Compacter(BottleneckMethod):
     r"""Compacter: ``h' = h + W_up act(W_down h + b_down) + b_up`` with ``W = Σ_i A_i ⊗ (S_i T_i)``, i = 1 … n.
 
-    The n × n matrices A_i are shared by all kernels of all layers; S_i and T_i of rank r are a kernel's own. Adapters sit as Houlsby's do,
-    behind self-attention and behind the feed-forward layer, each before its residual sum. All LayerNorms are trained too.
+    The n × n matrices A_i are shared by all kernels of all layers; each kernel has its own S_i and T_i of rank r. The adapters follow
+    self-attention and the feed-forward layer, each before its residual sum, as Houlsby's do. All LayerNorms are trained too.
 
     Args:
       size: Bottleneck width m; an adapter on width d has ``2 r (d + m) + m + d`` parameters. None for d / `reduction`, rounded down to a
@@ -43,16 +29,16 @@ def compacter(
       reduction: d / m, where `size` is not given.
       division: n. It divides d and m.
       rank: r of each ``S_i T_i``.
-      plus_plus: Compacter++: no adapter behind attention.
+      plus_plus: Compacter++: no adapter after attention.
       activation: "gelu_new" (tanh approximation), "gelu" (exact), "relu", "silu" or "tanh".
-      std: Standard deviation of A at first. So small that the model begins near the base.
-      target: The kernels whose outputs are adapted instead; a regex or a list of names.
+      std: Standard deviation of the initial A. It is so small that the model begins near the base.
+      target: Other kernels whose outputs are adapted: a regex or a list of names.
       train_norms: Train scale and bias of all normalisation layers, as the paper does.
       axes: Geometry of kernels with more than two axes; see `jpeft.lora`.
       head: Task head to train along: "auto", a regex, or None.
 
     Returns:
-      A `Method`. It adds computation and so has no merge.
+      A `Method`. It adds computation and therefore has no merge.
 
     Raises:
       ValueError: for a size, reduction, division or rank below 1, an unknown activation, a `target` beside `plus_plus`; from `init`, if
@@ -67,72 +53,77 @@ def compacter(
     Reference: Mahabadi, Henderson and Ruder, Compacter: Efficient Low-Rank Hypercomplex Adapter Layers, 2021,
     https://arxiv.org/abs/2106.04647.
 
-    Follows the authors' code (rabeehk/compacter) in all initial values: S and T Glorot-uniform with gain √2, A normal. As there, the
+    All initial values are those of the authors' code (rabeehk/compacter): S and T Glorot-uniform with gain √2, A normal. As there, the
     cross-attention of an encoder-decoder gets no adapter.
     """
-    bottleneck.check(size, activation)
-    for name, value in {"reduction": reduction, "division": division, "rank": rank}.items():
-        if value < 1:
-            raise ValueError(f"{name}={value} must be at least 1.")
-    if plus_plus and target is not None:
-        raise ValueError("plus_plus=True chooses the feed-forward layers; with a target of your own leave it out.")
-    n, where = division, target or (FEED_FORWARD if plus_plus else SELF_AND_FEED_FORWARD)
 
-    def init_fn(key: jax.Array, params: tree.Params, *, stats: Any = None) -> tree.Adapter:
-        del stats
-        out = {path: tree.copy(leaf) for path, leaf in not_head(params, head).items() if train_norms and re.fullmatch(NORMS, path)}
-        out[RULE] = std * jax.random.normal(tree.key_for(key, RULE), (n, n, n))
-        for place in places(params, where, axes=axes, head=head):
-            m = size or max(n, place.width // reduction // n * n)
-            if place.width % n or m % n:
-                raise ValueError(f"division={n} must divide the width {place.width} of '{place.leaf}' and the bottleneck's {m}.")
-            out |= bottleneck.added(place, _factors(tree.key_for(key, place.leaf), place, m, n, rank))
-        return tree.unflatten(out)
+    size: Count | None = None
+    reduction: Count = 32
+    division: Count = 4
+    rank: Count = 1
+    plus_plus: bool = False
+    activation: Activation = "gelu_new"
+    std: NotNegative = 1e-4
+    target: Names | None = None
+    train_norms: bool = True
 
-    def bind_fn(params: tree.Params, adapter: tree.Adapter, *, rng: jax.Array | None = None) -> tree.Params:
-        del rng
-        return tree.graft(params, with_kernels(adapter))
+    name = "compacter"
+    summary = "bottlenecks of Kronecker products with shared factors (Compacter, Compacter++)"
+    learning_rate = 3e-3
+    reduce_grads_locally = True  # the gradients of the factors come from those of whole kernels
 
-    def call_fn(layer: Layer, inputs: tuple[Any, ...], leaves: dict[str, Any], rng: jax.Array | None) -> Any:
-        del rng
-        return bottleneck.on_hidden(layer(*inputs), lambda h: h + bottleneck.apply(leaves[ADDED], h, activation))
+    def check(self) -> None:
+        """Refuse two ways of choosing kernels at once."""
+        if self.plus_plus and self.target is not None:
+            raise ValueError("plus_plus=True chooses the feed-forward layers; leave it out when you give a target.")
 
-    def merge_fn(params: tree.Params, adapter: tree.Adapter) -> tree.Params:
-        return tree.merge_leaves(params, adapter, lambda path, leaf, leaves: leaf, why_not=bottleneck.WHY_NOT)
+    def target_in(self, params: tree.Params) -> Names:
+        """The option, or the feed-forward layers, or these and self-attention."""
+        del params
+        return self.target or ("@ffn_out" if self.plus_plus else "@attention_out|@ffn_out")
 
-    return Method(init=with_head(init_fn, head), bind=bind_fn, call=call_fn, merge=merge_fn, reduces=True)
+    def init(self, key: jax.Array, params: tree.Params, *, stats: Any = None) -> tree.Adapter:
+        """A bottleneck for each site, and the shared A at the adapter's root."""
+        rule = self.std * jax.random.normal(tree.key_for(key, RULE), (self.division,) * 3)
+        return tree.unflatten({RULE: rule, **tree.flatten(super().init(key, params, stats=stats))})
 
+    def init_at(self, key: jax.Array, site: BottleneckSite) -> dict[str, Any]:
+        """S (`left`), T (`right`) and a zero bias for both kernels.
 
-def _factors(key: jax.Array, place: Place, m: int, n: int, rank: int) -> dict[str, Any]:
-    """S, T and bias of both kernels of an adapter."""
-    out: dict[str, Any] = {}
-    for side, inputs, outputs in (("down", place.width, m), ("up", m, place.width)):
-        left, right = jax.random.split(tree.key_for(key, side))
-        out[side] = {
-            "left": _glorot(left, (*place.stack, n, inputs // n, rank)),
-            "right": _glorot(right, (*place.stack, n, rank, outputs // n)),
-            "bias": jnp.zeros((*place.stack, outputs)),
-        }
-    return out
+        Raises:
+          ValueError: if n does not divide d and m.
+        """
+        d, n = site.width, self.division
+        m = self.size or max(n, d // self.reduction // n * n)
+        if d % n or m % n:
+            raise ValueError(f"division={n} must divide the width {d} of '{site.leaf}' and the bottleneck's {m}.")
+        draw = glorot_uniform(gain=2**0.5)  # each of the n matrices by itself, since only the last two axes count
+        out: dict[str, Any] = {}
+        for side, inputs, outputs in (("down", d, m), ("up", m, d)):
+            left_key, right_key = jax.random.split(tree.key_for(key, side))
+            out[side] = {
+                "left": draw(left_key, (*site.stack, n, inputs // n, self.rank)),
+                "right": draw(right_key, (*site.stack, n, self.rank, outputs // n)),
+                "bias": jnp.zeros((*site.stack, outputs)),
+            }
+        return out
 
-
-def _glorot(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
-    """Glorot-uniform with gain √2, each of the n matrices by itself."""
-    bound = (2 * 6 / (shape[-2] + shape[-1])) ** 0.5
-    return jax.random.uniform(key, shape, minval=-bound, maxval=bound)
+    def bind(self, params: tree.Params, adapter: tree.Adapter, *, rng: jax.Array | None = None) -> tree.Params:
+        """Form the kernels once for all layers, outside of the model: A is not sliced by `nn.scan`, and their cost has no batch in it."""
+        return super().bind(params, with_kernels(adapter), rng=rng)
 
 
 def kronecker_sum(
     rule: Float[Array, "n n n"], left: Float[Array, "*stack n p r"], right: Float[Array, "*stack n r q"]
 ) -> Float[Array, "*stack np nq"]:
     """``Σ_i A_i ⊗ (S_i T_i)``."""
-    kernel = jnp.einsum("iac,...ipr,...irq->...apcq", rule, left, right)
+    kernel = jnp.einsum("iac,...ipr,...irq->...apcq", rule, left, right)  # [*stack, n, p, n, q]
     *stack, a, p, c, q = kernel.shape
     return kernel.reshape(*stack, a * p, c * q)
 
 
 def with_kernels(adapter: tree.Adapter) -> tree.Adapter:
-    """The adapter with kernels in the place of their factors: one of ordinary bottlenecks, for plain and for stacked layers alike."""
+    """The adapter with kernels in place of their factors, as ordinary bottlenecks have them; for plain and for stacked layers alike."""
     leaves = tree.flatten(adapter)
     rule, out = leaves.pop(RULE), {}
     for path, leaf in leaves.items():
@@ -142,3 +133,6 @@ def with_kernels(adapter: tree.Adapter) -> tree.Adapter:
         elif name == "left":
             out[f"{module}/kernel"] = kronecker_sum(rule, leaf, leaves[f"{module}/right"])
     return tree.unflatten(out)
+
+
+compacter = Compacter

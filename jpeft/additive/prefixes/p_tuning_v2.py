@@ -1,28 +1,13 @@
 """P-tuning v2: deep prompts for understanding, with a task head."""
 
-from jpeft.additive.prefixes.prefix import KEY, prefix
-from jpeft.method import Method, factory
-from jpeft.tree.kernels import AxesRules
+from jpeft.additive.prefixes.prefix_method import PrefixMethod
+from jpeft.core.options import Probability
 
 
-@factory
-def p_tuning_v2(
-    *,
-    length: int | None = None,
-    init: str = "random",
-    tokens: tuple[int, ...] | None = None,
-    mlp: int | None = None,
-    std: float = 0.02,
-    dropout: float = 0.1,
-    shift: bool = True,
-    target: str = KEY,
-    width: int | None = None,
-    axes: AxesRules | None = None,
-    head: str | None = "auto",
-) -> Method:
+class PTuningV2(PrefixMethod):
     r"""P-tuning v2: ``softmax(Q [P_K; K]ᵀ / √d) [P_V; V]`` in every layer, and a linear head on the [CLS] or on each token.
 
-    Prefix-tuning for classifying and labelling: P itself is trained, along with a fresh task head, and no verbaliser is needed.
+    Prefix-tuning for classification and labelling: P itself is trained, together with a fresh task head. No verbaliser is needed.
 
     Args:
       length: Rows l of the prompt: 20 by default, or one for each of `tokens`; below 20 for simple classification, about 100 for sequence
@@ -52,10 +37,20 @@ def p_tuning_v2(
     Reference: Liu et al., P-Tuning v2: Prompt Tuning Can Be Comparable to Fine-tuning Universally Across Scales and Tasks, 2022,
     https://arxiv.org/abs/2110.07602.
 
-    Follows the authors' code (THUDM/P-tuning-v2) in the dropout. Its embedding is declared N(0, 1) and then initialised anew by
-    transformers with the deviation 0.02, which is therefore the default here.
+    The dropout is that of the authors' code (THUDM/P-tuning-v2). The default deviation is 0.02: their code declares the embedding as
+    N(0, 1), but transformers then initialises it again with the deviation 0.02.
     """
-    return prefix(
-        p_tuning_v2, length=length, default=20, init=init, tokens=tokens, mlp=mlp, std=std, dropout=dropout, shift=shift,
-        target=target, width=width, axes=axes, head=head,
-    )  # fmt: skip
+
+    dropout: Probability = 0.1
+
+    name = "p_tuning_v2"
+    summary = "deep prompts: trained keys and values in every layer and a task head"
+    learning_rate = 1e-2
+
+    @property
+    def default_length(self) -> int:
+        """20."""
+        return 20
+
+
+p_tuning_v2 = PTuningV2

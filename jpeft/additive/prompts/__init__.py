@@ -1,1 +1,1 @@
-"""Prompts: tokens put into the text, trained or plain."""
+"""Prompts: methods that insert tokens into the text, trained ones or words."""

@@ -1,0 +1,122 @@
+"""Sites: the modules that get a bottleneck, found through parameters that show how wide their hidden state is.
+
+A target matches *leaves*: the kernel of a projection, or the scale of a normalisation. The bottleneck works on the leaf's last axis. It is
+added to the module that owns the leaf. If the regex has a named group, the bottleneck is added to the module whose path the group holds:
+``(?P<block>.*)/mlp/c_proj/kernel`` adds a bottleneck of the projection's width to the block around the projection.
+"""
+
+import enum
+import re
+from typing import Any, NamedTuple
+
+from jpeft import layouts
+from jpeft.core.options import Axes, Names
+from jpeft.tree.adapters import ADDED
+from jpeft.tree.head import not_head
+from jpeft.tree.kernels import AxesRules, axes_of, axes_rules
+from jpeft.tree.paths import Params, flatten
+from jpeft.tree.select import select
+
+
+class SiteKind(enum.Enum):
+    """How the module at a site is called.
+
+    Attributes:
+      MODULE: The module takes a hidden state as its first argument and returns one.
+      RESIDUAL: The module takes a hidden state x as its second argument and adds x to what it computes, as `output` in BERT does with the
+        input of the feed-forward layer. The target says so by the role ``@ffn_residual``, or by a group of the name ``residual``.
+    """
+
+    MODULE = "module"
+    RESIDUAL = "residual"
+
+
+class BottleneckSite(NamedTuple):
+    """A module that gets a bottleneck, or all the modules that one `nn.scan` stacks.
+
+    Attributes:
+      path: Path of the module.
+      leaf: Path of the parameter that the target matched.
+      width: Size of the hidden state's last axis.
+      stack: Sizes of the stack axes: () or (layers,).
+      kind: How the module is called.
+    """
+
+    path: str
+    leaf: str
+    width: int
+    stack: tuple[int, ...]
+    kind: SiteKind
+
+    def added(self, leaves: dict[str, Any]) -> dict[str, Any]:
+        """The adapter's paths of leaves that are added to the module."""
+        module = f"{self.path}/" if self.path else ""
+        return {f"{module}{ADDED}/{name}": leaf for name, leaf in flatten(leaves).items()}
+
+
+def find_sites(params: Params, target: Names, *, axes: Axes | None = None, head: str | None = "auto") -> list[BottleneckSite]:
+    """Find the modules that a target names.
+
+    Args:
+      params: The base.
+      target: A regex, a list of names or roles, as in `jpeft.tree.select.select`, for kernels and for scales of normalisations; or roles of
+        modules, such as ``"@ffn"`` and ``"@block"``.
+      axes: Geometry of kernels with more than two axes, as in `jpeft.lora`.
+      head: Where the task head is, which gets no bottleneck.
+
+    Returns:
+      One site for each module, in the order of the parameters.
+
+    Raises:
+      ValueError: if nothing matches, a kernel has several output axes, or two leaves of different widths name one module.
+    """
+    rules = axes_rules(axes)
+    shapes = {path: tuple(leaf.shape) for path, leaf in not_head(params, head).items() if _shows_width(path, leaf.shape)}
+    found: dict[str, BottleneckSite] = {}
+    for leaf, path, kind in _named(params, shapes, target):
+        if "/pooler/" in f"/{leaf}":  # BERT's pooler belongs to no block, though its `dense` may match
+            continue
+        width, stack = _width_and_stack(leaf, shapes[leaf], rules)
+        first = found.setdefault(path, BottleneckSite(path, leaf, width, stack, kind))
+        if first.width != width:
+            raise ValueError(
+                f"target={target!r} matches several leaves of '{path}', '{first.leaf}' with {first.width} features and '{leaf}' with "
+                f"{width}. Let it match one of them: the kernel of the module's last projection."
+            )
+    return list(found.values())
+
+
+def _named(params: Params, shapes: dict[str, tuple[int, ...]], target: Names) -> list[tuple[str, str, SiteKind]]:
+    """What a target names: the leaf that tells the width, the module that gets the bottleneck, and how the module is called."""
+    if isinstance(target, str) and layouts.is_role(target):
+        kinds = {layouts.Role.FFN_RESIDUAL: SiteKind.RESIDUAL}
+        return [(found.leaf, found.path, kinds.get(found.role, SiteKind.MODULE)) for found in layouts.modules(params, target)]
+    return [(leaf, *_module(leaf, target)) for leaf in select(shapes, target, params=params)]
+
+
+def _shows_width(path: str, shape: tuple[int, ...]) -> bool:
+    """Whether a leaf's last axis can be the hidden state's: the leaf is a kernel or the scale of a normalisation."""
+    name = path.rpartition("/")[2]
+    return name == "scale" or (len(shape) > 1 and name != "bias")
+
+
+def _module(leaf: str, target: Names) -> tuple[str, SiteKind]:
+    """The module that gets the bottleneck: the one in the regex's named group, else the owner of the leaf."""
+    owner = leaf.rpartition("/")[0]
+    if isinstance(target, str):
+        # `select` lets a regex match the leaf or its owner.
+        match = re.fullmatch(target, leaf) or re.fullmatch(target, owner)
+        for group, path in match.groupdict().items() if match else ():
+            if path is not None:
+                return path, SiteKind.RESIDUAL if group == SiteKind.RESIDUAL.value else SiteKind.MODULE
+    return owner, SiteKind.MODULE
+
+
+def _width_and_stack(leaf: str, shape: tuple[int, ...], rules: AxesRules) -> tuple[int, tuple[int, ...]]:
+    """Number of features, and the sizes of the stack axes."""
+    if leaf.endswith("scale"):
+        return shape[-1], shape[:-1]
+    axes = axes_of(leaf, shape, rules)
+    if len(axes.outputs) != 1:
+        raise ValueError(f"'{leaf}' {shape} has {len(axes.outputs)} output axes; a bottleneck needs one feature axis.")
+    return shape[axes.outputs[0]], tuple(shape[i] for i in axes.stack)

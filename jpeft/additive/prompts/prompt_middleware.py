@@ -1,0 +1,128 @@
+"""The middleware of a prompt: what happens around the body of a model and around its word embedding.
+
+The *body*, the module that takes the token ids, is run on the longer text: its ids, masks and positions become longer, and its outputs
+are cut back to the tokens of the text. So heads, losses, labels and callers never see the inserted tokens.
+
+A row of the prompt is named by an id beyond the vocabulary. The *word embedding* answers such an id with the row. Everything in between
+(positions, causal masks, caches) follows from ids and mask by the model's own rules.
+"""
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int, Shaped
+
+from jpeft.additive.prompts.insertion_plan import InsertionPlan, plan_insertion
+from jpeft.additive.prompts.prompt_site import PromptSite
+from jpeft.additive.prompts.template import PSEUDO, TokenBlock
+from jpeft.core.layer import Layer
+from jpeft.tree.adapters import ADDED
+
+# Names under which bodies take inputs with one entry for each token.
+MASKS, TOKEN_TYPES, POSITIONS = {"attention_mask", "mask", "padding_mask"}, {"token_type_ids"}, {"position_ids", "positions"}
+
+
+def first_row_id(layer: Layer, site: PromptSite) -> int:
+    """The id of a prompt's first row. The ids of the words come first, then the rows of the prompts closer to the layer, then its own."""
+    inner = [leaves[ADDED].get("site") for leaves in layer.inner_middleware if ADDED in leaves]
+    return site.vocabulary + sum(other.rows for other in inner if isinstance(other, PromptSite))
+
+
+# --- the word embedding ---------------------------------------------------------------------------------------------------------------
+
+
+def look_up(layer: Layer, inputs: tuple[Any, ...], site: PromptSite, prompt: Float[Array, "rows width"]) -> Any:
+    """Run the word embedding; an id of a row gives the row of the prompt."""
+    ids, *rest = inputs
+    first = first_row_id(layer, site)
+    is_row = (ids >= first) & (ids < first + len(prompt))
+    words = layer(jnp.where(is_row, 0, ids), *rest)  # [..., width]; ids beyond the vocabulary must not reach the table
+    # The index `len(prompt)` is out of range and gives zeros, so a word sends no gradient to any row. The rows are taken in the prompt's
+    # own dtype, in which their gradients are then summed over the batch.
+    rows = jnp.take(prompt, jnp.where(is_row, ids - first, len(prompt)), axis=0, mode="fill", fill_value=0)  # [..., width]
+    return jnp.where(is_row[..., None], rows.astype(words.dtype), words)
+
+
+# --- the body -------------------------------------------------------------------------------------------------------------------------
+
+
+def run_on_longer_text(layer: Layer, inputs: tuple[Any, ...], site: PromptSite, blocks: tuple[TokenBlock, ...]) -> Any:
+    """Run the body on the longer text, and cut its outputs back to the tokens of the text.
+
+    Raises:
+      ValueError: if the first input is not [batch, length] token ids, or if it is not known how to lengthen another input.
+    """
+    if layer.cached:
+        return layer(*inputs)  # an earlier call has put the inserted tokens into the cache
+    where = layer.path or "the model"
+    ids = _token_ids(inputs, where)
+    names = [*layer.names[: len(inputs)], *(f"input {i}" for i in range(len(layer.names), len(inputs)))]
+    others = dict(zip(names[1:], inputs[1:]))
+    plan = plan_insertion(blocks, ids, _text_mask({**others, **layer.keywords}, ids.shape, where), site.edges)
+    new_ids = _inserted_ids(blocks, first_row_id(layer, site))
+    lengthen = functools.partial(_lengthen_input, plan, ids.shape, where)
+
+    keywords = {name: lengthen(name, x) for name, x in layer.keywords.items()}
+    if keywords.get("cache_length") is not None:
+        keywords["cache_length"] += len(new_ids)  # callers ask for the slots of the text alone
+    longer = plan.lengthen(ids, new_ids)  # [batch, longer]
+    out = layer(longer, *(lengthen(name, x) for name, x in others.items()), **keywords)
+    has_every_token = lambda x: getattr(x, "ndim", 0) == 3 and x.shape[:2] == longer.shape
+    return jax.tree.map(lambda x: plan.shorten(x, causal=site.causal) if has_every_token(x) else x, out)
+
+
+def _token_ids(inputs: tuple[Any, ...], where: str) -> Int[Array, "batch length"]:
+    """The first input of the body, if it holds token ids."""
+    if not inputs or jnp.ndim(inputs[0]) != 2 or not jnp.issubdtype(jnp.result_type(inputs[0]), jnp.integer):
+        got = f"{jnp.result_type(inputs[0])}{list(jnp.shape(inputs[0]))}" if inputs else "nothing"
+        raise ValueError(
+            f"Tokens are put in where a model takes token ids [batch, length], but '{where}' was given {got}. "
+            "Name the module that takes the ids: body='encoder'."
+        )
+    return jnp.asarray(inputs[0], jnp.int32)
+
+
+def _text_mask(named: dict[str, Any], shape: tuple[int, ...], where: str) -> Shaped[Array, "#batch length"] | None:
+    """The mask of the body's inputs that marks padding by zeros; None if there is none."""
+    masks = {name: x for name, x in named.items() if name in MASKS and x is not None}
+    for name, x in masks.items():
+        if not _for_each_token(x, shape):
+            raise ValueError(f"'{name}' of '{where}' has shape {jnp.shape(x)}: only [batch, length] can grow.")
+    return jnp.asarray(next(iter(masks.values()))) if masks else None
+
+
+def _for_each_token(x: Any, shape: tuple[int, ...]) -> bool:
+    """Whether an input has an entry for each token, for all texts or for each text."""
+    return getattr(x, "shape", ()) in (shape, (1, shape[1]))
+
+
+def _inserted_ids(blocks: tuple[TokenBlock, ...], first_row: int) -> Int[Array, " new"]:
+    """The ids of all inserted tokens; the pseudo tokens are numbered from `first_row` on."""
+    ids, row = [], first_row
+    for token in (token for block in blocks for token in block.tokens):
+        ids.append(row if token == PSEUDO else token)
+        row += token == PSEUDO
+    return jnp.array(ids, jnp.int32)
+
+
+def _lengthen_input(plan: InsertionPlan, shape: tuple[int, ...], where: str, name: str, x: Any) -> Any:
+    """An input of the body besides the ids: longer if it has an entry for each token, else as it is.
+
+    Raises:
+      ValueError: for an entry for each token whose meaning is not known.
+    """
+    if not _for_each_token(x, shape):
+        return x
+    x, new = jnp.broadcast_to(jnp.asarray(x), shape), plan.new_indices.shape[1]
+    if name in MASKS:
+        return plan.lengthen(x, jnp.ones(new, x.dtype))
+    if name in TOKEN_TYPES:
+        return plan.lengthen(x, jnp.zeros(new, x.dtype))
+    if name in POSITIONS:
+        return plan.lengthen_positions(x)
+    raise ValueError(
+        f"'{name}' of '{where}' has an entry for each token, and what it says of a prompt's tokens is not known. "
+        f"Known are {', '.join(sorted(MASKS | TOKEN_TYPES | POSITIONS))}."
+    )
