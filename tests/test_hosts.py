@@ -28,6 +28,7 @@ from jpeft.hosts.base import Host
 from jpeft.tree import put_grafts
 
 KEY = jax.random.key(0)
+D, H = 6, 3  # width of an input, size of a head
 ROOT = Path(__file__).parents[1]
 
 

@@ -128,7 +128,7 @@ class Interceptor:
         tagged = module.scope.get_variable("params", GRAFT)
         if self.tag not in tagged:
             return next_fun(*args, **kwargs)  # the leaves of another wrap: a wrapped model inside a wrapped model
-        # A layer's method may call another method in the same scope, as a subclass of Dense calls `super().__call__`. Its leaves count once.
+        # A layer's method may call another method in the same scope, as a subclass of Dense calls `super().__call__`. Count leaves once.
         if any(scope is module.scope for scope in self.active):
             return next_fun(*args, **kwargs)
         self.ran.add("/".join(module.path))
