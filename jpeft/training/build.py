@@ -64,8 +64,9 @@ def method_options(config: TrainConfig, tokenizer: Any = None) -> dict[str, Any]
 def make_method(config: TrainConfig, loaded: models.Loaded, recorded: dict[str, Any] | None = None) -> Method:
     """Make the method that the configuration names; of a run that is continued, the method that its folder records.
 
-    A record has all options, so a run keeps the defaults with which it began, whatever they are in this version. Every parameter that the checkpoint lacks is trained along as part of the head: beside the head, that may be a pooler, which must not
-    keep its random initial values.
+    A record has all options, so a run keeps the defaults with which it began, whatever they are in this version. Every parameter that the
+    checkpoint lacks is trained along as part of the head: beside the head, that may be a pooler, which must not keep its random initial
+    values.
     """
     if recorded is not None:
         return jpeft.make(recorded)
