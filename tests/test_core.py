@@ -24,7 +24,13 @@ def test_methods_are_equal_by_their_options():
     assert jpeft.lora(rank=4) == jpeft.lora(rank=4) != jpeft.lora(rank=5)
     assert hash(jpeft.lora(target=["a", "b"])) == hash(jpeft.lora(target=("a", "b")))
     assert jpeft.chain(a=jpeft.lora(), b=jpeft.bitfit()) != jpeft.chain(b=jpeft.bitfit(), a=jpeft.lora())
-    assert jpeft.lora().replace(merge=lambda p, a: p) != jpeft.lora()
+    assert jpeft.lora().replace(rank=4) == jpeft.lora(rank=4)
+
+    class Unmerged(jpeft.lora):
+        def merge(self, params, adapter):
+            return params
+
+    assert Unmerged() != jpeft.lora()
 
 
 @pytest.mark.parametrize("name", list(jpeft.methods()))
@@ -284,9 +290,11 @@ def test_optimizer_over_variables_leaves_the_base_alone():
 
 
 def test_optimizer_groups_and_frozen_leaves():
-    label = lambda adapter: jax.tree_util.tree_map_with_path(lambda k, _: "b" if k[-1].key == "b" else "freeze", adapter)
-    method = jpeft.lora(rank=2, head=None).replace(labels=label)
-    peft = jpeft.apply(PARAMS, method=method)
+    class OnlyB(jpeft.lora):
+        def labels(self, adapter):
+            return jax.tree_util.tree_map_with_path(lambda k, _: "b" if k[-1].key == "b" else "freeze", adapter)
+
+    peft = jpeft.apply(PARAMS, method=OnlyB(rank=2, head=None))
     assert jpeft.summary(peft).trained < jpeft.summary(peft).stored
     tx = jpeft.optimizer({"b": optax.sgd(1.0)}, peft)
     updates, _ = tx.update(jax.tree.map(jnp.ones_like, peft.adapter), tx.init(peft.adapter), peft.adapter)

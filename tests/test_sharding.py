@@ -189,12 +189,13 @@ def test_leaves_of_every_kind_are_kept_like_their_weights():
     # Upper layers of a stack: shaped unlike the weight that they are a part of.
     assert specs(jpeft.freeze(top=1), DECODER)["transformer/h/mlp/c_fc/kernel"] == P(None, "fsdp", "tensor")
 
-    def init(key, params, *, stats=None):
-        shape = params["kernel"].shape
-        ones = {"m": jnp.ones(shape[1:]), "l": jnp.ones(shape[:1]), "delta": jnp.ones(shape), "odd": jnp.ones(3)}
-        return {"kernel": ones, "+": {"large": jnp.ones((2**20, 8)), "small": jnp.ones((64, 8))}}
+    class EveryKind(jpeft.Method):
+        def init(self, key, params, *, stats=None):
+            shape = params["kernel"].shape
+            ones = {"m": jnp.ones(shape[1:]), "l": jnp.ones(shape[:1]), "delta": jnp.ones(shape), "odd": jnp.ones(3)}
+            return {"kernel": ones, "+": {"large": jnp.ones((2**20, 8)), "small": jnp.ones((64, 8))}}
 
-    peft = jpeft.apply({"kernel": jnp.ones((8, 4))}, method=jpeft.Method(init=init))
+    peft = jpeft.apply({"kernel": jnp.ones((8, 4))}, method=EveryKind())
     placed = sharding.placements(peft, ABSTRACT, ((".*", P("fsdp", "tensor")),)).adapter
     assert {name: p.spec for name, p in placed["kernel"].items()} == {
         "m": P("tensor"), "l": P("fsdp"), "delta": P("fsdp", "tensor"), "odd": P(),
@@ -263,23 +264,22 @@ def batch() -> dict[str, np.ndarray]:
 def cell(name: str, model: str = "encoder") -> Cell:
     params = base(model)
     scores = jax.tree.map(jnp.abs, params) if name in NEED_STATS else None
-    peft = jpeft.apply(params, method=probe() if name == "probe" else METHODS[name], key=jax.random.key(7), stats=scores)
+    peft = jpeft.apply(params, method=Probe() if name == "probe" else METHODS[name], key=jax.random.key(7), stats=scores)
     return Cell(params, peft.replace(adapter=noised(peft.adapter)))
 
 
-def probe() -> jpeft.Method:
+class Probe(jpeft.Method):
     """A method that adds one vector to the embedding: its step is what the frozen base needs for itself, forward and back."""
-    return jpeft.Method(name="probe", init=_probe_init, call=_probe_call)
 
+    name = "probe"
 
-def _probe_init(key, params, *, stats=None):
-    (path,) = (path for path in jpeft.flatten(params) if path.endswith(("word_embeddings/embedding", "wte/embedding")))
-    return jpeft.unflatten({f"{path.rpartition('/')[0]}/+/shift": jnp.zeros(WIDTH)})
+    def init(self, key, params, *, stats=None):
+        (path,) = (path for path in jpeft.flatten(params) if path.endswith(("word_embeddings/embedding", "wte/embedding")))
+        return jpeft.unflatten({f"{path.rpartition('/')[0]}/+/shift": jnp.zeros(WIDTH)})
 
-
-def _probe_call(layer, inputs, leaves, rng):
-    y = layer(*inputs)
-    return y + leaves["+"]["shift"][None, None] if y.shape[-1] == WIDTH else y  # and not when the embedding is the head
+    def call(self, layer, inputs, leaves, rng):
+        y = layer(*inputs)
+        return y + leaves["+"]["shift"][None, None] if y.shape[-1] == WIDTH else y  # and not when the embedding is the head
 
 
 @functools.cache

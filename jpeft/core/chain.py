@@ -28,9 +28,7 @@ class Chain(Method):
     summary = "several methods at once"
 
     def check(self) -> None:
-        """Refuse parts that are no methods, that are chains themselves, or that take stages together."""
-        if not self.methods:
-            raise ValueError("chain() needs methods: jpeft.chain(lora=jpeft.lora(), bitfit=jpeft.bitfit()).")
+        """Refuse parts that are chains themselves, or that take stages together."""
         for name, part in self.methods:
             if part.parts:
                 raise ValueError(f"chain({name}=...): a chain within a chain; list its parts here: {[n for n, _ in part.parts]}.")
@@ -213,6 +211,8 @@ def chain(**parts: Method) -> Chain:
     >>> jpeft.chain(lora=jpeft.lora(rank=8), bitfit=jpeft.bitfit()).parts[1][0]
     'bitfit'
     """
+    if not parts:
+        raise ValueError("chain() needs methods: jpeft.chain(lora=jpeft.lora(), bitfit=jpeft.bitfit()).")
     for name, part in parts.items():
         if not isinstance(part, Method):
             raise ValueError(f"chain({name}={part!r}): each part must be a jpeft.Method, such as jpeft.lora().")

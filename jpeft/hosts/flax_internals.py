@@ -1,7 +1,7 @@
 """All uses of what flax keeps private. No other file of jpeft reaches below flax's public interface.
 
-`tests/test_hosts.py` checks each function of this file against the installed flax, so that a version which changes what the functions rely
-on fails there, by name.
+`tests/test_flax_internals.py` checks each function of this file against the installed flax. A version of flax that changes what the
+functions rely on fails there, with a message that names the function.
 """
 
 import functools

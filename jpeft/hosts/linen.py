@@ -41,6 +41,7 @@ class LinenHost(base.Host):
 
     def unwrap(self, params: Params) -> Params:
         """Return the parameters without metadata boxes, such as `nn.Partitioned`."""
+        # Methods look at shapes, and a box has none. Without a box the very same tree is returned, for callers compare bases by identity.
         is_box = lambda node: isinstance(node, meta.AxisMetadata)
         return meta.unbox(params) if any(map(is_box, jax.tree.leaves(params, is_leaf=is_box))) else params
 
@@ -52,11 +53,13 @@ class LinenHost(base.Host):
 
         @functools.wraps(base.innermost(fn))
         def forward(variables: Mapping[str, Any], *args: Any, **kwargs: Any) -> Any:
+            # 1. Graft: {"params": base, "lora": adapter} becomes one `params`, with leaves beside the kernels. No array is copied.
             adapter = method.from_collections(variables)
             own = method.to_collections(adapter)
             others = {name: tree for name, tree in variables.items() if name not in own}
             bound = method.bind(self.unwrap(others["params"]), adapter, rng=base.dropout_key(kwargs.get("rngs")))
 
+            # 2. Read: the interceptor must be entered in here, inside of whatever `jit` or `grad` traces this function.
             def run(params: Params, tag: str) -> tuple[Any, set[str]]:
                 interceptor = Interceptor(method, tag)
                 with nn.intercept_methods(interceptor):
@@ -72,6 +75,7 @@ class LinenHost(base.Host):
 
             tag = f"{hash(method):x}"
             out, ran = run(bound, tag)
+            # 3. A method that no module has read would be lost without a word.
             unread.refuse(bound, ran, (others, args, kwargs), trace_anew)
             return _without_grafts(out) if kwargs.get("mutable", False) is not False else out
 
@@ -124,7 +128,7 @@ class Interceptor:
         tagged = module.scope.get_variable("params", GRAFT)
         if self.tag not in tagged:
             return next_fun(*args, **kwargs)  # the leaves of another wrap: a wrapped model inside a wrapped model
-        # A layer's method may call another method in the same scope, as a subclass of Dense calls `super().__call__`: it is adapted once.
+        # A layer's method may call another method in the same scope, as a subclass of Dense calls `super().__call__`. Count leaves once.
         if any(scope is module.scope for scope in self.active):
             return next_fun(*args, **kwargs)
         self.ran.add("/".join(module.path))
