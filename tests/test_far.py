@@ -297,7 +297,7 @@ def test_errors():
     params = {"a": {"kernel": jnp.ones((3, 2, 2))}, "b": {"kernel": jnp.ones((3, 2))}}
     with pytest.raises(ValueError, match="'a/kernel' .* is no kernel with one axis of inputs"):
         jpeft.apply(params, method="far", target="a/kernel")
-    with pytest.raises(ValueError, match="matches none"):
+    with pytest.raises(ValueError, match="no parameter of the model has this role"):
         jpeft.apply(params, method="far")
     with pytest.raises(ValueError, match="was given none. Give stats=jpeft.stats.movement"):
         jpeft.apply(params, method="far", target="b/kernel", stage="learners")
