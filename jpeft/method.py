@@ -9,8 +9,11 @@ from jpeft.core.method import FREEZE as FREEZE
 from jpeft.core.method import TRAIN as TRAIN
 from jpeft.core.method import Method as Method
 from jpeft.core.stages import Stage as Stage
+from jpeft.deprecation import warn_renamed
 from jpeft.tree.adapters import ADDED as ADDED
 from jpeft.tree.head import not_head as not_head
+
+warn_renamed("jpeft.method", "jpeft.core.method", stacklevel=2)
 
 with_head = init_with_head
 passthrough = None  # `call=passthrough` meant a method without middleware, which is the default

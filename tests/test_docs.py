@@ -24,6 +24,7 @@ def code_blocks(file: str) -> list[str]:
     return re.findall(r"```python\n(.*?)```", (ROOT / file).read_text(), flags=re.DOTALL)
 
 
+@pytest.mark.filterwarnings("ignore:jpeft.* is now called:DeprecationWarning")  # three modules are old spellings
 @pytest.mark.parametrize("name", MODULES)
 def test_docstring_examples(name):
     module = importlib.import_module(name)

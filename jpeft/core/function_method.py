@@ -12,14 +12,13 @@ from jpeft.core.groups import Group
 from jpeft.core.layer import Layer
 from jpeft.core.method import Method, with_head
 from jpeft.core.stages import Stage
-from jpeft.core.statistics import Fisher, KeyValues, LabelTokens, Movement, Statistic
+from jpeft.core.statistics import Statistic, kinds_of
 from jpeft.deprecation import warn_renamed
 from jpeft.tree.adapters import Adapter
 from jpeft.tree.paths import Params
 
 P = ParamSpec("P")
 
-KINDS: dict[str, type[Statistic]] = {"fisher": Fisher, "movement": Movement, "key_values": KeyValues, "labels": LabelTokens}
 FUNCTIONS = ("init", "bind", "call", "merge", "labels", "penalty", "changed", "shapes", "fold")
 
 
@@ -44,7 +43,7 @@ class FunctionMethod(Method):
         functions = tuple((name, fn) for name, fn in given_functions.items() if fn is not None)
         needs = fields.pop("needs", None)
         given = fields.pop("options", None)
-        settings = {"requires_stats": (KINDS[needs],) if needs else (), **fields}
+        settings = {"requires_stats": kinds_of(needs), **fields}
         return cls(functions=functions, settings=tuple(settings.items()), given=given)
 
     def _function(self, name: str) -> Callable[..., Any] | None:
@@ -140,9 +139,9 @@ class FunctionMethod(Method):
     def replace(self, **options: Any) -> "FunctionMethod":
         """A copy with some functions or settings exchanged."""
         fields = {**dict(self.functions), **dict(self.settings), **options}
-        kinds = {kind: name for name, kind in KINDS.items()}
-        needs = next((kinds[kind] for kind in fields.pop("requires_stats", ())), None)
-        return self.deprecated(**{"needs": needs, **fields})
+        kinds = fields.pop("requires_stats", ())
+        copy = self.deprecated(**fields)
+        return FunctionMethod(functions=copy.functions, settings=tuple({**dict(copy.settings), "requires_stats": kinds}.items()))
 
 
 def factory(fn: Callable[P, Method]) -> Callable[P, Method]:

@@ -4,7 +4,7 @@ import dataclasses
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-from jpeft.core.statistics import Statistic
+from jpeft.core.statistics import Statistic, kinds_of
 from jpeft.deprecation import renamed_fields
 
 
@@ -29,6 +29,11 @@ class Stage:
     advance: Callable[..., Any]
     requires_stats: tuple[type[Statistic], ...] = ()
     restart_schedule: bool = False
+
+    def __post_init__(self) -> None:
+        """Take the names of kinds, as earlier versions spelled them, for the kinds."""
+        if self.requires_stats is None or isinstance(self.requires_stats, str):
+            object.__setattr__(self, "requires_stats", kinds_of(self.requires_stats))
 
 
 class Segment(NamedTuple):

@@ -129,6 +129,16 @@ class Prompt(Statistic):
         return cls(found[0]) if found else None
 
 
+def kinds_of(name: str | None) -> tuple[type[Statistic], ...]:
+    """The kinds that one of the names of earlier versions stands for.
+
+    >>> kinds_of("fisher"), kinds_of(None)
+    ((<class 'jpeft.core.statistics.Fisher'>,), ())
+    """
+    kinds: dict[str, type[Statistic]] = {"fisher": Fisher, "movement": Movement, "key_values": KeyValues, "labels": LabelTokens}
+    return () if name is None else (kinds[name],)
+
+
 S = TypeVar("S", bound=Statistic)
 
 

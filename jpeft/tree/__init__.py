@@ -1,5 +1,8 @@
 """Parameter trees: paths, adapters that mirror them, selections by path, geometry of kernels, task heads."""
 
+from typing import Any
+
+from jpeft.deprecation import warn_renamed
 from jpeft.tree.adapters import ADDED as ADDED
 from jpeft.tree.adapters import GRAFT as GRAFT
 from jpeft.tree.adapters import Adapter as Adapter
@@ -20,3 +23,13 @@ from jpeft.tree.paths import paths as paths
 from jpeft.tree.paths import replace as replace
 from jpeft.tree.paths import size as size
 from jpeft.tree.paths import unflatten as unflatten
+
+
+def __getattr__(name: str) -> Any:
+    """The functions that had other names in earlier versions."""
+    renamed = {"fold": ("merge_leaves", merge_leaves), "fold_in": ("key_for", key_for)}
+    if name not in renamed:
+        raise AttributeError(f"module 'jpeft.tree' has no attribute {name!r}")
+    new, function = renamed[name]
+    warn_renamed(f"jpeft.tree.{name}", f"jpeft.tree.{new}")
+    return function
