@@ -36,13 +36,12 @@ def test_the_method_of_the_old_guide():
         @old.factory
         def scale(*, target=("key", "value"), head="auto"):
             def init_fn(key, params, *, stats=None):
-                kernels = {path: leaf for path, leaf in old.not_head(params, head).items() if path.endswith("/kernel")}
-                return jpeft.unflatten(
-                    {f"{path}/l": jnp.ones(kernels[path].shape[-1:]) for path in kernels if path.split("/")[-2] in target}
-                )
+                leaves = old.not_head(params, head)
+                kernels = {path: leaf for path, leaf in leaves.items() if path.endswith("/kernel") and path.split("/")[-2] in target}
+                return jpeft.unflatten({f"{path}/l": jnp.ones(leaf.shape[-1:]) for path, leaf in kernels.items()})
 
             def call_fn(layer, inputs, leaves, rng):
-                return layer(*inputs) * leaves["kernel"]["l"]
+                return layer(*inputs) * leaves["kernel"]["l"][None, None]
 
             return old.Method(init=old.with_head(init_fn, head), call=call_fn)
 
