@@ -49,13 +49,14 @@ class MatrixForm(NamedTuple):
 
     def to_matrix(self, kernel: Shaped[Array, "..."]) -> Shaped[Array, "*stack inputs outputs"]:
         """The kernel as matrices."""
+        # For the usual order of axes the transposition is the identity and the reshape moves no data.
         order = self.axes.stack + self.axes.inputs + self.axes.outputs
         return kernel.transpose(order).reshape(*self.stack, *self.sizes)
 
     def from_matrix(self, matrix: Shaped[Array, "*stack inputs outputs"]) -> Shaped[Array, "..."]:
         """The inverse of `to_matrix`."""
         order = self.axes.stack + self.axes.inputs + self.axes.outputs
-        inverse = tuple(order.index(i) for i in range(len(order)))
+        inverse = tuple(order.index(i) for i in range(len(order)))  # axis i of the kernel is axis inverse[i] of the split matrix
         return matrix.reshape([self.shape[i] for i in order]).transpose(inverse)
 
     # --- the leaves beside it ---------------------------------------------------------------------------------------------------------
@@ -67,6 +68,7 @@ class MatrixForm(NamedTuple):
     def leaf_to_matrix(self, leaf: Shaped[Array, "..."], leaf_axes: LeafAxes) -> Shaped[Array, "..."]:
         """A leaf of the adapter as [*stack, *leaf_axes]."""
         stored = self.stored_axes(leaf_axes)
+        # The stack axes, then the kernel's axes of each matrix axis: (0, 1, "rank") for the `a` of a kernel [heads, head_dim, width].
         order = [*self.axes.stack, *(axis for name in leaf_axes for axis in self._axes_of(name))]
         leaf = leaf.transpose([stored.index(axis) for axis in order])
         return leaf.reshape(*self.stack, *self._matrix_sizes(leaf_axes, leaf.shape))
@@ -106,6 +108,7 @@ class MatrixForm(NamedTuple):
         (gone,) = absent
         stored: list[Any] = []
         for i in range(len(self.shape)):
+            # The leaf's own axes take the place of the first absent axis; the other absent axes vanish.
             stored += extra if i == gone[0] else [] if i in gone else [i]
         return stored
 

@@ -20,15 +20,16 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Float
 
 from jpeft.core.layer import Layer, Linear
 
 Run = Callable[..., jax.Array]
+A = Float[Array, "..."]  # [*stack, *inputs, r], in the order of the kernel's axes
+B = Float[Array, "..."]  # [*stack, r, *outputs], likewise
 
 
-def low_rank(
-    layer: Layer, linear: Linear, scale: float, inputs: tuple[Any, ...], a: jax.Array, b: jax.Array, *, view: str = "auto"
-) -> jax.Array:
+def low_rank(layer: Layer, linear: Linear, scale: float, inputs: tuple[Any, ...], a: A, b: B, *, view: str = "auto") -> jax.Array:
     """A layer with the update ``s a b``, in the view that is asked for; "auto" takes the cheaper one for the layer's shape."""
     # With middleware of another method in between, a bottleneck say, the outputs are no longer linear in the kernel.
     if not layer.is_wrapped and (applies(layer, linear, inputs, a) if view == "auto" else view == "two-view"):
@@ -36,46 +37,48 @@ def low_rank(
     return factored(layer, linear, scale, inputs, inputs[0], a, b)
 
 
-def factored(layer: Layer, linear: Linear, scale: float, inputs: tuple[Any, ...], x: jax.Array, a: jax.Array, b: jax.Array) -> jax.Array:
+def factored(layer: Layer, linear: Linear, scale: float, inputs: tuple[Any, ...], x: jax.Array, a: A, b: B) -> jax.Array:
     """``layer(inputs) + s (x a) b``; ``x`` is the branch's own input, which dropout may have thinned."""
-    y = layer(*inputs)
+    y = layer(*inputs)  # [*batch, *outputs]
+    # The branch computes in the layer's own dtype; only its sum is brought to the dtype of y.
     return y + (scale * linear.apply_low_rank(x, a, b)).astype(y.dtype)
 
 
-def add(kernel: jax.Array, delta: jax.Array) -> jax.Array:
+def add(kernel: Float[Array, "*kernel"], delta: Float[Array, "*kernel"]) -> jax.Array:
     """``W + delta``, summed in the wider of the two dtypes and kept in the kernel's own."""
     return (kernel.astype(jnp.promote_types(kernel.dtype, delta.dtype)) + delta).astype(kernel.dtype)
 
 
-def two_view(layer: Layer, linear: Linear, scale: float, inputs: tuple[Any, ...], a: jax.Array, b: jax.Array) -> jax.Array:
+def two_view(layer: Layer, linear: Linear, scale: float, inputs: tuple[Any, ...], a: A, b: B) -> jax.Array:
     """``layer(W + s a b, x)``: forward and dX of the merged view, da and db of the factored one. Equal to both up to rounding."""
-    x, *static = inputs  # what follows x is configuration, such as the equation of an einsum
+    x, *static = inputs  # the inputs after x are configuration, such as the equation of an einsum
 
     def run(params: Mapping[str, Any], x: jax.Array) -> jax.Array:
         return layer.run(params, x, *static)
 
+    # All arrays are arguments of the custom VJP: a function that closed over a traced array would hide the array from autodiff.
     return _two_view(run, linear, scale, dict(layer.params), x, a, b)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
-def _two_view(run: Run, linear: Linear, scale: float, params: Mapping[str, Any], x: jax.Array, a: jax.Array, b: jax.Array) -> jax.Array:
+def _two_view(run: Run, linear: Linear, scale: float, params: Mapping[str, Any], x: jax.Array, a: A, b: B) -> jax.Array:
     return run(_substituted(linear, scale, params, a, b), x)
 
 
-def _forward(
-    run: Run, linear: Linear, scale: float, params: Mapping[str, Any], x: jax.Array, a: jax.Array, b: jax.Array
-) -> tuple[jax.Array, Any]:
-    # The merged kernel is not kept for the backward pass: forming it again costs 2DFr, keeping it a second copy of the weights.
+def _forward(run: Run, linear: Linear, scale: float, params: Mapping[str, Any], x: jax.Array, a: A, b: B) -> tuple[jax.Array, Any]:
+    # The backward pass forms the merged kernel again, for 2DFr FLOPs. Keeping it would need a second copy of all weights.
     return run(_substituted(linear, scale, params, a, b), x), (params, x, a, b)
 
 
 def _backward(run: Run, linear: Linear, scale: float, kept: Any, dy: jax.Array) -> tuple[Any, ...]:
     params, x, a, b = kept
-    # The layer's forward pass inside `vjp` and the gradients of parameters that nobody asked for are dead code under `jit`.
+    # dX from the merged view. Under `jit`, XLA drops the forward pass inside `vjp` and the gradients of parameters that are not used: the
+    # frozen kernel's [inputs, outputs] gradient among them.
     _, pull_layer = jax.vjp(run, _substituted(linear, scale, params, a, b), x)
     dparams, dx = pull_layer(dy)
+    # da and db from the factored view: x and dy meet through the rank, so nothing of the kernel's size is formed.
     _, pull_branch = jax.vjp(functools.partial(linear.apply_low_rank, x), a, b)
-    # The scale goes onto the small results: on dy it would make XLA compute what dy is made of a second time.
+    # The scale multiplies the small results. Multiplying dy instead would make XLA compute dy's own inputs a second time.
     da, db = pull_branch(dy)
     return dparams, dx, (scale * da).astype(a.dtype), (scale * db).astype(b.dtype)
 
@@ -83,11 +86,12 @@ def _backward(run: Run, linear: Linear, scale: float, kept: Any, dy: jax.Array) 
 _two_view.defvjp(_forward, _backward)
 
 
-def _substituted(linear: Linear, scale: float, params: Mapping[str, Any], a: jax.Array, b: jax.Array) -> dict[str, Any]:
+def _substituted(linear: Linear, scale: float, params: Mapping[str, Any], a: A, b: B) -> dict[str, Any]:
+    """The layer's parameters with ``W + s a b`` in place of W."""
     return {**params, linear.name: add(params[linear.name], scale * linear.axes.product(a, b))}
 
 
-def applies(layer: Layer, linear: Linear, inputs: tuple[Any, ...], a: jax.Array) -> bool:
+def applies(layer: Layer, linear: Linear, inputs: tuple[Any, ...], a: A) -> bool:
     """Whether the merged forward pass is both exact enough and cheaper: N > D F / (D + F).
 
     A sum in bfloat16 would round a small update away, in the kernel's own dtype or in the one that the layer computes in, so the factored
@@ -96,6 +100,7 @@ def applies(layer: Layer, linear: Linear, inputs: tuple[Any, ...], a: jax.Array)
     kernel, dtypes = layer.params[linear.name], (layer.params[linear.name].dtype, inputs[0].dtype, layer.dtype, a.dtype)
     if not all(jnp.issubdtype(d, jnp.floating) and jnp.finfo(d).bits >= 32 for d in dtypes):
         return False
+    # N, the number of positions at which the kernel is applied, is the size of the output divided by the number of outputs.
     stack = math.prod(kernel.shape[i] for i in linear.axes.stack)
     ins, outs = linear.axes.fan_in(kernel.shape), linear.axes.fan_out(kernel.shape)
     return layer.shape(*inputs).size / (outs * stack) > ins * outs / (ins + outs)

@@ -118,6 +118,7 @@ class WeightMethod(Method):
 
     def init_leaves(self, key: jax.Array, kernel: Any, form: MatrixForm, path: str) -> dict[str, Any]:
         """The leaves beside a kernel as the adapter holds them: `init_kernel` for each kernel of the stack."""
+        # `init_kernel` sees one matrix; `each` maps it over layers and experts, with a random key for each of them.
         one = form.each(lambda key, w: self.init_kernel(key, w, path))
         leaves = one(form.keys(key), form.to_matrix(_wide(jnp.asarray(kernel))))
         return {name: form.leaf_from_matrix(leaf, self.leaf_axes[name]) for name, leaf in leaves.items()}
@@ -140,6 +141,7 @@ class WeightMethod(Method):
         for path, leaves in beside.items():
             module, _, name = path.rpartition("/")
             prefix = f"{module}/" if module else ""
+            # As a layer sees them: the kernel and, if there is one, the bias beside it.
             own = {name: base[path]} | ({"bias": base[f"{prefix}bias"]} if f"{prefix}bias" in base else {})
             axes = axes_of(path, tuple(base[path].shape), axes_rules(self.axes))
             new = self._new_params(own, {name: leaves}, {name: axes}, module)
@@ -175,6 +177,7 @@ class WeightMethod(Method):
         """Run a layer on its new parameters, made from those that other middleware leaves, as in `merge`."""
         merged = layer.merged(layer.params) if layer.is_wrapped else None
         if merged is not None:
+            # The new kernel contains the changes of the middleware in between, so that middleware must not run again.
             return layer.innermost.run(self._new_params(merged, leaves, axes, layer.path), *inputs)
         return layer.run(self._new_params(layer.params, leaves, axes, layer.path), *inputs)
 
@@ -186,12 +189,14 @@ class WeightMethod(Method):
         for name, part in leaves.items():
             path = "/".join(filter(None, (module, name)))
             kernel, form = params[name], MatrixForm(tuple(params[name].shape), axes[name])
+            # Leaves and kernel as matrices, with the stack axes in front: a [*stack, inputs, rank], W [*stack, inputs, outputs].
             matrices = {key: form.leaf_to_matrix(leaf, self.leaf_axes[key]) for key, leaf in part.items()}
             run = form.each(lambda w, leaves, path=path: self.new_kernel(w, leaves, path))
+            # Summed in the dtype of the leaves, float32 as a rule, and rounded once to the kernel's own: bfloat16 would lose small updates.
             wide = jnp.promote_types(kernel.dtype, jnp.result_type(*part.values()))
             new[name] = form.from_matrix(run(form.to_matrix(kernel.astype(wide)), matrices)).astype(kernel.dtype)
             if self.scales_bias(part) and params.get("bias") is not None:
-                bias = params["bias"]
+                bias = params["bias"]  # [*stack, *outputs]
                 run = form.each(lambda b, leaves, path=path: self.new_bias(b, leaves, path))
                 changed = run(form.leaf_to_matrix(bias.astype(wide), (OUTPUTS,)), matrices)
                 new["bias"] = form.leaf_from_matrix(changed, (OUTPUTS,)).astype(bias.dtype)
@@ -200,6 +205,8 @@ class WeightMethod(Method):
     def _axes_inside(self, layer: Layer, name: str, leaves: Mapping[str, Any]) -> KernelAxes:
         """The geometry of a kernel inside a layer of an unknown class, where a scan may have sliced its stack axes away."""
         path, shape = "/".join(filter(None, (layer.path, name))), tuple(layer.params[name].shape)
+        # A name may fit several geometries, with and without a stack axis. The shapes of the leaves, which a scan slices along with the
+        # kernel, show which of them is meant.
         fitting = [axes for axes in axes_inside(path, shape, axes_rules(self.axes)) if self._fits(MatrixForm(shape, axes), leaves)]
         return fitting[0] if fitting else axes_of(path, shape, axes_rules(self.axes))
 
@@ -208,7 +215,7 @@ class WeightMethod(Method):
 
     def _expected_shape(self, form: MatrixForm, name: str, leaf: Any) -> tuple[int, ...] | None:
         """The shape of a leaf on a kernel of this geometry, with the leaf's own sizes on the axes that the kernel does not have."""
-        stored = form.stored_axes(self.leaf_axes[name])
+        stored = form.stored_axes(self.leaf_axes[name])  # numbers are axes of the kernel, names are axes of the leaf alone
         if len(stored) != leaf.ndim:
             return None
         return tuple(form.shape[axis] if isinstance(axis, int) else size for axis, size in zip(stored, leaf.shape, strict=True))
