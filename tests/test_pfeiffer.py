@@ -118,7 +118,7 @@ def test_places_by_name(leaf, around, beside):
     params = jpeft.unflatten({leaf: jnp.zeros(shape)})
     for method, place in ((jpeft.pfeiffer(size=2), around), (jpeft.parallel_adapter(size=2), beside)):
         if place is None:
-            with pytest.raises(ValueError, match="matches none"):
+            with pytest.raises(ValueError, match="has this role"):
                 jpeft.apply(params, method=method)
             continue
         leaves = jpeft.flatten(jpeft.apply(params, method=method).adapter)

@@ -108,7 +108,7 @@ class Rotation(NamedTuple):
             inverse = theta ** -jnp.asarray(_exponents(head_size), jnp.float32)
         else:
             inverse = jnp.asarray(frequencies(rope, head_size), jnp.float32)
-        angles = position_ids[:, :, None, None] * inverse[None, None, None]  # [batch, length, 1, half]
+        angles = position_ids.astype(jnp.float32)[:, :, None, None] * inverse[None, None, None]  # [batch, length, 1, half]
         scale = _scale(rope)
         return cls(jnp.cos(angles) * scale, jnp.sin(angles) * scale)
 
