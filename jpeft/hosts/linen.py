@@ -56,6 +56,7 @@ class LinenHost(base.Host):
             # 1. Graft: {"params": base, "lora": adapter} becomes one `params`, with leaves beside the kernels. No array is copied.
             adapter = method.from_collections(variables)
             own = method.to_collections(adapter)
+            # The model's own collections, such as running means or a cache, go to `fn` as they are.
             others = {name: tree for name, tree in variables.items() if name not in own}
             bound = method.bind(self.unwrap(others["params"]), adapter, rng=base.dropout_key(kwargs.get("rngs")))
 
@@ -92,6 +93,7 @@ class LinenHost(base.Host):
     def map_outputs(self, fn: Callable[..., Any], change: Callable[[Any], Any]) -> Callable[..., Any]:
         """Return `fn` with `change` applied to what every module's `__call__` or `attend` returns."""
 
+        # Interceptors also see `setup` and the module's other methods, whose results are no activations.
         def after(next_fun: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], context: Any) -> Any:
             out = next_fun(*args, **kwargs)
             return change(out) if context.method_name in LAYER_METHODS else out
@@ -125,6 +127,7 @@ class Interceptor:
         module, name = context.module, context.method_name
         if not is_layer_call(context) or not module.scope.has_variable("params", GRAFT):
             return next_fun(*args, **kwargs)
+        # Inside a scan these are the leaves of one layer: linen has sliced them with the kernel.
         tagged = module.scope.get_variable("params", GRAFT)
         if self.tag not in tagged:
             return next_fun(*args, **kwargs)  # the leaves of another wrap: a wrapped model inside a wrapped model
@@ -132,9 +135,11 @@ class Interceptor:
         if any(scope is module.scope for scope in self.active):
             return next_fun(*args, **kwargs)
         self.ran.add("/".join(module.path))
+        # The method sees arguments in one form, however the model spells the call.
         args, kwargs = bind_by_position(module, name, args, kwargs)
         layer = as_layer(module, name, next_fun, args, kwargs)
         self.active.append(module.scope)
+        # A random key is drawn only where the model draws some, so a method is random exactly when the model's dropout is.
         try:
             return self.method.call(layer, args, tagged[self.tag], dropout_key(module))
         finally:
@@ -147,6 +152,7 @@ def tag_grafts(params: Params, tag: str) -> Params:
     `nn.jit` looks its traces up by the *structure* of what it is given. Two methods with equal leaves but another alpha must not share a
     trace, so their trees must differ in structure.
     """
+    # {"dense": {"jpeft": leaves}} becomes {"dense": {"jpeft": {tag: leaves}}}.
     clean, grafts = pop_grafts(params)
     return put_grafts(clean, {path: {tag: leaves} for path, leaves in grafts.items()})
 

@@ -44,13 +44,15 @@ def as_layer(module: nn.Module, method_name: str, next_fun: Callable[..., Any], 
     parameters: `apply` of an unbound copy.
     """
     own = own_params(module)
+    # Without parent and name the copy is a model by itself, whose `apply` takes the layer's parameters alone.
     unbound = module.clone(parent=None, name=None)
     # A layer without submodules draws nothing that its own middleware does not draw.
     draws = module.has_rng(DROPOUT) and any(isinstance(value, Mapping) for value in own.values())
     rngs = {DROPOUT: module.make_rng(DROPOUT)} if draws else None
-    in_place = [next_fun]
+    in_place = [next_fun]  # emptied by the first run
 
     def run(params: Mapping[str, Any], *inputs: Any, **keywords: Any) -> Any:
+        # `is`: equal parameters that went through a transformation are other arrays, which the scope does not hold.
         if params is own and in_place:
             return in_place.pop()(*inputs, **{**kwargs, **keywords})
         return unbound.apply({"params": params}, *inputs, rngs=rngs, method=method_name, **{**kwargs, **keywords})
@@ -76,7 +78,7 @@ def bind_by_position(
     ``dense(inputs=x)`` becomes ``dense(x)``.
     """
     if not kwargs:
-        return args, kwargs
+        return args, kwargs  # the common case, without the cost of a signature
     signature = inspect.signature(getattr(type(module), method_name))
     try:
         bound = signature.bind(module, *args, **kwargs)

@@ -46,6 +46,7 @@ def kernel_axes(model: nn.Module, params: Params, *args: Any, **kwargs: Any) -> 
     def record(next_fun: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], context: Any) -> Any:
         module, method_name = context.module, context.method_name
         if is_layer_call(context):
+            # Inside the layer, where scans and maps have sliced their axes away.
             own = own_params(module)
             inputs, rest = bind_by_position(module, method_name, args, kwargs)
             linear = linear_of(module.clone(parent=None, name=None), method_name, own, inputs, rest)
@@ -58,6 +59,7 @@ def kernel_axes(model: nn.Module, params: Params, *args: Any, **kwargs: Any) -> 
         with nn.intercept_methods(record):
             return model.apply({"params": params}, *args, **kwargs)
 
+    # Shapes suffice: nothing is computed, and the parameters may be abstract.
     jax.eval_shape(apply, params, *args)
     return tuple((re.escape(path), axes) for path, axes in found.items())
 
@@ -74,6 +76,7 @@ def add_stack_axes(axes: KernelAxes, inner: tuple[int, ...], outer: tuple[int, .
     if not count:
         return axes
     sliced = list(range(count)) if count > 1 else [i for i in range(len(outer)) if outer[:i] + outer[i + 1 :] == inner][:1]
+    # Axis i inside the layer is axis kept[i] in the parameters.
     kept = [i for i in range(len(outer)) if i not in sliced]
     stack, inputs, outputs = (tuple(kept[i] for i in part) for part in axes)
     return KernelAxes((*sliced, *stack), inputs, outputs)

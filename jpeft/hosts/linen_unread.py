@@ -45,16 +45,19 @@ class UnreadLeaves:
         _refuse_passed_by(self.method, grafts, ran)
 
     def _refuse_missing(self, guessed: list[str], ran: set[str], signature: Hashable, trace: Callable[[], set[str]]) -> None:
+        # 1. Calls of this kind were right before.
         if signature in self.known:
             return
+        # 2. The modules ran in this very call.
         missing = _missing(guessed, ran)
+        # 3. They may be hidden by a trace in the cache of `nn.jit`: trace the model again, without that cache.
         if missing:
             missing = _missing(guessed, trace())
         if missing:
             raise ValueError(
                 f"{self.method.name} adds to the module '{missing[0]}', but no such module ran. Putting keys in front of a layer's own "
-                "needs a model with parameterless modules there, as those of jpeft.models have: `AttentionCore` in attention.py, "
-                "`Positions` in bert_encoder.py and decoder.py."
+                "needs a model with parameterless modules there, called `core` and `positions`, as those of jpeft.models have: "
+                "jpeft/models/common/contract.py."
             )
         self.known.add(signature)
 
@@ -68,6 +71,7 @@ def _missing(guessed: list[str], ran: set[str]) -> list[str]:
 def _refuse_passed_by(method: Method, grafts: dict[str, Any], ran: set[str]) -> None:
     """Refuse leaves on a module around one that ran, if it did not run itself: the call began below it, or at another of its methods."""
     for path in grafts.keys() - ran:
+        # A module inside ran, so the call did pass through this one, by another way than its `__call__`.
         inside = f"{path}/" if path else ""
         entered = sorted(other for other in ran if other.startswith(inside))
         if entered:
@@ -82,5 +86,6 @@ def _refuse_passed_by(method: Method, grafts: dict[str, Any], ran: set[str]) -> 
 def _signature(call: Any) -> Hashable:
     """What of a call decides which modules run: the structure of the arguments, the shapes of arrays, and all other values."""
     leaves, structure = jax.tree.flatten(call)
+    # Of arrays the values do not matter: no control flow in Python can depend on them under `jit`.
     value = lambda leaf: leaf if isinstance(leaf, Hashable) else None
     return structure, tuple((leaf.shape, str(leaf.dtype)) if hasattr(leaf, "dtype") else (type(leaf), value(leaf)) for leaf in leaves)
