@@ -234,10 +234,12 @@ def test_loading_refuses_another_model(tmp_path):
     peft = jpeft.apply(PARAMS, method="fish_mask", sparsity=0.4, stats=scores())
     jpeft.save(tmp_path / "out", peft)
     bigger = {**PARAMS, "c": {"kernel": jnp.ones((4, 5))}}
-    with pytest.raises(ValueError, match="does not fit these parameters: it changes 8 entries, where sparsity=0.4 of this base is 16"):
+    with pytest.raises(
+        ValueError, match="does not fit these parameters: The adapter changes 8 entries, where sparsity=0.4 of this base is 16"
+    ):
         jpeft.load(tmp_path / "out", bigger, check_base=False)
     swapped = {**PARAMS, "a": {"kernel": PARAMS["a"]["kernel"][:2], "bias": jnp.zeros(4)}, "b": {"kernel": jnp.ones((4, 6))}}
-    with pytest.raises(ValueError, match="does not fit these parameters: it changes entry .* of 'a/kernel', which has 8"):
+    with pytest.raises(ValueError, match="does not fit these parameters: The adapter changes entry .* of 'a/kernel', which has 8"):
         jpeft.load(tmp_path / "out", swapped, check_base=False)
 
 

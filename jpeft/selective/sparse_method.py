@@ -95,7 +95,7 @@ class SparseMethod(Method):
                 out |= _expected_pair(f"{path}/{sparse.KEPT}", path, flat[path], leaves[sparse.KEPT])
         k = choice.budget(params, self.sparsity, self.head)
         if trained != k:
-            raise ValueError(f"it changes {trained:,} entries, where sparsity={self.sparsity} of this base is {k:,}.")
+            raise ValueError(f"The adapter changes {trained:,} entries, where sparsity={self.sparsity} of this base is {k:,}.")
         return tree.unflatten(out)
 
 
@@ -103,7 +103,7 @@ def _expected_pair(path: str, base_path: str, base: Any, pair: dict[str, Any]) -
     """The shapes of a pair of values and indices at a path, by path."""
     k = pair[VALUES].size if VALUES in pair else 0
     if k and INDICES in pair and pair[INDICES].ndim == 2 and (last := int(decode(pair[INDICES]).max())) >= base.size:
-        raise ValueError(f"it changes entry {last:,} of '{base_path}', which has {base.size:,}.")
+        raise ValueError(f"The adapter changes entry {last:,} of '{base_path}', which has {base.size:,}.")
     return {
         f"{path}/{VALUES}": jax.ShapeDtypeStruct((k,), sparse.difference_dtype(base)),
         f"{path}/{INDICES}": jax.ShapeDtypeStruct((count_digits(base.size), k), jnp.float32),
