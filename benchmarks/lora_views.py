@@ -16,7 +16,7 @@ import statistics
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -71,7 +71,7 @@ def steps(variant: str, rank: int) -> dict[str, tuple[Callable[..., Any], tuple[
     def loss(logits: Any, ids: jax.Array) -> jax.Array:
         return -jnp.take_along_axis(jax.nn.log_softmax(logits[:, :-1]), ids[:, 1:, None], -1).mean()
 
-    def lora(view: str) -> tuple[Callable[..., Any], tuple[Any, ...]]:
+    def lora(view: Literal["two-view", "factored"]) -> tuple[Callable[..., Any], tuple[Any, ...]]:
         method = jpeft.lora(rank=rank, target=target, view=view, head=None)
         peft = jax.eval_shape(lambda p: jpeft.apply(p, method=method), params)
         forward = jpeft.wrap(model.apply, method)
