@@ -188,7 +188,9 @@ def test_wrong_geometry_is_refused_at_the_first_call():
     model, x = Odd(), jnp.ones((2, 4, 6))
     params = model.init(KEY, x)["params"]
     peft = jpeft.apply(params, method=jpeft.lora(rank=2))
-    with pytest.raises(ValueError, match=r"'query/kernel'.*asks for factors of shapes \(4, 6, 2\) and \(2, 8\).*jpeft.kernel_axes"):
+    with pytest.raises(
+        ValueError, match=r"'query/kernel'.*asks for leaves of shapes a \(4, 6, rank\) and b \(rank, 8\).*jpeft.kernel_axes"
+    ):
         jpeft.wrap(model.apply, peft.method)(peft.variables, x)
     axes = jpeft.kernel_axes(model, params, x)
     peft = jpeft.apply(params, method=jpeft.lora(rank=2, axes=axes))
@@ -196,7 +198,7 @@ def test_wrong_geometry_is_refused_at_the_first_call():
 
 
 def test_views_are_chosen_by_cost_and_precision():
-    from jpeft.core.method import Layer, Linear
+    from jpeft.core.layer import Layer, Linear
     from jpeft.reparameterized.two_view import applies
 
     linear = Linear("kernel", jpeft.KernelAxes((), (0,), (1,)), lambda x, a, b: x @ a @ b)
@@ -264,11 +266,11 @@ def test_a_step_costs_two_forward_passes(variant):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"rank": 0}, "rank=0: every rank must be a whole number"),
+        ({"rank": 0}, "lora: rank=0 must be a whole number of at least 1"),
         ({"rank": {"query": 2}}, "No rank rule matches 'up/kernel'"),
-        ({"dropout": 1.0}, r"dropout=1.0 must be at least 0 and below 1"),
-        ({"init": "pissa"}, "init='pissa' is not one of"),
-        ({"view": "dense"}, "view='dense' is not one of"),
+        ({"dropout": 1.0}, r"dropout=1.0 must be a number of at least 0 and below 1"),
+        ({"init": "pissa"}, "init='pissa' must be one of 'kaiming', 'gaussian'"),
+        ({"view": "dense"}, "view='dense' must be one of 'auto'"),
         ({"target": "qurey/kernel"}, r"target='qurey/kernel' matches none.*Did you mean 'query/kernel'"),
         ({"target": ["query", "vaule"]}, r"target='vaule' matches none"),
         ({"target": "(query"}, "is not a regular expression"),

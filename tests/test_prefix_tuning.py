@@ -272,7 +272,7 @@ def test_words_as_an_option(method, tmp_path):
     setup = prepare(TrainConfig(**sources, method=method, options=options))
     words = setup.loaded.tokenizer("the old apple", add_special_tokens=False, return_tensors="np")["input_ids"]
     assert words.shape == (1, 3)
-    want = key_values(setup.loaded.model, setup.loaded.params, words)
+    want = key_values(setup.loaded.model, setup.loaded.params, words).values
     got = jpeft.flatten(setup.peft.adapter)
     assert len(jpeft.flatten(want)) == 4
     for path, leaf in jpeft.flatten(want).items():
@@ -290,7 +290,7 @@ def test_folded_it_no_longer_starts_from_words():
     )
     folded = jpeft.fold(peft)
     assert folded.method == jpeft.prefix_tuning(length=5, mlp=None)
-    chex.assert_trees_all_close(folded.adapter, key_values(model, params, words), atol=1e-2)
+    chex.assert_trees_all_close(folded.adapter, key_values(model, params, words).values, atol=1e-2)
 
 
 @pytest.mark.parametrize("remat", [False, True])
@@ -298,7 +298,7 @@ def test_keys_and_values_of_words(remat):
     """Those of the first layer by hand."""
     model = BertModel(tiny(remat=remat))
     params, words = model.init(KEY, IDS)["params"], IDS[:1, :5]
-    given = jpeft.flatten(key_values(model, params, words))
+    given = jpeft.flatten(key_values(model, params, words).values)
     hidden = model.apply({"params": params}, words, output_hidden_states=True).hidden_states[0][0]
     own = params["encoder"]["layer"]["0"]["attention"]["self"]
     for name in ("key", "value"):

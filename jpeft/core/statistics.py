@@ -83,6 +83,10 @@ class KeyValues(Statistic):
         ends = {path.rpartition(f"/{ADDED}/")[2] for path in leaves if f"/{ADDED}/" in path}
         return cls(value) if ends & {"key", "value"} else None
 
+    def __getitem__(self, key: str) -> Any:
+        """A part of `values`."""
+        return self.values[key]
+
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
