@@ -32,8 +32,7 @@ class OutputScale(WeightMethod):
     target: Names = ("key", "value", "up")
 
     name = "output_scale"
-    leaf_axes = {"g": (OUTPUTS,)}  # noqa: RUF012
-    changes_bias = True
+    leaf_axes = {"g": (OUTPUTS,)}
 
     def init_kernel(self, key, kernel, path):
         """One zero for each output."""

@@ -144,7 +144,7 @@ def skeleton(name: str) -> Any:
 
 # --- methods: one row each ---------------------------------------------------------------------------------------------------------------
 
-LARGE = ("bert-remat", "gpt2", "llama-scan")
+KINDS = ("plain", "scan-mha", "bert-remat", "llama-scan")  # one of each
 SMALL = ("plain", "remat", "jit", "scan", "mha", "einsum", "scan-mha")
 NONLINEAR = "nonlinear layer of its own"
 LONGER_KEYS = "lengthens the keys and values"
@@ -192,8 +192,8 @@ ROWS = {
         jpeft.lora(rank={r".*(up|down)/kernel": 3, ".*": 2}, view="factored", rslora=True, target=r".*(kernel|embedding)"),
         ("einsum", "bert-remat", "llama-scan"),
     ),
-    "dora": Row(jpeft.dora(rank=2), (*SMALL, "bert-remat", "gpt2", "llama-scan")),
-    "ia3": Row(jpeft.ia3(), (*SMALL, "bert-remat", "gpt2", "llama-scan")),
+    "dora": Row(jpeft.dora(rank=2), ("jit", "einsum", "scan-mha", "bert-remat", "gpt2", "llama-scan")),
+    "ia3": Row(jpeft.ia3(), ("jit", "einsum", "scan-mha", "bert-remat", "gpt2", "llama-scan")),
     "hard_prompt": Row(jpeft.hard_prompt(tokens=(3, 7)), ("bert-scan", "gpt2-remat", "llama"), 10.0, LONGER_TEXT),
     "prompt_tuning": Row(jpeft.prompt_tuning(length=3), ("plain", "bert-scan", "gpt2-remat", "llama-scan"), 10.0, LONGER_TEXT),
     "p_tuning": Row(
@@ -213,10 +213,8 @@ ROWS = {
         ("einsum", "bert-remat", "llama-scan"),
     ),
     # What docs/skeletons offers to copy.
-    "skeleton-method": Row(
-        skeleton("method").OutputShift(target=".*(out|down|o_proj|c_proj|dense)/kernel"), SMALL + LARGE, why_no_merge="bias"
-    ),
-    "skeleton-weight-method": Row(skeleton("weight_method").RowScale(), SMALL + LARGE),
+    "skeleton-method": Row(skeleton("method").OutputShift(target=".*(out|down|o_proj|c_proj|dense)/kernel"), KINDS, why_no_merge="bias"),
+    "skeleton-weight-method": Row(skeleton("weight_method").RowScale(), KINDS),
 }
 
 METHODS = {name: row.method for name, row in ROWS.items()}

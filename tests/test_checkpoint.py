@@ -196,3 +196,14 @@ def test_fingerprint():
     ]
     assert len({fingerprint(t) for t in [tree, *changes]}) == 7
     assert fingerprint(tree, skip=frozenset({"a"})) == fingerprint(changes[0], skip=frozenset({"a"}))
+
+
+def test_a_part_may_have_the_name_of_a_module(tmp_path):
+    """The parts of a chain are known from the method, not guessed from names: this adapter's path is encoder/encoder/kernel/a."""
+    params = {"encoder": {"kernel": jnp.ones((8, 4))}, "classifier": {"kernel": jnp.ones((4, 2)), "bias": jnp.zeros(2)}}
+    peft = jpeft.apply(params, method=jpeft.chain(encoder=jpeft.lora(rank=2)))
+    jpeft.save(tmp_path / "out", peft.replace(adapter=noised(peft.adapter)))
+    fresh_head = {**params, "classifier": jax.tree.map(lambda leaf: leaf + 1, params["classifier"])}
+    assert jpeft.load(tmp_path / "out", fresh_head).method == peft.method
+    with pytest.raises(ValueError, match="another base"):
+        jpeft.load(tmp_path / "out", {**params, "encoder": {"kernel": jnp.zeros((8, 4))}})

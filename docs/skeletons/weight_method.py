@@ -3,13 +3,11 @@
 Save the copy as ``jpeft/reparameterized/<name>.py``. jpeft finds every method in this folder by itself.
 """
 
-import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
 
 from jpeft.core.options import Positive
 from jpeft.reparameterized.matrix_form import INPUTS
-from jpeft.reparameterized.weight_method import WeightMethod
+from jpeft.reparameterized.weight_method import Key, Leaves, Matrix, WeightMethod
 
 
 class RowScale(WeightMethod):
@@ -40,13 +38,13 @@ class RowScale(WeightMethod):
     name = "row_scale"
     summary = "a scale for every input of a kernel"
     learning_rate = 1e-2
-    leaf_axes = {"g": (INPUTS,)}  # noqa: RUF012  (which axes of the matrix [inputs, outputs] each leaf has)
+    leaf_axes = {"g": (INPUTS,)}  # which axes of the matrix [inputs, outputs] each leaf has
 
-    def init_kernel(self, key: jax.Array, kernel: Float[Array, "inputs outputs"], path: str) -> dict[str, jax.Array]:
+    def init_kernel(self, key: Key, kernel: Matrix, path: str) -> Leaves:
         """The leaves of one kernel at the start. Stacks of layers, heads, the task head and dtypes are the base class's business."""
         return {"g": jnp.zeros(kernel.shape[0])}
 
-    def new_kernel(self, kernel: Float[Array, "inputs outputs"], leaves: dict[str, jax.Array], path: str) -> Float[Array, "inputs outputs"]:
+    def new_kernel(self, kernel: Matrix, leaves: Leaves, path: str) -> Matrix:
         """The kernel's new value, for training and for merging alike."""
         return (1 + self.scale * leaves["g"])[:, None] * kernel
 

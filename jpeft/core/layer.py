@@ -99,6 +99,10 @@ class Layer:
         """This layer with some of its parameters exchanged."""
         return dataclasses.replace(self, params={**self.params, **params})
 
+    def without_bias(self) -> "Layer":
+        """This layer with zeros for its bias, if it has one."""
+        return self.with_params({"bias": jnp.zeros_like(self.params["bias"])}) if "bias" in self.params else self
+
     @property
     def innermost(self) -> "Layer":
         """The layer without any middleware."""

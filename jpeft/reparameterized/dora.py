@@ -10,7 +10,7 @@ from jpeft.core.layer import Layer, Linear
 from jpeft.core.options import Count, PerPath, Positive, option
 from jpeft.reparameterized import low_rank, two_view
 from jpeft.reparameterized.matrix_form import OUTPUTS, MatrixForm
-from jpeft.reparameterized.weight_method import WeightMethod
+from jpeft.reparameterized.weight_method import Inputs, Key, Leaves, Matrix, WeightMethod
 from jpeft.tree.select import first_match
 
 
@@ -57,42 +57,34 @@ class DoRA(WeightMethod):
     learning_rate = 3e-3
     leaf_axes = low_rank.LEAF_AXES | {"m": (OUTPUTS,)}
 
-    def init_kernel(self, key: jax.Array, kernel: Float[Array, "inputs outputs"], path: str) -> dict[str, jax.Array]:
+    def init_kernel(self, key: Key, kernel: Matrix, path: str) -> Leaves:
         """``a`` random, ``b`` zero, ``m`` the norms of W."""
         rank = first_match(path, self.rank, "rank")
         return low_rank.factors(key, path, kernel.shape, low_rank.MATRIX, rank, self.initializer) | {"m": _norms(kernel)}
 
-    def new_kernel(self, kernel: Float[Array, "inputs outputs"], leaves: dict[str, jax.Array], path: str) -> Float[Array, "inputs outputs"]:
+    def new_kernel(self, kernel: Matrix, leaves: Leaves, path: str) -> Matrix:
         """``m V / ||V||``."""
         direction = low_rank.update(kernel, leaves, self._scale(path))
-        return direction * (leaves["m"] / jax.lax.stop_gradient(_norms(direction)))[None]
+        return direction * (leaves["m"] / _norms(direction))[None]
 
-    def call_linear(
-        self, layer: Layer, linear: Linear, inputs: tuple[Any, ...], leaves: dict[str, Any], path: str, rng: jax.Array | None
-    ) -> Any:
+    def call_linear(self, layer: Layer, linear: Linear, inputs: Inputs, leaves: Leaves, path: str, rng: Key | None) -> Any:
         """``g * (x V) + bias`` with ``g = m / ||V||``: the product as in LoRA, its outputs scaled."""
-        merged = layer.merged(layer.params)
-        if linear.scale_outputs is None or linear.add_bias is None or merged is None:
-            return super().call_linear(layer, linear, inputs, leaves, path, rng)
-        if merged.get("bias") is not layer.params.get("bias"):
-            # Inner middleware changes the bias (FAR's learners, (IA)³), so the bias cannot be taken out of the layer's outputs below.
+        kernel = self.kernel_inside(layer, linear)
+        if kernel is None or linear.scale_outputs is None or linear.add_bias is None:
             return super().call_linear(layer, linear, inputs, leaves, path, rng)
         form, s = MatrixForm(layer.params[linear.name].shape, linear.axes), self._scale(path)
-        a, b = (form.leaf_to_matrix(leaves[name], self.leaf_axes[name]) for name in "ab")
-        kernel = form.to_matrix(merged[linear.name]).astype(a.dtype)
-        norms = form.leaf_from_matrix(_norms(jax.lax.stop_gradient(kernel + s * (a @ b))), (OUTPUTS,))
-        bias = {"bias": layer.params["bias"]} if "bias" in layer.params else {}
-        without_bias = layer.with_params({name: jnp.zeros_like(leaf) for name, leaf in bias.items()})
-        y = two_view.low_rank(without_bias, linear, s, inputs, leaves["a"], leaves["b"])
-        y = linear.scale_outputs(y, leaves["m"] / norms)
-        return linear.add_bias(y, bias["bias"]) if bias else y
+        norms = _norms(low_rank.update(kernel, self.to_matrices(form, leaves), s))  # [*stack, outputs]
+        y = two_view.low_rank(layer.without_bias(), linear, s, inputs, leaves["a"], leaves["b"])
+        y = linear.scale_outputs(y, leaves["m"] / form.leaf_from_matrix(norms, (OUTPUTS,)))
+        return linear.add_bias(y, layer.params["bias"]) if "bias" in layer.params else y
 
     def _scale(self, path: str) -> float:
         return low_rank.scale(path, self.rank, self.alpha, self.rslora)
 
 
 def _norms(kernel: Float[Array, "*stack inputs outputs"]) -> Float[Array, "*stack outputs"]:
-    return jnp.linalg.norm(kernel, axis=-2)
+    """The norm of each output's weights, a constant to the gradient."""
+    return jnp.linalg.norm(jax.lax.stop_gradient(kernel), axis=-2)
 
 
 dora = DoRA

@@ -1,20 +1,15 @@
 """(IA)³: the outputs of keys and values and the inputs of the last feed-forward layer, scaled by trained vectors."""
 
-from collections.abc import Mapping
-from typing import Any, ClassVar
+from typing import Any
 
-import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
 
 from jpeft import tree
 from jpeft.core.layer import Layer, Linear
 from jpeft.core.options import Names
-from jpeft.reparameterized.matrix_form import INPUTS, OUTPUTS, LeafAxes
-from jpeft.reparameterized.weight_method import WeightMethod
+from jpeft.reparameterized.matrix_form import INPUTS, OUTPUTS
+from jpeft.reparameterized.weight_method import Inputs, Key, Leaves, Matrix, Vector, WeightMethod
 from jpeft.tree.select import select
-
-OUT, IN = "l_out", "l_in"
 
 
 class IA3(WeightMethod):
@@ -55,8 +50,7 @@ class IA3(WeightMethod):
     name = "ia3"
     summary = "vectors that scale keys, values and the inner activations of the MLP, merged for inference"
     learning_rate = 1e-2
-    leaf_axes: ClassVar[Mapping[str, LeafAxes]] = {OUT: (OUTPUTS,), IN: (INPUTS,)}
-    changes_bias = True
+    leaf_axes = {"l_out": (OUTPUTS,), "l_in": (INPUTS,)}
 
     def kernels(self, params: tree.Params) -> list[str]:
         """The kernels of both options."""
@@ -64,43 +58,35 @@ class IA3(WeightMethod):
 
     def inner_kernels(self, params: tree.Params) -> list[str]:
         """The kernels whose inputs are scaled."""
-        if self.feedforward is None:
-            return []
-        return select(self.candidates(params), self.feedforward, option="feedforward", params=params)
+        target = self.feedforward
+        return [] if target is None else select(self.candidates(params), target, option="feedforward", params=params)
 
-    def init(self, key: jax.Array, params: tree.Params, *, stats: Any = None) -> tree.Adapter:
+    def init(self, key: Key, params: tree.Params, *, stats: Any = None) -> tree.Adapter:
         """Ones for the outputs of each kernel, or for the inputs of those of `feedforward`."""
-        leaves = tree.flatten(super().init(key, params, stats=stats))
-        forms = self.forms(params)
+        leaves, forms = tree.flatten(super().init(key, params, stats=stats)), self.forms(params)
         for path in self.inner_kernels(params):
-            del leaves[f"{path}/{OUT}"]
-            leaves[f"{path}/{IN}"] = jnp.ones(forms[path].leaf_shape((INPUTS,), {}))
+            del leaves[f"{path}/l_out"]
+            leaves[f"{path}/l_in"] = jnp.ones(forms[path].leaf_shape((INPUTS,), {}))
         return tree.unflatten(leaves)
 
-    def init_kernel(self, key: jax.Array, kernel: Float[Array, "inputs outputs"], path: str) -> dict[str, jax.Array]:
+    def init_kernel(self, key: Key, kernel: Matrix, path: str) -> Leaves:
         """Ones for the outputs."""
-        return {OUT: jnp.ones(kernel.shape[1])}
+        return {"l_out": jnp.ones(kernel.shape[1])}
 
-    def new_kernel(self, kernel: Float[Array, "inputs outputs"], leaves: dict[str, jax.Array], path: str) -> Float[Array, "inputs outputs"]:
+    def new_kernel(self, kernel: Matrix, leaves: Leaves, path: str) -> Matrix:
         """``W diag(l)``, or ``diag(l) W``."""
-        return kernel * leaves[OUT][None] if OUT in leaves else kernel * leaves[IN][:, None]
+        return kernel * leaves["l_out"][None] if "l_out" in leaves else kernel * leaves["l_in"][:, None]
 
-    def new_bias(self, bias: Float[Array, " outputs"], leaves: dict[str, jax.Array], path: str) -> Float[Array, " outputs"]:
+    def new_bias(self, bias: Vector, leaves: Leaves, path: str) -> Vector:
         """``l b`` where the outputs are scaled."""
-        return bias * leaves[OUT] if OUT in leaves else bias
+        return bias * leaves["l_out"]
 
-    def scales_bias(self, leaves: Mapping[str, Any]) -> bool:
-        """Where the outputs are scaled."""
-        return OUT in leaves
-
-    def call_linear(
-        self, layer: Layer, linear: Linear, inputs: tuple[Any, ...], leaves: dict[str, Any], path: str, rng: jax.Array | None
-    ) -> Any:
+    def call_linear(self, layer: Layer, linear: Linear, inputs: Inputs, leaves: Leaves, path: str, rng: Key | None) -> Any:
         """Scale the layer's outputs or its inputs; the kernel stays as it is."""
-        if OUT in leaves and linear.scale_outputs is not None:
-            return linear.scale_outputs(layer(*inputs), leaves[OUT])
-        if IN in leaves and linear.scale_inputs is not None:
-            return layer(linear.scale_inputs(inputs[0], leaves[IN]), *inputs[1:])
+        if "l_out" in leaves and linear.scale_outputs is not None:
+            return linear.scale_outputs(layer(*inputs), leaves["l_out"])
+        if "l_in" in leaves and linear.scale_inputs is not None:
+            return layer(linear.scale_inputs(inputs[0], leaves["l_in"]), *inputs[1:])
         return super().call_linear(layer, linear, inputs, leaves, path, rng)
 
 

@@ -2,16 +2,14 @@
 
 from typing import Any, Literal
 
-import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
 
 from jpeft.core.dropout import inverted_dropout
 from jpeft.core.layer import Layer, Linear
 from jpeft.core.options import Count, Names, PerPath, Positive, Probability, option
 from jpeft.reparameterized import low_rank, two_view
 from jpeft.reparameterized.matrix_form import MatrixForm
-from jpeft.reparameterized.weight_method import WeightMethod
+from jpeft.reparameterized.weight_method import Inputs, Key, Leaves, Matrix, WeightMethod
 from jpeft.tree.select import first_match
 
 
@@ -74,22 +72,20 @@ class LoRA(WeightMethod):
         """``s`` of the kernel at a path."""
         return low_rank.scale(path, self.rank, self.alpha, self.rslora)
 
-    def init_kernel(self, key: jax.Array, kernel: Float[Array, "inputs outputs"], path: str) -> dict[str, jax.Array]:
+    def init_kernel(self, key: Key, kernel: Matrix, path: str) -> Leaves:
         """``a`` random, ``b`` zero."""
         rank = first_match(path, self.rank, "rank")
         return low_rank.factors(key, path, kernel.shape, low_rank.MATRIX, rank, self.initializer)
 
-    def init_leaves(self, key: jax.Array, kernel: Any, form: MatrixForm, path: str) -> dict[str, Any]:
+    def init_leaves(self, key: Key, kernel: Any, form: MatrixForm, path: str) -> Leaves:
         """As `init_kernel`, drawn for all kernels of a stack at once: only the shape of the kernel is needed."""
         return low_rank.factors(key, path, form.shape, form.axes, first_match(path, self.rank, "rank"), self.initializer)
 
-    def new_kernel(self, kernel: Float[Array, "inputs outputs"], leaves: dict[str, jax.Array], path: str) -> Float[Array, "inputs outputs"]:
+    def new_kernel(self, kernel: Matrix, leaves: Leaves, path: str) -> Matrix:
         """``W + s a b``."""
         return low_rank.update(kernel, leaves, self.scale(path))
 
-    def call_linear(
-        self, layer: Layer, linear: Linear, inputs: tuple[Any, ...], leaves: dict[str, Any], path: str, rng: jax.Array | None
-    ) -> Any:
+    def call_linear(self, layer: Layer, linear: Linear, inputs: Inputs, leaves: Leaves, path: str, rng: Key | None) -> Any:
         """One of the views, whichever is cheaper for the layer's shape."""
         a, b, s, x = leaves["a"], leaves["b"], self.scale(path), inputs[0]
         if self.dropout and rng is not None and jnp.issubdtype(x.dtype, jnp.floating):

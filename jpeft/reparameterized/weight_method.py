@@ -23,13 +23,18 @@ from jpeft.tree.head import not_head
 from jpeft.tree.kernels import KernelAxes, axes_inside, axes_of, axes_rules
 from jpeft.tree.select import select
 
+Matrix = Float[Array, "inputs outputs"]  # one kernel
+Vector = Float[Array, " outputs"]  # the bias beside it
+Leaves = dict[str, Any]  # those of one kernel by name
+Inputs = tuple[Any, ...]  # of a layer
+Key = jax.Array
+
 
 class WeightMethod(Method):
     """The base of methods that give one kernel leaves and a new value.
 
     Attributes:
       leaf_axes: The axes of each leaf as a matrix, e.g. ``{"a": ("inputs", "rank"), "b": ("rank", "outputs")}``.
-      changes_bias: Whether `new_bias` is defined.
       target: Which kernels: a regex for whole paths, a list of names, or roles such as ``"@attention_in"`` (`jpeft.layouts`).
       axes: Geometry of kernels with more than two axes, ``((regex, KernelAxes), ...)``, e.g. from `jpeft.kernel_axes`.
       head: Task head to train along: "auto", a regex, or None.
@@ -40,14 +45,13 @@ class WeightMethod(Method):
     head: str | None = "auto"
 
     leaf_axes: ClassVar[Mapping[str, LeafAxes]]
-    changes_bias: ClassVar[bool] = False
     family = "reparameterized"
     why_no_merge = None
 
     # --- what a weight method defines -------------------------------------------------------------------------------------------------
 
     @abc.abstractmethod
-    def init_kernel(self, key: jax.Array, kernel: Float[Array, "inputs outputs"], path: str) -> dict[str, jax.Array]:
+    def init_kernel(self, key: Key, kernel: Matrix, path: str) -> Leaves:
         """The leaves of one kernel, each with its `leaf_axes`.
 
         Args:
@@ -57,17 +61,15 @@ class WeightMethod(Method):
         """
 
     @abc.abstractmethod
-    def new_kernel(self, kernel: Float[Array, "inputs outputs"], leaves: dict[str, jax.Array], path: str) -> Float[Array, "inputs outputs"]:
+    def new_kernel(self, kernel: Matrix, leaves: Leaves, path: str) -> Matrix:
         """The new value of one kernel. It comes and goes in float32 or wider, whatever the dtype of the base."""
 
-    def new_bias(self, bias: Float[Array, " outputs"], leaves: dict[str, jax.Array], path: str) -> Float[Array, " outputs"]:
-        """The new value of the bias beside the kernel; used where `changes_bias` is set."""
+    def new_bias(self, bias: Vector, leaves: Leaves, path: str) -> Vector:
+        """The new value of the bias beside the kernel, for a method that changes it: by leaves that have one number an output."""
         del leaves, path
         return bias
 
-    def call_linear(
-        self, layer: Layer, linear: Linear, inputs: tuple[Any, ...], leaves: dict[str, Any], path: str, rng: jax.Array | None
-    ) -> Any:
+    def call_linear(self, layer: Layer, linear: Linear, inputs: Inputs, leaves: Leaves, path: str, rng: Key | None) -> Any:
         """Run a layer whose geometry is known, which is where a method can be cheaper than its new kernel.
 
         Args:
@@ -106,7 +108,7 @@ class WeightMethod(Method):
 
     # --- the contract of a method -----------------------------------------------------------------------------------------------------
 
-    def init(self, key: jax.Array, params: tree.Params, *, stats: Any = None) -> tree.Adapter:
+    def init(self, key: Key, params: tree.Params, *, stats: Any = None) -> tree.Adapter:
         """Leaves for each chosen kernel, and the task head."""
         del stats
         base = tree.flatten(params)
@@ -116,14 +118,14 @@ class WeightMethod(Method):
             out |= {f"{path}/{name}": leaf for name, leaf in leaves.items()}
         return with_head(out, params, self.head)
 
-    def init_leaves(self, key: jax.Array, kernel: Any, form: MatrixForm, path: str) -> dict[str, Any]:
+    def init_leaves(self, key: Key, kernel: Any, form: MatrixForm, path: str) -> dict[str, Any]:
         """The leaves beside a kernel as the adapter holds them: `init_kernel` for each kernel of the stack."""
         # `init_kernel` sees one matrix; `each` maps it over layers and experts, with a random key for each of them.
         one = form.each(lambda key, w: self.init_kernel(key, w, path))
         leaves = one(form.keys(key), form.to_matrix(_wide(jnp.asarray(kernel))))
         return {name: form.leaf_from_matrix(leaf, self.leaf_axes[name]) for name, leaf in leaves.items()}
 
-    def call(self, layer: Layer, inputs: tuple[Any, ...], leaves: dict[str, Any], rng: jax.Array | None) -> Any:
+    def call(self, layer: Layer, inputs: Inputs, leaves: Leaves, rng: Key | None) -> Any:
         """`call_linear` where the layer's geometry is known, else the layer on its new parameters."""
         linear = layer.linear
         if linear is None or list(leaves) != [linear.name]:
@@ -148,7 +150,7 @@ class WeightMethod(Method):
             replaced |= {f"{prefix}{key}": value for key, value in new.items() if value is not own[key]}
         return tree.replace(params, replaced)
 
-    def merge_layer(self, layer: Layer, leaves: dict[str, Any]) -> Mapping[str, Any] | None:
+    def merge_layer(self, layer: Layer, leaves: Leaves) -> Mapping[str, Any] | None:
         """The layer's parameters, as other middleware leaves them, with the new kernel."""
         params = layer.merged(layer.params)
         if params is None:
@@ -159,21 +161,33 @@ class WeightMethod(Method):
 
     def adapted_paths(self, params: tree.Params, adapter: tree.Adapter) -> set[str]:
         """Replaced leaves, kernels with leaves beside them, and their biases where the method changes those."""
-        paths = super().adapted_paths(params, adapter)
-        if not self.changes_bias:
-            return paths
         _, beside, _ = tree.split(params, adapter)
-        biases = {"/".join([*path.split("/")[:-1], "bias"]) for path, leaves in beside.items() if self.scales_bias(leaves)}
-        return paths | (biases & tree.flatten(params).keys())
+        biases = {"/".join([*path.split("/")[:-1], "bias"]) for path, leaves in beside.items() if self.changes_bias(leaves)}
+        return super().adapted_paths(params, adapter) | (biases & tree.flatten(params).keys())
 
-    def scales_bias(self, leaves: Mapping[str, Any]) -> bool:
-        """Whether these leaves of one kernel change the bias beside it, too."""
-        del leaves
-        return self.changes_bias
+    def changes_bias(self, leaves: Mapping[str, Any]) -> bool:
+        """Whether the bias beside a kernel with these leaves takes a new value, too."""
+        return type(self).new_bias is not WeightMethod.new_bias and any(self.leaf_axes[name] == (OUTPUTS,) for name in leaves)
+
+    # --- for `call_linear` ------------------------------------------------------------------------------------------------------------
+
+    def kernel_inside(self, layer: Layer, linear: Linear) -> Float[Array, "*stack inputs outputs"] | None:
+        """The kernel that a layer computes with, as a matrix, after the changes of other middleware.
+
+        None if that middleware is more than a change of the kernel, such as a bottleneck or a change of the bias.
+        """
+        merged = layer.merged(layer.params)
+        if merged is None or merged.get("bias") is not layer.params.get("bias"):
+            return None
+        return MatrixForm(tuple(merged[linear.name].shape), linear.axes).to_matrix(_wide(merged[linear.name]))
+
+    def to_matrices(self, form: MatrixForm, leaves: Mapping[str, Any]) -> Leaves:
+        """The leaves of a kernel as matrices, [*stack, *leaf_axes]."""
+        return {name: form.leaf_to_matrix(leaf, self.leaf_axes[name]) for name, leaf in leaves.items()}
 
     # --- one layer --------------------------------------------------------------------------------------------------------------------
 
-    def _run_on_new_params(self, layer: Layer, inputs: tuple[Any, ...], leaves: Mapping[str, Any], axes: Mapping[str, KernelAxes]) -> Any:
+    def _run_on_new_params(self, layer: Layer, inputs: Inputs, leaves: Mapping[str, Any], axes: Mapping[str, KernelAxes]) -> Any:
         """Run a layer on its new parameters, made from those that other middleware leaves, as in `merge`."""
         merged = layer.merged(layer.params) if layer.is_wrapped else None
         if merged is not None:
@@ -190,12 +204,12 @@ class WeightMethod(Method):
             path = "/".join(filter(None, (module, name)))
             kernel, form = params[name], MatrixForm(tuple(params[name].shape), axes[name])
             # Leaves and kernel as matrices, with the stack axes in front: a [*stack, inputs, rank], W [*stack, inputs, outputs].
-            matrices = {key: form.leaf_to_matrix(leaf, self.leaf_axes[key]) for key, leaf in part.items()}
+            matrices = self.to_matrices(form, part)
             run = form.each(lambda w, leaves, path=path: self.new_kernel(w, leaves, path))
             # Summed in the dtype of the leaves, float32 as a rule, and rounded once to the kernel's own: bfloat16 would lose small updates.
             wide = jnp.promote_types(kernel.dtype, jnp.result_type(*part.values()))
             new[name] = form.from_matrix(run(form.to_matrix(kernel.astype(wide)), matrices)).astype(kernel.dtype)
-            if self.scales_bias(part) and params.get("bias") is not None:
+            if self.changes_bias(part) and params.get("bias") is not None:
                 bias = params["bias"]  # [*stack, *outputs]
                 run = form.each(lambda b, leaves, path=path: self.new_bias(b, leaves, path))
                 changed = run(form.leaf_to_matrix(bias.astype(wide), (OUTPUTS,)), matrices)
