@@ -172,10 +172,13 @@ def test_every_damaged_data_file_is_found(saved):
 
 
 def test_hand_made_methods_are_passed_in(tmp_path):
-    def init(key, params, *, stats=None):
-        return {"dense": {"bias": jnp.array(params["dense"]["bias"])}}
+    class OneBias(jpeft.Method):
+        name = "one_bias"
 
-    method = jpeft.Method(name="one_bias", init=init)
+        def init(self, key, params, *, stats=None):
+            return {"dense": {"bias": jnp.array(params["dense"]["bias"])}}
+
+    method = OneBias()
     jpeft.save(tmp_path / "out", jpeft.apply(PARAMS, method=method))
     with pytest.raises(ValueError, match="hand-made method 'one_bias': pass it"):
         jpeft.load(tmp_path / "out", PARAMS)
