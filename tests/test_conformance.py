@@ -1,4 +1,8 @@
-"""Every method on every kind of linen model: what a method promises, whatever it is."""
+"""Every method on every kind of linen model: what a method promises, whatever it is.
+
+What runs a model forward, merges or differentiates does so under strict dtype promotion: no operation mixes dtypes unless the code says so.
+(Training steps do not: optax multiplies integer counts by floats.)
+"""
 
 import chex
 import jax
@@ -27,6 +31,7 @@ def test_every_method_meets_models_of_every_kind(method):
     assert families >= {"bert", "llama"}
 
 
+@jax.numpy_dtype_promotion("strict")
 def test_begins_as_the_base(cell):
     logits = cell.forward(cell.peft.variables, batch()["x"])
     chex.assert_trees_all_close(logits, base_logits(cell.model_name), atol=ROWS[cell.method_name].tolerance)
@@ -69,6 +74,7 @@ def test_trains_and_leaves_the_base_alone(cell):
     assert {path: np.array_equal(new[path], old[path]) for path in old} == {path: label == "freeze" for path, label in labels.items()}
 
 
+@jax.numpy_dtype_promotion("strict")
 def test_merge_equals_wrap(cell):
     if cell.method_name in MERGES:
         with pytest.raises(ValueError, match=MERGES[cell.method_name]):
@@ -128,6 +134,7 @@ def test_keeps_dtypes(cell):
     indirect=True,
     scope="module",
 )
+@jax.numpy_dtype_promotion("strict")
 def test_gradients_are_those_of_plain_autodiff(cell):
     """Whatever views and rules compute them: compared with autodiff of the merged model, in the same tree."""
     if cell.method_name in MERGES:

@@ -92,12 +92,12 @@ def plan_insertion(
     next_tokens = jnp.stack([_next_token(block.place, ids, real, edges) for block in blocks], axis=1)  # [#batch, blocks]
     # A token of the text moves by the sizes of the blocks in front of it.
     in_front = next_tokens[:, None] <= jnp.arange(length)[None, :, None]  # [#batch, length, blocks]
-    text_indices = jnp.arange(length)[None] + jnp.sum(jnp.array(sizes)[None, None] * in_front, axis=2)  # [#batch, length]
+    text_indices = jnp.arange(length)[None] + jnp.sum(jnp.where(in_front, jnp.array(sizes)[None, None], 0), axis=2)  # [#batch, length]
     # A block moves by the sizes of the blocks at earlier places, and of those listed before it at the same place.
     order = jnp.arange(len(sizes))
     same, listed_before = next_tokens[:, None] == next_tokens[:, :, None], (order[None] < order[:, None])[None]
     earlier = (next_tokens[:, None] < next_tokens[:, :, None]) | (same & listed_before)  # [#batch, blocks, blocks]
-    begins = next_tokens + jnp.sum(jnp.array(sizes)[None, None] * earlier, axis=2)  # [#batch, blocks]
+    begins = next_tokens + jnp.sum(jnp.where(earlier, jnp.array(sizes)[None, None], 0), axis=2)  # [#batch, blocks]
     new_indices = jnp.concatenate([begins[:, i, None] + jnp.arange(size)[None] for i, size in enumerate(sizes)], axis=1)  # [#batch, new]
     return InsertionPlan(next_tokens, text_indices, new_indices, sizes, min(edges[0], length) if shared else None)
 
@@ -114,4 +114,4 @@ def _next_token(
     side, anchor = place
     found = (ids == anchor) & real  # [batch, length]
     # A text that was cut off in front of its anchor gets the block at its end.
-    return jnp.where(found.any(1), jnp.argmax(found, axis=1) + (side == "after"), end)
+    return jnp.where(found.any(1), jnp.argmax(found, axis=1) + int(side == "after"), end)
