@@ -40,6 +40,6 @@ def factors(
     return {"a": a, "b": jnp.zeros(shape_b)}
 
 
-def update(kernel: Float[Array, "inputs outputs"], leaves: dict[str, Any], scale: float) -> Float[Array, "inputs outputs"]:
-    """``W + s a b``."""
+def update(kernel: Float[Array, "*stack inputs outputs"], leaves: dict[str, Any], scale: float) -> Float[Array, "*stack inputs outputs"]:
+    """``W + s a b``, of one kernel or of a stack."""
     return kernel + scale * (leaves["a"] @ leaves["b"])
