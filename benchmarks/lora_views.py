@@ -71,7 +71,7 @@ def steps(variant: str, rank: int) -> dict[str, tuple[Callable[..., Any], tuple[
     def loss(logits: Any, ids: jax.Array) -> jax.Array:
         return -jnp.take_along_axis(jax.nn.log_softmax(logits[:, :-1]), ids[:, 1:, None], -1).mean()
 
-    def lora(view: Literal["two-view", "factored"]) -> tuple[Callable[..., Any], tuple[Any, ...]]:
+    def lora(view: Literal["auto", "two-view", "factored"]) -> tuple[Callable[..., Any], tuple[Any, ...]]:
         method = jpeft.lora(rank=rank, target=target, view=view, head=None)
         peft = jax.eval_shape(lambda p: jpeft.apply(p, method=method), params)
         forward = jpeft.wrap(model.apply, method)
