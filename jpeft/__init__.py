@@ -8,7 +8,6 @@
 Pretrained models (`jpeft.models`), the trainer (`jpeft.training`) and the command line are imported on demand.
 """
 
-from importlib.metadata import version as _version
 from typing import TYPE_CHECKING as _TYPE_CHECKING
 
 from jpeft import layouts as layouts
@@ -46,12 +45,16 @@ from jpeft.tree.kernels import KernelAxes as KernelAxes
 from jpeft.tree.paths import flatten as flatten
 from jpeft.tree.paths import unflatten as unflatten
 
-__version__ = _version("jpeft")
+__version__: str
 
 if not _TYPE_CHECKING:
 
-    def __getattr__(name: str) -> type[Method]:
-        """The class of a method that is not in `jpeft.factories` yet, because its file is newer than the last `make docs`."""
+    def __getattr__(name: str) -> str | type[Method]:
+        """The version; or the class of a method that is not in `jpeft.factories` yet, because its file is newer than `make docs`."""
+        if name == "__version__":
+            from importlib.metadata import version
+
+            return version("jpeft")
         from jpeft.registry import classes
 
         if name in classes():

@@ -21,11 +21,11 @@ from typing import Any, TypeVar
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
-from jaxtyping import PyTree
 
 from jpeft.deprecation import renamed_members
 
 T = TypeVar("T")
+Tree = Any  # a pytree of arrays
 
 # Number of the next call of `stop_signal`. It is the same in every process, because each asks once a step. JAX's preemption service itself
 # is one for the whole process, so the counter cannot belong to a run.
@@ -183,13 +183,13 @@ def place(leaf: Any, sharding: jax.sharding.Sharding) -> jax.Array:
     return jax.make_array_from_callback(host.shape, sharding, lambda index: host[index])
 
 
-def to_numpy(tree: PyTree) -> PyTree:
+def to_numpy(tree: Tree) -> Tree:
     """Return arrays on the mesh as whole NumPy arrays, in every process."""
     gather = lambda leaf: leaf if _is_here(leaf) else multihost_utils.process_allgather(leaf, tiled=True)
     return jax.device_get(jax.tree.map(gather, tree))
 
 
-def gather_to_host(tree: PyTree) -> PyTree:
+def gather_to_host(tree: Tree) -> Tree:
     """Return arrays that this process can read, to be written to files or examined: `to_numpy`, or as they are if it is alone."""
     return tree if jax.process_count() == 1 else to_numpy(tree)
 

@@ -54,7 +54,10 @@ class MethodType(abc.ABCMeta):
 
     def __new__(mcs, name: str, bases: tuple[type, ...], namespace: dict[str, Any], **kwargs: Any) -> Any:
         cls = super().__new__(mcs, name, bases, namespace, **kwargs)
-        return dataclasses.dataclass(frozen=True, kw_only=True, repr=False)(cls)  # pyright: ignore[reportArgumentType, reportCallIssue]
+        # Only the fields are needed. `Method` defines once what a frozen dataclass would compile anew for each class, which takes longer
+        # than all else in `import jpeft`.
+        make = dataclasses.dataclass(init=False, repr=False, eq=False, kw_only=True)
+        return make(cls)  # pyright: ignore[reportArgumentType, reportCallIssue]
 
     @property
     def __signature__(cls) -> inspect.Signature:
@@ -78,7 +81,9 @@ class MethodType(abc.ABCMeta):
                 return cls.of_stage(options.pop("stage"))(**options)
             name = cls.name if isinstance(cls.name, str) else cls.__name__
             opt.refuse_unknown(name, inspect.signature(cls).parameters, args, options)
-            return super().__call__(**opt.checked_fields(cls, name, options))
+            method = super().__call__(**opt.checked_fields(cls, name, options))
+            method.check()
+            return method
 
 
 class Method(metaclass=MethodType):
@@ -122,9 +127,32 @@ class Method(metaclass=MethodType):
     why_no_merge: ClassVar[str | None] = "this method defines no merge; keep using it through jpeft.wrap"
     reduce_grads_locally: ClassVar[bool] = False
 
-    def __post_init__(self) -> None:
-        """Check the options together; each by itself has been checked already."""
-        self.check()
+    # --- a frozen dataclass -----------------------------------------------------------------------------------------------------------
+
+    if not TYPE_CHECKING:
+
+        def __init__(self, **fields: Any) -> None:
+            """Set all fields, which `MethodType` has checked."""
+            self.__dict__.update(fields)
+
+        def __setattr__(self, name: str, value: Any) -> None:
+            """Refuse to change a method: jitted functions are compiled for its options."""
+            raise dataclasses.FrozenInstanceError(f"Cannot set {name}: a method does not change. Make another one by replace({name}=...).")
+
+        def __delattr__(self, name: str) -> None:
+            """Refuse to delete a field."""
+            raise dataclasses.FrozenInstanceError(f"Cannot delete {name}: a method does not change.")
+
+    def _values(self) -> tuple[Any, ...]:
+        return tuple(getattr(self, field.name) for field in dataclasses.fields(self))
+
+    def __eq__(self, other: object) -> bool:
+        """Equal for the same class and equal options."""
+        return type(self) is type(other) and self._values() == other._values()  # pyright: ignore[reportAttributeAccessIssue]
+
+    def __hash__(self) -> int:
+        """Consistent with equality."""
+        return hash((type(self), self._values()))
 
     # --- what a method may define ---------------------------------------------------------------------------------------------------
 
