@@ -65,12 +65,12 @@ class Row(NamedTuple):
 
     prepare: Callable[[Any], Any]
     rate: float
-    head_rate: float  # a multiple of the learning rate
+    head_lr_scale: float  # a multiple of the learning rate
 
 
 def row(name: str, prepare: Callable[[Any], Any], rate: float | None = None) -> Row:
     """A row with the learning rates of a method of jpeft; for baselines that are not methods, `rate` replaces the learning rate."""
-    return Row(prepare, rate or USUAL[name].learning_rate, USUAL[name].head_rate)
+    return Row(prepare, rate or USUAL[name].learning_rate, USUAL[name].head_lr_scale)
 
 
 ROWS = {
@@ -98,7 +98,7 @@ def run(name: str, seed: int) -> dict[str, Any]:
     trained = [(path, leaf) for path, leaf in model.named_parameters() if leaf.requires_grad]
     groups = [
         {"params": [leaf for path, leaf in trained if "classifier" not in path], "lr": how.rate},
-        {"params": [leaf for path, leaf in trained if "classifier" in path], "lr": how.head_rate * how.rate},
+        {"params": [leaf for path, leaf in trained if "classifier" in path], "lr": how.head_lr_scale * how.rate},
     ]
     optimizer = torch.optim.AdamW([group for group in groups if group["params"]], weight_decay=DECAY)
     inputs, labels = encode("train")

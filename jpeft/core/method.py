@@ -22,8 +22,8 @@ Rules that every method keeps (``tests/test_conformance.py`` checks them):
 * Randomness comes from the `rng` of `bind` and `call` alone. It is None at evaluation and in `merge`, which then agree.
 
 Training may take *stages*: gates first and a fixed mask afterwards, a whole layer first and its best neurons afterwards. Each stage is a
-method, and `stages` says how one leads to the next. Whoever runs the loop calls `jpeft.advance` between them and builds optimizer and step
-anew.
+method, and `stages` says how one leads to the next. The training loop calls `jpeft.advance` between them and builds optimizer and step
+again.
 """
 
 import abc
@@ -54,7 +54,7 @@ class MethodType(abc.ABCMeta):
 
     def __new__(mcs, name: str, bases: tuple[type, ...], namespace: dict[str, Any], **kwargs: Any) -> Any:
         cls = super().__new__(mcs, name, bases, namespace, **kwargs)
-        # Only the fields are needed. `Method` defines once what a frozen dataclass would compile anew for each class, which takes longer
+        # Only the fields are needed. `Method` defines once what a frozen dataclass would compile for every class, which takes longer
         # than all else in `import jpeft`.
         make = dataclasses.dataclass(init=False, repr=False, eq=False, kw_only=True)
         return make(cls)  # pyright: ignore[reportArgumentType, reportCallIssue]

@@ -4,6 +4,7 @@ A method names the kinds that it takes in `Method.requires_stats`; `jpeft.stats`
 one of them as ``stats=``, or several in a list, of which each part of a chain takes its kind.
 """
 
+import abc
 import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, TypeVar
@@ -15,15 +16,15 @@ from jpeft.tree.adapters import ADDED, Adapter
 from jpeft.tree.paths import Params, flatten
 
 
-class Statistic:
+class Statistic(abc.ABC):
     """The common base of all kinds."""
 
     made_by: ClassVar[str]  # the call that makes it, for error messages
 
     @classmethod
+    @abc.abstractmethod
     def of(cls, value: Any) -> "Statistic | None":
         """A plain value as this kind of statistic; None if it cannot be one."""
-        raise NotImplementedError
 
 
 class _PerParameter(Statistic):

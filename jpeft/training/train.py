@@ -1,7 +1,7 @@
 """Training: the base frozen, one compiled step, and a run on disk that survives being killed.
 
 A run is prepared (`prepare.py`), trained in stages (`stage.py`, `step.py`, `loop.py`) and finished (`finish.py`). A method may train in
-stages (`jpeft.Stage`): between two of them it changes what is trained, and optimizer and step are made anew. A checkpoint records the
+stages (`jpeft.Stage`): between two of them it changes what is trained, and optimizer and step are built again. A checkpoint records the
 method of its stage, so that a run can be continued in any of them.
 
 Several processes (`jpeft.distributed`) train on one mesh of all their devices. Each runs all of this and reads its own rows of a batch; the
