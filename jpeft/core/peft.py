@@ -162,7 +162,7 @@ def _with_collections(peft: Peft, collections: Mapping[str, Any] | None) -> dict
 def advance(peft: Peft, *, key: jax.Array | None = None, stats: Any = None) -> Peft:
     """Move on to the method's next stage of training: from gates to a fixed mask, from whole layers to their best neurons.
 
-    What is trained, its shapes and the method change, so build the optimizer, its state and the step again. `Method.stages` holds the stages
+    What is trained, its shapes and the method change, so build optimizer, state and step again. `Method.stages` holds the stages
     still to come, each with its share of the steps (`jpeft.core.stages.plan` turns shares into steps)::
 
         peft = jpeft.apply(params, method="diff_pruning")
