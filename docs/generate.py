@@ -17,7 +17,7 @@ ROOT = Path(__file__).parents[1]
 
 def rows(link: str) -> str:
     """The rows of a table of methods; `link` formats the name."""
-    head = "| method | family | trains | merges |\n|---|---|---|---|\n"
+    head = "| method | family | what it does | merges |\n|---|---|---|---|\n"
     line = lambda cls: f"| {link.format(cls.name)} | {cls.family} | {cls.summary} | {'no' if cls.why_no_merge else 'yes'} |\n"
     chain = "| `jpeft.chain(a=..., b=...)` | | several of them at once | if all do |\n"
     return head + "".join(map(line, registry.classes().values())) + chain
