@@ -80,20 +80,22 @@ def is_known(method: Method) -> bool:
     return known is not None and type(method) in (known, *known.later_stages)
 
 
-def make(method: str | Mapping[str, Any] | Method, **options: Any) -> Method:
-    """A `Method` from its name and options, or from the plain data that `Method.config` gives.
+def make(method: str | Mapping[str, Any] | Method | type[Method], **options: Any) -> Method:
+    """A `Method` from its name or class and options, or from the plain data that `Method.config` gives.
 
     Raises:
       ValueError: for an unknown name or option, or options given beside a finished `Method`.
 
     >>> import jpeft
-    >>> jpeft.make("lora", rank=4) == jpeft.make({"method": "lora", "rank": 4}) == jpeft.lora(rank=4)
+    >>> jpeft.make("lora", rank=4) == jpeft.make({"method": "lora", "rank": 4}) == jpeft.make(jpeft.lora, rank=4) == jpeft.lora(rank=4)
     True
     """
     if isinstance(method, Method):
         if options:
             raise ValueError(f"{method!r} is finished: give the options {sorted(options)} to its class instead.")
         return method
+    if isinstance(method, type) and issubclass(method, Method):
+        return method(**options)
     if isinstance(method, Mapping):
         options = {**method, **options}
         name = options.pop("method", None)

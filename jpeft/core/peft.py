@@ -49,7 +49,7 @@ class Peft:
 
 def apply(
     params: Params,
-    method: str | Mapping[str, Any] | Method = "lora",
+    method: str | Mapping[str, Any] | Method | type[Method] = "lora",
     *,
     key: jax.Array | None = None,
     stats: Any = None,
@@ -60,7 +60,7 @@ def apply(
     Args:
       params: Parameters of any model as a pytree: a nested dict, a FrozenDict, an NNX state, a registered dataclass. Or their shapes,
         under `jax.eval_shape`. They are kept as they are, neither copied nor changed.
-      method: Name of a method (`jpeft.methods`), its configuration, or a `Method`.
+      method: Name of a method (`jpeft.methods`), its class, its configuration, or a `Method`.
       key: For the adapter's random leaves; `jax.random.key(0)` if not given.
       stats: The statistics that a data-driven method requires, such as the Fisher information; a list of several for a chain. `jpeft.stats`
         makes them.
