@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from jpeft.core.initializers import kaiming_uniform
 from jpeft.tree.paths import key_for
 
 DIRECTIONS, GATES = ("forward", "backward"), 4
@@ -27,7 +28,7 @@ def init_encoder(key: jax.Array, rows: int, width: int, hidden: int | None) -> d
     leaves = {"embedding": jax.random.normal(key_for(key, "embedding"), (rows, width))}
     for path, (inputs, outputs, fan) in layers.items():
         for name, shape in (("kernel", (inputs, outputs)), ("bias", (outputs,))):
-            leaves[f"{path}/{name}"] = _uniform(key_for(key, f"{path}/{name}"), shape, fan)
+            leaves[f"{path}/{name}"] = kaiming_uniform(key_for(key, f"{path}/{name}"), shape, fan_in=fan)
     return leaves
 
 
@@ -39,11 +40,6 @@ def _lstm_layers(width: int, hidden: int) -> dict[str, tuple[int, int, int]]:
         for direction in DIRECTIONS
         for part, part_inputs in (("input", inputs), ("hidden", hidden))
     }
-
-
-def _uniform(key: jax.Array, shape: tuple[int, ...], fan: int) -> jax.Array:
-    """U(±1/√fan)."""
-    return jax.random.uniform(key, shape, minval=-(fan**-0.5), maxval=fan**-0.5)
 
 
 def compute_prompt(leaves: Mapping[str, Any]) -> Float[Array, "rows width"]:
