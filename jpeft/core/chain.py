@@ -43,6 +43,11 @@ class Chain(Method):
 
     # --- making and binding ---------------------------------------------------------------------------------------------------------
 
+    def check_base(self, params: tree.Params) -> None:
+        """Each part's own check."""
+        for _, part in self.methods:
+            part.check_base(params)
+
     def init(self, key: jax.Array, params: tree.Params, *, stats: Any = None) -> tree.Adapter:
         """One adapter for each part. A leaf that two parts would replace, such as the task head, belongs to the first.
 

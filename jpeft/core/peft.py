@@ -79,7 +79,13 @@ def apply(
     """
     made = registry.make(method, **options)
     params = registry_of_hosts.unwrap(params)
-    return Peft(params, made.init(jax.random.key(0) if key is None else key, params, stats=stats), made)
+    made.check_base(params)
+    try:
+        return Peft(params, made.init(jax.random.key(0) if key is None else key, params, stats=stats), made)
+    except (jax.errors.JaxRuntimeError, MemoryError) as error:
+        if isinstance(error, jax.errors.JaxRuntimeError) and "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        raise ValueError(f"The adapter of {made!r} does not fit into the memory. Choose smaller sizes.") from error
 
 
 def wrap(fn: Callable[..., Any], method: Method | None = None, *, host: str | Host = "auto") -> Callable[..., Any]:
