@@ -12,6 +12,7 @@ from jpeft.comparison.report import Comparison, Failure, collect
 from jpeft.comparison.rows import ALL, Row, parse_rows
 from jpeft.training.config import CompareConfig, Settings, TrainConfig, check_values, resolved
 from jpeft.training.run_folder import RunFolder
+from jpeft.training.setting import check_ranges
 from jpeft.training.train import train
 
 # One run of a row.
@@ -32,7 +33,10 @@ def compare(config: CompareConfig, *, say: Callable[[str], None] = print) -> Com
       ValueError: for input that concerns all rows, a row that does not exist, or a run folder of another configuration.
       InterruptedRun: after Ctrl-C or SIGTERM, once the finished runs are written.
     """
+    check_ranges(config)
     rows = parse_rows(config.methods, config.learning_rate)
+    if not rows:
+        raise ValueError("methods must name one row or more, got none.")
     if not config.seeds or len(set(config.seeds)) < len(config.seeds):
         raise ValueError(f"seeds={list(config.seeds)} must be one or more different numbers.")
     # Seed by seed, so that all rows have a result early.

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import jpeft
+from jpeft.core.options import Positive, fits, shown
 from jpeft.training.config import parse_options
 from jpeft.training.statistics import FULL_LEARNING_RATE
 
@@ -119,8 +120,8 @@ def parse_row(text: str, learning_rate: float | None = None) -> Row:
         method, options = baseline.method, [*baseline.options, *options]
     values = parse_options(options)
     rate = values.pop("learning_rate", None)
-    if rate is not None and not (isinstance(rate, (int, float)) and rate > 0):
-        raise ValueError(f"Row {text!r}: learning_rate={rate!r} is not a positive number.")
+    if rate is not None and not fits(rate, Positive):
+        raise ValueError(f"Row {text!r}: learning_rate={shown(rate)} is not a positive number.")
     # Make the method once, so that a mistyped option is found now and not after hours of other rows. The option `tokens` may be text, which
     # only the model's tokenizer can turn into ids.
     jpeft.make(method, **values | ({"tokens": (0,)} if isinstance(values.get("tokens"), str) else {}))

@@ -26,8 +26,8 @@ def stack(pefts: Sequence[Peft]) -> Peft:
     >>> jpeft.stack(pefts).adapter["wte"]["+"]["prompt"].shape
     (5, 3, 8)
     """
-    if not pefts:
-        raise ValueError("stack() needs at least one Peft.")
+    if isinstance(pefts, Peft) or not pefts or not all(isinstance(peft, Peft) for peft in pefts):
+        raise ValueError("stack() needs at least one Peft, in a list: jpeft.stack([peft, other]).")
     first = pefts[0]
     for peft in pefts:
         if peft.method != first.method:

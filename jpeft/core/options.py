@@ -188,6 +188,18 @@ def shown(value: Any) -> str:
     return text if len(text) <= 200 else f"{text[:197]}..."
 
 
+def fits(value: Any, hint: Any) -> bool:
+    """Whether a value has a declared type and lies in its range.
+
+    >>> fits(8, Count), fits([8], Sequence[Count]), fits(True, int)
+    (True, True, False)
+    """
+    try:
+        return _fits(hashable(value), hint)
+    except (TypeError, RecursionError):
+        return False
+
+
 def _fits(value: Any, hint: Any) -> bool:
     origin, args = typing.get_origin(hint), typing.get_args(hint)
     if hint is Any:

@@ -78,6 +78,8 @@ def apply(
     (8, 2)
     """
     made = registry.make(method, **options)
+    if key is not None and not hasattr(key, "dtype"):
+        raise ValueError(f"key={key!r} is no random key: give one, such as jax.random.key(0).")
     params = registry_of_hosts.unwrap(params)
     made.check_base(params)
     try:

@@ -27,7 +27,7 @@ def read_columns(config: TrainConfig, task: Task) -> dict[str, Any]:
     unused = [name for name in ("pair", "target") if optional[name] is not None and name not in task.columns]
     if unused:
         raise ValueError(
-            f"The task {task.name} has no use for {unused[0]}={optional[unused[0]]!r}; it reads {', '.join(('text', *task.columns))}."
+            f"The task {task.name} has no use for `{unused[0]}`={optional[unused[0]]!r}; it reads {', '.join(('text', *task.columns))}."
         )
     return {"text": config.text, **{name: column if name in task.columns else None for name, column in optional.items()}}
 

@@ -136,7 +136,11 @@ class TrainConfig(Settings):
         metavar="[NAME=VALUE ...]",
     )
     seed: int = setting(
-        "Seed of the adapter, the new head, the data order and dropout; the pretrained base does not depend on it.", default=0, per_row=True
+        "Seed of the adapter, the new head, the data order and dropout; the pretrained base does not depend on it.",
+        default=0,
+        at_least=0,
+        at_most=2**32 - 1,
+        per_row=True,
     )
     resume: bool = setting("Continue the run in `output` from its newest checkpoint.", default=False, resume_safe=True)
     overwrite: bool = setting("Delete the run in `output` first.", default=False, resume_safe=True)
@@ -212,5 +216,5 @@ def check_values(config: TrainConfig) -> None:
     if config.batch_size % config.grad_accum:
         raise ValueError(f"grad_accum={config.grad_accum} does not divide batch_size={config.batch_size}.")
     if config.resume and config.overwrite:
-        raise ValueError("--resume continues the run in the output folder and --overwrite deletes it: give one of them.")
+        raise ValueError("`resume` continues the run in the output folder and `overwrite` replaces it: give one of them.")
     parse_options(config.options)

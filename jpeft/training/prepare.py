@@ -141,7 +141,7 @@ def encode_splits(
     for arrays in splits.values():
         task.check_columns(arrays)
     if (config.patience or config.keep_best) and "validation" not in splits:
-        raise ValueError("The settings patience and keep_best need a validation split, and the data has none.")
+        raise ValueError("The settings `patience` and `keep_best` need a validation split, and the data has none.")
     return splits
 
 
