@@ -58,8 +58,6 @@ class ClozeArgs:
 
 def _run(args: ClozeArgs) -> None:
     check_one_source(args.text, args.data, "data with --data")
-    if args.batch_size < 1:
-        raise ValueError(f"batch_size must be at least 1, got {args.batch_size}.")
     check_output(args.output, overwrite=args.overwrite)
     cloze = Cloze(args.template, _parse_words(args.words))
     table = _read_table(args, pairs="{pair}" in args.template)
@@ -114,4 +112,4 @@ def _load_language_model(args: ClozeArgs) -> models.Loaded:
     return loaded
 
 
-COMMAND = Command("cloze", ClozeArgs, _run)
+COMMAND = Command("cloze", ClozeArgs, _run, names={name: f"--{name}-column" for name in ("text", "pair", "label")})

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, Generic, TypeVar
 
 Args = TypeVar("Args")
@@ -24,6 +24,8 @@ class Command(Generic[Args]):
       run: Runs the command. Its result is the exit status; None means 0.
       resume_flags: Flags to add to an interrupted command line to continue the work.
       interrupted: Message for Ctrl-C, given the flags.
+      names: The flag for a name that messages of the library hold, where it is not the field of that name; None for a column that the
+        command has no flag for.
     """
 
     name: str
@@ -31,3 +33,4 @@ class Command(Generic[Args]):
     run: Callable[[Args], int | None]
     resume_flags: tuple[str, ...] = ()
     interrupted: Callable[[Args], str] = _say_interrupted
+    names: Mapping[str, str | None] = dataclasses.field(default_factory=dict)

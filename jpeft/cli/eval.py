@@ -47,4 +47,4 @@ def make_evaluator(run: Run, batch_size: int) -> Evaluator:
     return Evaluator(jpeft.wrap(run.loaded.model.apply, run.peft.method), run.task, batch_size, run.labels)
 
 
-COMMAND = Command("eval", EvalArgs, _run)
+COMMAND = Command("eval", EvalArgs, _run, names=dict.fromkeys(("text", "pair", "label", "target", "tags")))

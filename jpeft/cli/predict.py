@@ -71,9 +71,10 @@ def _decoding(args: PredictArgs, run: Run) -> Decoding:
     given = {name: getattr(args, name) for name in ("max_new_tokens", "seed", "temperature", "top_k", "top_p")}
     given = {name: value for name, value in given.items() if value is not None}
     if given and not run.task.generates:
-        raise ValueError(f"{', '.join(given)}: only for a model that generates text, and this one does {run.task.name}.")
+        raise ValueError(f"{', '.join(map(_flag, given))}: only for a model that generates text, and this one does {run.task.name}.")
     if given and "seed" not in given and set(given) != {"max_new_tokens"}:
-        raise ValueError(f"{', '.join(sorted(given.keys() - {'max_new_tokens'}))}: only for tokens drawn at random, with --seed.")
+        random = map(_flag, sorted(given.keys() - {"max_new_tokens"}))
+        raise ValueError(f"{', '.join(random)}: only for tokens drawn at random, with --seed.")
     if run.task.generates:
         # Some models have several end tokens: the tokenizer names one, the configuration all of them.
         end = run.loaded.tokenizer.eos_token_id
@@ -84,4 +85,8 @@ def _decoding(args: PredictArgs, run: Run) -> Decoding:
     return Decoding(**given)
 
 
-COMMAND = Command("predict", PredictArgs, _run)
+def _flag(name: str) -> str:
+    return f"--{name.replace('_', '-')}"
+
+
+COMMAND = Command("predict", PredictArgs, _run, names={"text": None, "pair": None, "key": "--seed"})

@@ -8,7 +8,9 @@ import os
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, Literal
 
+from jpeft.sharding import parse_mesh
 from jpeft.tasks.registry import TASKS
+from jpeft.training.options import check_method
 from jpeft.training.options import parse_options as parse_options
 from jpeft.training.setting import check_ranges, configuration, names_where, renamed, setting
 
@@ -217,4 +219,6 @@ def check_values(config: TrainConfig) -> None:
         raise ValueError(f"grad_accum={config.grad_accum} does not divide batch_size={config.batch_size}.")
     if config.resume and config.overwrite:
         raise ValueError("`resume` continues the run in the output folder and `overwrite` replaces it: give one of them.")
-    parse_options(config.options)
+    check_method(config.method, parse_options(config.options))
+    if config.mesh is not None:
+        parse_mesh(config.mesh)

@@ -4,7 +4,6 @@ import dataclasses
 from collections.abc import Callable
 from typing import Any
 
-import grain
 import jax
 import numpy as np
 from jaxtyping import Array, PyTree
@@ -15,6 +14,7 @@ from jpeft.checkpoint.fingerprint import fingerprint
 from jpeft.core.method import Method
 from jpeft.core.peft import Peft
 from jpeft.core.stages import Segment, plan
+from jpeft.extras import explained
 from jpeft.tasks.task import Arrays, Task, find_task
 from jpeft.training.build import attach, load_base, read_columns
 from jpeft.training.config import TrainConfig, to_json
@@ -22,6 +22,9 @@ from jpeft.training.devices import Devices, find_mesh
 from jpeft.training.keys import keys
 from jpeft.training.statistics import Kinds, Source, check_statistics, count_steps, make_statistics
 from jpeft.tree.paths import Params
+
+with explained():
+    import grain
 
 
 @dataclasses.dataclass(frozen=True)

@@ -14,11 +14,13 @@ import typing
 from collections.abc import Callable
 from typing import Annotated, Any, TypeVar
 
-import tyro
-
 from jpeft.core.limits import FINITE, LARGEST, is_finite
 from jpeft.core.options import describe, fits, shown
 from jpeft.deprecation import renamed_fields
+from jpeft.extras import explained
+
+with explained():
+    import tyro
 
 T = TypeVar("T")
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+from jpeft.extras import explained
 from jpeft.models import families
 
 _WEIGHTS = ["config.json", "model*.safetensors", "model.safetensors.index.json"]
@@ -26,7 +27,8 @@ def find_folder(path: str | os.PathLike[str]) -> Path:
         raise ValueError(f"{path} is a file; give the folder that holds config.json and model.safetensors.")
     if not re.fullmatch(r"[\w-][\w.-]*(/[\w.-]+)?", str(path)):
         raise ValueError(f"There is no folder {path}, and it does not look like a hub id ('name' or 'owner/name').")
-    from huggingface_hub import snapshot_download
+    with explained():
+        from huggingface_hub import snapshot_download
 
     try:
         return Path(snapshot_download(str(path), allow_patterns=_DOWNLOADED))
@@ -58,8 +60,9 @@ def read_config(folder: Path, task: str) -> tuple[dict[str, Any], Any]:
     model_type, supported = content.get("model_type"), families.model_types(task)
     if model_type not in supported:
         raise ValueError(f"{file}: model_type {model_type!r}; supported: {', '.join(supported)}, for the task {task!r}.")
+    config = config_class(model_type)
     try:
-        return content, config_class(model_type).from_pretrained(folder)
+        return content, config.from_pretrained(folder)
     except Exception as error:  # `transformers` raises errors of many types when it checks a configuration
         raise ValueError(f"{file}: {error}") from error
 
@@ -75,6 +78,7 @@ def config_class(model_type: str) -> Any:
 def import_transformers() -> ModuleType:
     """Return the package `transformers`, without its advice to install torch."""
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # read when the package is imported
-    import transformers
+    with explained():
+        import transformers
 
     return transformers

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from jpeft.extras import explained
 from jpeft.models import families
 from jpeft.models.checkpoints.folder import read_json
 
@@ -49,7 +50,8 @@ class Tensors:
 
     def _open(self, file: Path) -> Any:
         """Return a file, opened once: opening reads the header, and tensors are mapped into memory when they are read."""
-        from safetensors import SafetensorError, safe_open
+        with explained():
+            from safetensors import SafetensorError, safe_open
 
         if file not in self._files:
             if not file.is_file():
