@@ -260,7 +260,7 @@ def test_overwrite_starts_anew(world, tmp_path):
         (["--label", "class"], "no column 'class'"),
         (["--data", "nothere.csv"], "no such file"),
         (["--model", "/no/where"], "no folder /no/where"),
-        (["--max-length", "64"], "max_length=64"),
+        (["--max-length", "64"], "--max-length=64"),
         (["--batch-size", "8", "--grad-accum", "3"], "does not divide"),
     ],
 )

@@ -51,10 +51,18 @@ def test_a_repeated_list_keeps_all(parse):
     assert parse("train", *NEEDED, "rank=3", "--steps", "3", "alpha=2").options == ("rank=3", "alpha=2")
 
 
-def test_a_flag_with_two_values_is_refused(parse):
-    assert "--steps is given twice, as 3 and as 4: give it once." in parse("train", *NEEDED, "--steps", "3", "--steps=4")
-    assert "--learning-rate is given twice" in parse("train", *NEEDED, "--learning-rate", "1", "--learning_rate", "2")
+def test_the_last_of_two_values_counts_and_it_is_said(parse, monkeypatch):
+    said = []
+    monkeypatch.setattr(import_module("jpeft.cli.main"), "print", lambda text, file: said.append(text), raising=False)
+    args = parse("train", *NEEDED, "--steps", "3", "--learning-rate", "1", "--steps=4", "--learning_rate", "2")
+    assert (args.steps, args.learning_rate) == (4, 2.0)
+    assert said == [
+        "note: --steps was given twice, as 3 and as 4: the last counted.",
+        "note: --learning-rate was given twice, as 1 and as 2: the last counted.",
+    ]
+    said.clear()
     assert parse("train", *NEEDED, "--steps", "3", "--steps", "3", "--resume", "--resume").steps == 3
+    assert said == []
 
 
 def test_values_may_begin_with_a_dash(parse):
@@ -116,11 +124,11 @@ def test_every_flag_that_is_meant_exists():
         (["train", *NEEDED, "--schedule", "sine"], "'sine'"),
         (["train", *NEEDED, "--method"], "Missing value for argument '--method'."),
         (["methods", "a", "b"], "Unrecognized options: b"),
-        (["predict", "run", "--batch-size", "0"], "--batch-size must be between 1 and"),
-        (["predict", "run", "--seed", "-1"], "--seed must be between 0 and"),
+        (["predict", "run", "--batch-size", "0"], "--batch-size must be at least 1, got 0."),
+        (["predict", "run", "--seed", "-1"], "--seed must be at least 0, got -1."),
         (["predict", "run", "--temperature", "nan"], "--temperature must be a finite number, got nan."),
-        (["summary", "--labels", "0"], "--labels must be between 1 and"),
-        (["eval", "run", "--batch-size", "-3"], "--batch-size must be between 1 and"),
+        (["summary", "--labels", "0"], "--labels must be at least 1, got 0."),
+        (["eval", "run", "--batch-size", "-3"], "--batch-size must be at least 1, got -3."),
     ],
 )
 def test_bad_arguments_are_one_line(parse, arguments, message):

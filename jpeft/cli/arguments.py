@@ -1,7 +1,7 @@
 """The arguments of a command line as the user typed them: which flags there are, and how often each is given.
 
 The parser takes the last of several flags of one name, and a value that begins with a dash for a flag. Here repeated lists are joined,
-other repetitions and unknown flags are refused, and values after a flag stay values.
+other repetitions are noted, unknown flags are refused, and values after a flag stay values.
 """
 
 from __future__ import annotations
@@ -51,22 +51,25 @@ def flags_of(args: type) -> dict[str, Flag]:
     return out
 
 
-def join_repeated(arguments: Sequence[str], command: str, args: type) -> list[str]:
-    """The arguments with the values of a repeated list after its first flag, in the form that the parser reads.
+def join_repeated(arguments: Sequence[str], command: str, args: type, whole: Sequence[str] = ()) -> tuple[list[str], list[str]]:
+    """The arguments with the values of a repeated list after its first flag, in the form that the parser reads; and notes for the user.
+
+    Of other repeated flags the last counts, so that a command can be written again with one flag more; a note says so.
 
     Args:
       arguments: With the command's name first.
       command: The name.
       args: The command's dataclass.
+      whole: `Command.whole`.
 
     Raises:
-      ValueError: for a flag that the command does not have, a switch with a value, or two values for what takes one.
+      ValueError: for a flag that the command does not have, or a switch with a value.
 
     >>> Args = dataclasses.make_dataclass("Args", [("text", tuple[str, ...], ()), ("seed", int, 0)])
     >>> join_repeated(["predict", "--text", "a", "--seed", "1", "--text", "b"], "predict", Args)
-    ['predict', '--text', 'a', 'b', '--seed', '1']
+    (['predict', '--text', 'a', 'b', '--seed', '1'], [])
     """
-    known, out = flags_of(args), list(arguments[:1])
+    known, out, notes = flags_of(args), list(arguments[:1]), []
     given: dict[str, list[str]] = {}  # flag -> its values; the list stands in `parts` where the flag was first
     parts: list[str | Flag] = []
     rest = list(arguments[1:])
@@ -90,16 +93,17 @@ def join_repeated(arguments: Sequence[str], command: str, args: type) -> list[st
         if flag.name not in given:
             given[flag.name] = values
             parts.append(flag)
-        elif flag.kind == "many":
+        elif flag.kind == "many" and flag.name not in whole:
             given[flag.name] += values
         elif given[flag.name] != values:
-            raise ValueError(f"--{flag.name} is given twice, as {' '.join(given[flag.name])} and as {' '.join(values)}: give it once.")
+            notes.append(f"--{flag.name} was given twice, as {' '.join(given[flag.name])} and as {' '.join(values)}: the last counted.")
+            given[flag.name] = values
     # Positional arguments go in front, together, where no list takes them for its own.
     end = parts.index("--") if "--" in parts else len(parts)
     out += [part for part in parts[:end] if isinstance(part, str)]
     for part in parts[:end]:
         out += [] if isinstance(part, str) else [f"--{part.name}", *map(_guarded, given[part.name])]
-    return out + [part for part in parts[end:] if isinstance(part, str)]
+    return out + [part for part in parts[end:] if isinstance(part, str)], notes
 
 
 def restore_dashes(args: Any) -> Any:

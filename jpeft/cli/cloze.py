@@ -112,4 +112,4 @@ def _load_language_model(args: ClozeArgs) -> models.Loaded:
     return loaded
 
 
-COMMAND = Command("cloze", ClozeArgs, _run, names={name: f"--{name}-column" for name in ("text", "pair", "label")})
+COMMAND = Command("cloze", ClozeArgs, _run, names={name: f"--{name}-column" for name in ("text", "pair", "label")}, whole=("words",))

@@ -26,6 +26,7 @@ class Command(Generic[Args]):
       interrupted: Message for Ctrl-C, given the flags.
       names: The flag for a name that messages of the library hold, where it is not the field of that name; None for a column that the
         command has no flag for.
+      whole: Lists that are one value together: a repeated flag replaces the first one's, where other lists are joined.
     """
 
     name: str
@@ -34,3 +35,4 @@ class Command(Generic[Args]):
     resume_flags: tuple[str, ...] = ()
     interrupted: Callable[[Args], str] = _say_interrupted
     names: Mapping[str, str | None] = dataclasses.field(default_factory=dict)
+    whole: tuple[str, ...] = ()

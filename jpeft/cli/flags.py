@@ -59,7 +59,8 @@ def check_numbers(args: Any) -> None:
         value = getattr(args, field.name)
         low, high = (0, 2**32 - 1) if field.name == "seed" else (1, LARGEST)
         if isinstance(value, int) and not isinstance(value, bool) and not low <= value <= high:
-            raise ValueError(f"{_flag(field.name)} must be between {low} and {high}, got {value}.")
+            bound = f"at least {low}" if value < low else f"at most {high}"
+            raise ValueError(f"{_flag(field.name)} must be {bound}, got {value}.")
         if isinstance(value, float) and not is_finite(value):
             raise ValueError(f"{_flag(field.name)} must be a finite number, got {value}.")
 

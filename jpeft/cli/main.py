@@ -56,7 +56,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     command = next((command for command in COMMANDS if command.name in arguments[:1]), None)
     try:
-        arguments = _rewrite_flags(arguments, command)
+        arguments, notes = _rewrite_flags(arguments, command)
         args = _parse(arguments, command)
     except SystemExit as exit_:  # tyro has printed the help
         return int(exit_.code or 0)
@@ -67,7 +67,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         with warnings.catch_warnings():
             warnings.showwarning = functools.partial(_show_warning, command)
             check_numbers(args)
-            return command.run(args) or 0
+            status = command.run(args) or 0
+            for note in notes:
+                print(f"note: {note}", file=sys.stderr)
+            return status
     except InterruptedRun as stop:
         again = [argument for argument in typed if argument not in ("--overwrite", "--resume")]
         print(f"{stop}; continue with: jpeft {shlex.join([*again, *command.resume_flags])}", file=sys.stderr)
@@ -93,11 +96,11 @@ def _say_error(error: Exception, command: Command | None) -> int:
     return 2
 
 
-def _rewrite_flags(arguments: list[str], command: Command | None) -> list[str]:
-    """Return the arguments in today's spelling of the flags, each flag once, with `none` as the parser reads it.
+def _rewrite_flags(arguments: list[str], command: Command | None) -> tuple[list[str], list[str]]:
+    """Return the arguments in today's spelling of the flags, each flag once, with `none` as the parser reads it; and notes for the user.
 
     Raises:
-      ValueError: for a command or a flag that does not exist, or a flag with two values.
+      ValueError: for a command or a flag that does not exist.
     """
     if command is None:
         if arguments and not arguments[0].startswith("-"):
@@ -105,9 +108,9 @@ def _rewrite_flags(arguments: list[str], command: Command | None) -> list[str]:
             close = difflib.get_close_matches(arguments[0], names, n=1)
             hint = f" Did you mean {close[0]!r}?" if close else ""
             raise ValueError(f"There is no command {arguments[0]!r}.{hint} Commands: {', '.join(names)}. jpeft --help explains them.")
-        return arguments
-    renamed = rename_old_flags(arguments, command.args)
-    return parse_none(join_repeated(renamed, command.name, command.args), command.args)
+        return arguments, []
+    joined, notes = join_repeated(rename_old_flags(arguments, command.args), command.name, command.args, command.whole)
+    return parse_none(joined, command.args), notes
 
 
 def _parse(arguments: list[str], command: Command | None) -> Any:

@@ -164,11 +164,7 @@ class Method(metaclass=MethodType):
         """
 
     def check_base(self, params: Params) -> None:
-        """Refuse options that do not fit the base, as `jpeft.apply` makes an adapter; one on disk is read without this.
-
-        Raises:
-          ValueError: with the option, what was given and what there is.
-        """
+        """Refuse options that do not fit the base, when `jpeft.apply` makes an adapter; one on disk is read without this."""
         del params
 
     @abc.abstractmethod
