@@ -20,6 +20,7 @@ def optimizer(
 
     It is `optax.multi_transform` over the method's labels: the *updates* of frozen leaves are set to zero, so neither weight decay nor
     momentum can move them, and they have no optimizer state. Clipping by the global norm inside `tx` counts the leaves of one label only.
+    To keep weight decay off biases and normalisations, give optax the mask `jpeft.decay_mask`.
 
     A method may have parameter groups, such as the gates of DiffPruning, and says in `Method.groups` how each is optimised: at a multiple
     of `tx`'s learning rate, or at a constant one of its own by Adam without weight decay.
