@@ -12,6 +12,7 @@ import optax
 from jaxtyping import PyTree
 
 import jpeft
+from jpeft.core.lr_scale import scale_leaves
 from jpeft.core.peft import Peft
 from jpeft.core.stages import Segment
 from jpeft.training.config import TrainConfig
@@ -19,7 +20,7 @@ from jpeft.training.cost import Cost, StageCost, cost
 from jpeft.training.evaluate import Evaluator
 from jpeft.training.keys import keys
 from jpeft.training.prepare import Setup
-from jpeft.training.schedule import clipped_adamw, learning_rate_schedule, scale_updates
+from jpeft.training.schedule import clipped_adamw, learning_rate_schedule
 from jpeft.training.snapshot import Progress
 from jpeft.training.step import make_step
 
@@ -99,8 +100,7 @@ def begin_stage(setup: Setup, peft: Peft, stage: int) -> StageState:
     peft = devices.put(peft)
     schedule = _schedule(setup, segment)
     adamw = clipped_adamw(schedule, weight_decay=config.weight_decay, decay_biases=config.decay_biases, clip=config.clip)
-    tx = jpeft.optimizer(adamw, peft)
-    tx = scale_updates(tx, peft.adapter, setup.loaded.initialised, setup.head_lr_scale)
+    tx = scale_leaves(jpeft.optimizer(adamw, peft), peft.adapter, setup.loaded.initialised, setup.head_lr_scale)
     forward = devices.forward(jpeft.wrap(setup.loaded.model.apply, peft.method))
     # A copy, because the step overwrites its arguments, and the caller still needs its own adapter.
     adapter = jax.tree.map(jnp.copy, peft.adapter)
