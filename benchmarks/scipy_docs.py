@@ -24,9 +24,9 @@ from jpeft.training.config import CompareConfig
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 ROWS = ("all",)
-NOTE = """Hard prompts are here without words of their own, which is the head alone. The learning rate of each row is its method's default. The
-defaults were chosen by validation accuracy with seed 0 on an earlier split of these texts, from a few values around the paper's, and not
-changed for this table. The methods did not have equal numbers of trials."""
+NOTE = """Hard prompts are here without words of their own, which is the head alone. The learning rate of each row is its method's default.
+The defaults were chosen by validation accuracy with seed 0 on an earlier split of these texts, from a few values around the paper's, and
+not changed for this table. The methods did not have equal numbers of trials."""
 # Columns of the table in the README, which has fewer than compare.md.
 COLUMNS = ("method", "test accuracy", "trained", "stored", "GFLOP/step", "memory/step", "adapter")
 MARKED = re.compile(r"(<!-- compare -->\n).*?(<!-- /compare -->)", re.DOTALL)
