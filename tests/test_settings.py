@@ -87,6 +87,15 @@ def test_a_configuration_of_before_is_read():
     assert from_json(json.loads(json.dumps(values))) == config
 
 
+def test_a_record_holds_the_rates_that_were_used():
+    config = TrainConfig(**REQUIRED, head_lr_scale=3.0)
+    record = json.loads(json.dumps(to_json(config, learning_rate=2e-3, head_lr_scale=3.0)))
+    assert (record["learning_rate"], record["head_lr_scale"], record["by_default"]) == (2e-3, 3.0, ["learning_rate"])
+    assert from_json(record) == config
+    with pytest.raises(ValueError, match=r"unknown fields \['by_default'\]"):
+        from_json(record | {"by_default": ["nothing"]})
+
+
 def test_former_names_of_methods_and_functions_still_work():
     @renamed_fields(about="read_config")
     class Folder:

@@ -92,8 +92,8 @@ def _train(row: Row, run: TrainConfig, rows: list[Row], outcome: _Outcome) -> st
         if list(refused) == rows[: len(refused)] and len(refused) == min(3, len(rows)) and len(set(refused.values())) == 1:
             raise
         return f"{row.label}: {message}"
-    scores = result.test or result.validation
-    return "  ".join(f"{name} {value:.4f}" for name, value in scores.items()) + f"  {result.seconds:.0f} s"
+    split, scores = ("test", result.test) if result.test else ("validation", result.validation)
+    return f"{split}: " + "  ".join(f"{name} {value:.4f}" for name, value in scores.items()) + f"  {result.seconds:.0f} s"
 
 
 def _run_config(config: CompareConfig, row: Row, seed: int) -> TrainConfig:

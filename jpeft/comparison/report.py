@@ -242,13 +242,14 @@ class Comparison:
                 lines.append(Line(entry.label, mean))
             else:
                 points.append(Point(entry.row.label, entry.median(self.parameters) or 0.0, mean, spread, entry.row.family))
+        measure = f"{self.split} {self.task.metric.replace('_', ' ')}"
         plot_scatter(
             path,
             points,
             lines,
             x_label=f"{self.parameters} parameters",
-            y_label=f"{self.split} {self.task.metric.replace('_', ' ')}" + ("" if self.task.higher_is_better else ", lower is better"),
-            title=self.title,
+            y_label=measure + ("" if self.task.higher_is_better else ", lower is better"),
+            title=f"{len(self.entries)} methods by {measure} and {self.parameters} parameters\n{self.title}",
         )
 
     def write(self, folder: str | os.PathLike[str]) -> None:

@@ -188,9 +188,16 @@ def changed_fields(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, 
     return {name: (old.get(name), new.get(name)) for name in names if old.get(name) != new.get(name)}
 
 
-def to_json(config: TrainConfig) -> dict[str, Any]:
-    """Return the configuration as JSON values."""
-    return dataclasses.asdict(config) | {"options": list(config.options)}
+def to_json(config: TrainConfig, **used: Any) -> dict[str, Any]:
+    """Return the configuration as JSON values.
+
+    Args:
+      config: The configuration.
+      **used: The values that the run uses for fields that are None, which stands for a default of the method.
+    """
+    values = dataclasses.asdict(config) | {"options": list(config.options)}
+    by_default = [name for name in used if values[name] is None]
+    return values | {name: used[name] for name in by_default} | ({"by_default": by_default} if by_default else {})
 
 
 def from_json(values: Mapping[str, Any]) -> TrainConfig:
@@ -201,6 +208,8 @@ def from_json(values: Mapping[str, Any]) -> TrainConfig:
     """
     names = renamed(TrainConfig)
     values = {names.get(name, name): value for name, value in values.items()}
+    by_default = values.pop("by_default", ())
+    values |= dict.fromkeys(by_default) if set(by_default) <= values.keys() else {"by_default": by_default}
     known = {field.name for field in dataclasses.fields(TrainConfig)}
     if unknown := sorted(set(values) - known):
         raise ValueError(f"The run's configuration has unknown fields {unknown}: it was written by another version of jpeft.")

@@ -140,7 +140,7 @@ class Loop:
         self.folder.append(record | {"learning_rate": learning_rate, "samples_per_second": float(f"{rate:.4g}")})
         self.losses = []
         metric, latest = self.setup.task.metric, self.progress.latest
-        self.report.update(step, loss, "" if latest is None else f"{metric} {latest:.4f}", rate)
+        self.report.update(step, loss, "" if latest is None else f"validation {metric} {latest:.4f}", rate)
         self._restart_rate()
 
     def _evaluate(self) -> None:

@@ -41,7 +41,7 @@ def plot_curve(
     _draw(upper, train, "loss", TRAIN, "training", marker="")
     _draw(upper, validation, "loss", VALIDATION, "validation")
     _draw(lower, validation, metric, METRIC, "validation")
-    _finish(upper, lower, metric)
+    _finish(upper, lower, f"validation {metric}")
     if validation:
         _name_best(lower, validation, metric, max if higher_is_better else min)
     write_figure(figure, path)

@@ -62,6 +62,11 @@ class Setup:
     rows: grain.MapDataset
 
     @property
+    def head_learning_rate(self) -> float:
+        """Peak learning rate of a new head."""
+        return self.learning_rate * self.head_lr_scale
+
+    @property
     def keeps_best(self) -> bool:
         """Whether the adapter of the best evaluation is kept instead of the last one."""
         return self.config.keep_best or self.config.patience is not None
@@ -82,11 +87,12 @@ class Setup:
         """Return what config.json records."""
         return {
             "jpeft": jpeft.__version__,
-            "run": to_json(self.config),
+            "run": to_json(self.config, learning_rate=self.learning_rate, head_lr_scale=self.head_lr_scale),
             "method": self.peft.method.config(),
             "labels": list(self.labels),
             "learning_rate": self.learning_rate,
             "head_lr_scale": self.head_lr_scale,
+            "head_learning_rate": self.head_learning_rate,
             "steps": self.steps,
             "base": fingerprint(self.peft.params),
             "data": {name: fingerprint(arrays) for name, arrays in self.splits.items()},

@@ -17,6 +17,7 @@ from jpeft.training.config import TrainConfig, check_values, resolved, to_json
 from jpeft.training.finish import finish
 from jpeft.training.interrupt import InterruptedRun, deferred_signals
 from jpeft.training.loop import Loop
+from jpeft.training.opening import opening
 from jpeft.training.prepare import Setup, prepare
 from jpeft.training.progress import Reporter, reporter
 from jpeft.training.result import Result, read_result
@@ -96,6 +97,7 @@ def _run(setup: Setup, about: dict[str, Any], folder: RunFolder, report: Reporte
             snapshots = Snapshots(folder.checkpoints, config.keep)
         on_first_process(lambda: folder.rewind(progress.step))
         loop = Loop(setup, folder, snapshots, state, progress, report)
+        report.message(opening(setup))
         report.start(setup.steps, progress.step)
         try:
             loop.run(signals)
