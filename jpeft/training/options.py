@@ -46,4 +46,4 @@ def check_method(method: str, options: Mapping[str, Any]) -> None:
       ValueError: for a method or an option that does not exist, or a value that an option cannot have.
     """
     # The option `tokens` may be text, which only the model's tokenizer can turn into ids.
-    jpeft.make(method, **options | ({"tokens": (0,)} if isinstance(options.get("tokens"), str) else {}))
+    jpeft.make(method, **dict(options) | ({"tokens": (0,)} if isinstance(options.get("tokens"), str) else {}))

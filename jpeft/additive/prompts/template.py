@@ -57,7 +57,7 @@ def parse_template(template: Iterable[Any]) -> tuple[TokenBlock, ...]:
     return tuple(blocks)
 
 
-def _is_whole(value: Any, *, at_most: int = LARGEST) -> bool:
+def _is_whole(value: Any, *, at_most: int = LARGEST) -> TypeGuard[int]:
     return isinstance(value, int) and not isinstance(value, bool) and value <= at_most
 
 
