@@ -120,6 +120,7 @@ def test_every_flag_that_is_meant_exists():
         (["train"], "jpeft train needs --model, --data, --output."),
         (["merge", "run"], "jpeft merge needs OUT."),
         (["train", *NEEDED, "--steps", "abc"], "--steps must be a whole number or none, got 'abc'."),
+        (["train", *NEEDED, "--warmup", "-x"], "--warmup must be a number, got '-x'."),
         (["train", *NEEDED, "--warmup", "x"], "--warmup must be a number, got 'x'."),
         (["train", *NEEDED, "--schedule", "sine"], "'sine'"),
         (["train", *NEEDED, "--method"], "Missing value for argument '--method'."),

@@ -162,7 +162,7 @@ def test_another_configuration_is_refused_before_anything_runs(done, monkeypatch
     assert main(flags(config, "--weight-decay", "0.5")) == 2
     err = capfd.readouterr().err
     assert "Cannot resume" in err
-    assert "weight_decay (0.01 before, 0.5 now)" in err
+    assert "--weight-decay (0.01 before, 0.5 now)" in err
 
 
 def test_runs_of_different_settings_are_not_put_in_one_table(done, base, tmp_path):

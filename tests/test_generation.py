@@ -290,7 +290,9 @@ def test_summary(world, capfd):
 def test_bad_input_leaves_nothing(world, tmp_path, fails):  # noqa: F811
     pairs = [*flags(world, "pairs.jsonl", tmp_path / "run"), "--steps", "1"]
     assert "no column 'answer'" in fails(*pairs, "--target", "answer")
-    assert "longer than max_length=3 tokens, which leaves nothing of the target" in fails(*pairs, "--target", "target", "--max-length", "3")
+    assert "longer than --max-length=3 tokens, which leaves nothing of the target" in fails(
+        *pairs, "--target", "target", "--max-length", "3"
+    )
     assert "The task generation has no use for pair='x'; it reads text, target" in fails(*pairs, "--pair", "x")
     assert "no use for target='x'" in fails(*pairs, "--target", "x", "--task", "sequence-classification")
     assert "max_length=33 is more than the model's 32" in fails(*pairs, "--target", "target", "--max-length", "33")

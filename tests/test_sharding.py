@@ -67,7 +67,6 @@ def test_a_mesh_has_the_devices_that_are_left():
         ({"fsdp": -1, "tensor": -1}, r"one of them may be -1"),
         ({"data": 8, "tensor": 0}, r"sizes are at least 1"),
         ({"data": 8, "tensor": True}, r"sizes are at least 1"),
-        ({"data": 8.0}, r"sizes are at least 1"),
     ],
 )
 def test_a_mesh_that_does_not_fit_is_refused(sizes, message):

@@ -55,7 +55,7 @@ def one_line(text: str, command: str) -> str:
     'Missing value. jpeft train --help explains the flags.'
     """
     lines = [_BOX.sub("", line).rstrip() for line in text.splitlines()[1:]]
-    body = "\n".join(lines).partition("For full helptext")[0]
+    body = "\n".join(lines).partition("For full helptext")[0].replace("\0", "").replace("\\x00", "")
     if "Missing from" in body:
         needed = re.findall(r"^ {5}(--[\w-]+|[A-Z]\w*)", body, flags=re.MULTILINE)
         return f"{command} needs {', '.join(needed)}. {command} --help explains the flags."

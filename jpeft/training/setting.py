@@ -179,7 +179,7 @@ def check_ranges(config: Any) -> None:
         value = getattr(config, name)
         if value is None and name in optional:
             continue
-        value = os.fspath(value) if isinstance(value, os.PathLike) else value
+        value = os.fspath(value) if isinstance(value, os.PathLike) else getattr(value, "tolist", lambda value=value: value)()
         # Whether a real number is finite belongs to its range.
         if not fits(1.0 if isinstance(value, float) else value, hints[name]):
             raise ValueError(f"{name} must be {describe(hints[name])}, got {shown(value)}.")

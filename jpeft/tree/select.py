@@ -74,13 +74,16 @@ def matches(pattern: str, path: Path) -> bool:
     """Whether a regex matches the whole path of a leaf, or of the module that owns it.
 
     Raises:
-      ValueError: for a role, which a single path cannot show.
+      ValueError: for a role, which a single path cannot show, or a regex that is none.
     """
     if layouts.is_role(pattern):
         raise ValueError(
             f"'{pattern}' is a role, which only a whole model shows: a target may be one, but a rule for single paths may not."
         )
-    return re.fullmatch(pattern, path) is not None or re.fullmatch(pattern, path.rpartition("/")[0]) is not None
+    try:
+        return re.fullmatch(pattern, path) is not None or re.fullmatch(pattern, path.rpartition("/")[0]) is not None
+    except re.error as error:
+        raise ValueError(f"{pattern!r} is not a regular expression: {error}.") from error
 
 
 def named(name: str, path: Path) -> bool:
@@ -122,9 +125,10 @@ def select(paths: Iterable[Path], target: str | Sequence[str], *, option: str = 
         return found
     if isinstance(target, str):
         try:
-            found = [path for path in paths if matches(target, path)]
-        except re.error as e:
-            raise ValueError(f"{option}={target!r} is not a regular expression: {e}.") from e
+            re.compile(target)
+        except re.error as error:
+            raise ValueError(f"{option}={target!r} is not a regular expression: {error}.") from error
+        found = [path for path in paths if matches(target, path)]
         found = found or [path for path in paths if named(target, path)]
         if not found:
             raise ValueError(_nothing(option, target, paths, params))

@@ -49,9 +49,9 @@ def parse_template(template: Iterable[Any]) -> tuple[TokenBlock, ...]:
             )
         tokens = (PSEUDO,) * tokens if _is_whole(tokens, at_most=LONGEST) else tokens
         if not isinstance(tokens, tuple) or not tokens or not all(_is_whole(token) and token >= PSEUDO for token in tokens):
+            most = f" (at most {LONGEST:,})" if isinstance(tokens, int) and tokens > LONGEST else ""
             raise ValueError(
-                f"template: at {place!r} a number of pseudo tokens (at most {LONGEST:,}) or a tuple of token ids must stand, not "
-                f"{shown(item[1])}."
+                f"template: at {place!r} a number of pseudo tokens or a tuple of token ids must stand, not {shown(item[1])}{most}."
             )
         blocks.append(TokenBlock(place, tokens))
     return tuple(blocks)
