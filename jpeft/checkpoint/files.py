@@ -101,23 +101,22 @@ def check_output(path: str | os.PathLike[str], *, folder: bool) -> None:
       ValueError: saying what is in the way.
     """
     target = Path(path).absolute()
-    above = target.parent
     try:
         with contextlib.suppress(FileNotFoundError):
             os.lstat(target)  # a name that is too long, a file for a folder above
-        if folder:
-            above = next(parent for parent in target.parents if os.path.lexists(parent))
+        if folder:  # the first of the folders that will be made
+            target = next(path for path in (target, *target.parents) if os.path.lexists(path.parent))
         elif target.is_dir():
             raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(target))
         elif os.path.lexists(target) and (target.is_symlink() or not target.is_file()):
             raise ValueError(f"The output file {path} is a link or a device: give the path of a plain file.")
-        temporary = Temporary(above / "output")
+        temporary = Temporary(target)
         try:
             temporary.make_file()
         finally:
             temporary.remove()
     except OSError as error:
-        raise ValueError(f"The output {path} cannot be written: {error.strerror or error}: {error.filename or above}.") from error
+        raise ValueError(f"The output {path} cannot be written: {error.strerror or error}: {error.filename or target}.") from error
 
 
 def size_on_disk(folder: str | os.PathLike[str]) -> int:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,18 +21,18 @@ def checksum(record: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
-def sealed(record: Mapping[str, Any]) -> dict[str, Any]:
+def sealed(record: Mapping[str, Any], digest: Callable[[Mapping[str, Any]], str] = checksum) -> dict[str, Any]:
     """Return the record with its checksum."""
-    return {**record, _CHECKSUM: checksum(record)}
+    return {**record, _CHECKSUM: digest(record)}
 
 
-def check_record(record: Mapping[str, Any], file: Path) -> None:
+def check_record(record: Mapping[str, Any], file: Path, digest: Callable[[Mapping[str, Any]], str] = checksum) -> None:
     """Check that a record is as it was written. Those of earlier versions have no checksum, and pass.
 
     Raises:
       ValueError: naming its file.
     """
-    if _CHECKSUM in record and record[_CHECKSUM] != checksum(record):
+    if _CHECKSUM in record and record[_CHECKSUM] != digest(record):
         raise ValueError(
             f"{file} was changed after jpeft wrote it: its checksum is not that of its contents. Put the original back; what a run was "
             "trained with cannot be changed afterwards."

@@ -8,6 +8,7 @@ import traceback
 from collections.abc import Callable
 from pathlib import Path
 
+from jpeft.checkpoint.files import check_output
 from jpeft.comparison.report import Comparison, Failure, collect
 from jpeft.comparison.rows import ALL, Row, parse_rows
 from jpeft.training.config import CompareConfig, Settings, TrainConfig, check_values, resolved
@@ -38,6 +39,7 @@ def compare(config: CompareConfig, *, say: Callable[[str], None] = print) -> Com
         raise ValueError(f"seeds={list(config.seeds)} must be one or more different numbers.")
     # Seed by seed, so that all rows have a result early.
     runs = [(row, _run_config(config, row, seed)) for seed in config.seeds for row in rows]
+    check_output(Path(config.output, "results.json"), folder=True)
     for _, run in runs:
         check_values(run)
         RunFolder(run.output).check(run)

@@ -34,7 +34,7 @@ def check_overwrite(folder: Path, inputs: dict[str, str]) -> None:
         path = os.path.expanduser(path)
         if os.path.exists(path) and (relation := _relation(folder, path, both_ways=name in inputs)):
             raise ValueError(f"--overwrite does not delete {folder}, which {relation} the {name} {path}: choose another output.")
-    model = " Was a model's folder given?" if _is_of_model(folder) else ""
+    model = " (was a model's folder given?)" if _is_of_model(folder) else ""
     foreign = next(_foreign(folder), None)
     if foreign or model:
         raise ValueError(

@@ -7,14 +7,13 @@ from typing import Any
 import jpeft
 from jpeft import models
 from jpeft.checkpoint.adapter import read_record
-from jpeft.checkpoint.records import checksum
 from jpeft.core.peft import Peft
 from jpeft.distributed import gather_to_host, on_first_process
 from jpeft.tasks.task import Task, find_task
 from jpeft.training.base_files import check_base_files
 from jpeft.training.build import load_base
 from jpeft.training.config import TrainConfig, from_json
-from jpeft.training.run_folder import RunFolder
+from jpeft.training.run_folder import RunFolder, config_checksum
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,7 +64,7 @@ def check_adapter(folder: RunFolder, about: dict[str, Any]) -> None:
       ValueError: if it was not, or its record is damaged.
     """
     run = read_record(folder.adapter).get("run")
-    if run is not None and run != checksum(about):
+    if run is not None and run != config_checksum(about):
         raise ValueError(f"The adapter in {folder.adapter} is not that of the run that {folder.config} records: one of them was replaced.")
 
 

@@ -14,12 +14,13 @@ import json
 import os
 import re
 import warnings
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from jpeft import distributed
 from jpeft.checkpoint.files import replace_folder, write_atomically, write_json
-from jpeft.checkpoint.records import check_record, sealed
+from jpeft.checkpoint.records import check_record, checksum, sealed
 from jpeft.checkpoint.temporary import Temporary, delete, remove_leftovers
 from jpeft.deprecation import renamed_fields
 from jpeft.training.config import TrainConfig, changed_fields, from_json, to_json
@@ -62,7 +63,7 @@ class RunFolder:
             raise ValueError(f"{self.config} cannot be read: {error}.") from None
         if not isinstance(about, dict) or not isinstance(about.get("run"), dict):
             raise ValueError(f"{self.config} is not the configuration of a training run; was a model's folder given?")
-        check_record(about, self.config)
+        check_record(about, self.config, config_checksum)
         if wrong := _wrong_field(about):
             raise ValueError(f"{self.config} is damaged: its {wrong!r} is {str(about.get(wrong))[:60]!r}.")
         return about
@@ -143,15 +144,20 @@ class RunFolder:
             # Only a run may be deleted; a mistyped path must not cost someone a home directory.
             check_overwrite(self.path, {"model": config.model, "data": config.data})
 
-    def check_links(self) -> None:
-        """Check that none of the places to which a run writes file by file is a link.
+    def check_places(self) -> None:
+        """Check that nothing is in the way where the run will write.
 
         Raises:
-          ValueError: naming the link. Nothing is written through one.
+          ValueError: naming it. Nothing is written through a link.
         """
         for path in (self.metrics, self.checkpoints):
             if path.is_symlink():
                 raise ValueError(f"{path} is a link to {os.path.realpath(path)}: put the original in its place, or remove the link.")
+        for path in (self.config, self.metrics, self.curve, self.result):
+            if path.is_dir() and not path.is_symlink():
+                raise ValueError(f"{path} is a folder and not a file of the run: remove it.")
+        if self.checkpoints.exists() and not self.checkpoints.is_dir():
+            raise ValueError(f"{self.checkpoints} is not a folder: remove it.")
 
     def begin(self, about: dict[str, Any], lock: RunLock, *, overwrite: bool) -> None:
         """Write config.json; if `overwrite`, into a new folder that takes the place of the old one, which is then deleted.
@@ -162,13 +168,12 @@ class RunFolder:
           overwrite: Whether the folder may hold a run.
         """
         if not (overwrite and self.in_use):
-            self.check_links()
-            write_json(self.config, sealed(about))
+            write_json(self.config, sealed(about, config_checksum))
             return
         temporary = Temporary(self.path)
         try:
             new = temporary.make_folder()
-            write_json(new / self.config.name, sealed(about))
+            write_json(new / self.config.name, sealed(about, config_checksum))
             lock.move_to(new)
             replace_folder(new, self.path)
         finally:
@@ -201,6 +206,12 @@ class RunFolder:
         """Remove the lines of metrics.jsonl after `step`, which the continued run writes again."""
         lines = [json.dumps(record) + "\n" for record in self.records() if record["step"] <= step]
         write_atomically(self.metrics, "".join(lines))
+
+
+def config_checksum(about: Mapping[str, Any]) -> str:
+    """Return a digest of config.json without the places of model, data and run: they may be moved, and have fingerprints of their own."""
+    run = {name: value for name, value in about["run"].items() if name not in ("model", "data", "output")}
+    return checksum({**about, "run": run})
 
 
 def _read_line(line: bytes) -> dict[str, Any] | None:

@@ -14,7 +14,6 @@ from typing import Any
 
 import jpeft
 from jpeft.checkpoint.plain_paths import check_path
-from jpeft.checkpoint.records import checksum
 from jpeft.distributed import check_equal, is_first, on_first_process
 from jpeft.training.base_files import changed_files
 from jpeft.training.config import TrainConfig, check_values, resolved, to_json
@@ -25,7 +24,7 @@ from jpeft.training.prepare import Setup, prepare
 from jpeft.training.progress import Reporter, reporter
 from jpeft.training.result import Result, read_result
 from jpeft.training.run import open_run, save_merged
-from jpeft.training.run_folder import RunFolder
+from jpeft.training.run_folder import RunFolder, config_checksum
 from jpeft.training.run_lock import RunLock
 from jpeft.training.snapshot import Progress, Snapshots
 from jpeft.training.stage import StageState, begin_stage, begin_stage_of_checkpoint
@@ -63,15 +62,18 @@ def train(config: TrainConfig, *, report: Reporter | None = None) -> Result:
 def _check_folder(folder: RunFolder, config: TrainConfig) -> None:
     """Check that the run may be written to its folder, and remove what a killed process left there."""
     check_path(folder.path)
-    folder.tidy()
-    folder.check(config)
+    try:
+        folder.tidy()
+        folder.check(config)
+    except OSError as error:  # such as a name that is too long
+        raise ValueError(f"The output folder {folder.path} cannot be written: {error.strerror or error}.") from error
 
 
 def _lock(folder: RunFolder, lock: RunLock, config: TrainConfig) -> None:
     """Lock the folder, and check it again: another process may have used it in between."""
     lock.acquire()
     folder.check(config)
-    folder.check_links()
+    folder.check_places()
 
 
 def _train(config: TrainConfig, folder: RunFolder, lock: RunLock, report: Reporter) -> Result:
@@ -140,7 +142,7 @@ def _run(setup: Setup, about: dict[str, Any], folder: RunFolder, lock: RunLock, 
         if snapshots is None:
             on_first_process(lambda: folder.begin(about, lock, overwrite=config.overwrite))
             snapshots = Snapshots(folder.checkpoints, config.keep)
-        run = on_first_process(lambda: checksum(folder.read_config()))
+        run = on_first_process(lambda: config_checksum(folder.read_config()))
         on_first_process(lambda: folder.rewind(progress.step))
         loop = Loop(setup, folder, snapshots, state, progress, report)
         report.start(setup.steps, progress.step)
