@@ -89,6 +89,7 @@ class Setup:
             "base": fingerprint(self.peft.params),
             "base_files": base_files(self.loaded.folder),
             "data": {name: fingerprint(arrays) for name, arrays in self.splits.items()},
+            "examples": {name: len(next(iter(arrays.values()))) for name, arrays in self.splits.items()},
         }
 
 

@@ -50,14 +50,14 @@ def open_run(path: str | os.PathLike[str]) -> Run:
         raise ValueError(f"The run in {folder.path} is not finished: continue it with --resume.")
     config = from_json(about["run"])
     labels = tuple(about["labels"])
-    check_adapter(folder, about)
+    check_belongs(folder, about)
     loaded = load_base(config, labels)
     check_base_files(about.get("base_files"), loaded.folder, folder.path)
     peft = jpeft.fold(jpeft.load(folder.adapter, loaded.params))
     return Run(folder, config, find_task(config.task), labels, loaded, peft)
 
 
-def check_adapter(folder: RunFolder, about: dict[str, Any]) -> None:
+def check_belongs(folder: RunFolder, about: dict[str, Any]) -> None:
     """Check that a run's adapter was trained with the run's configuration. Adapters of earlier versions do not say it, and pass.
 
     Raises:

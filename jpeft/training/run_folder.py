@@ -10,6 +10,7 @@ RUN/result.json        written last: the run is finished if it exists
 RUN/lock               names the process that trains the run, while it does
 """
 
+import dataclasses
 import json
 import os
 import re
@@ -26,6 +27,7 @@ from jpeft.deprecation import renamed_fields
 from jpeft.training.config import TrainConfig, changed_fields, from_json, to_json
 from jpeft.training.overwrite import check_overwrite
 from jpeft.training.run_lock import LOCK, RunLock
+from jpeft.training.setting import unrecorded
 
 
 @renamed_fields(about="read_config")
@@ -122,6 +124,13 @@ class RunFolder:
             if path.name != LOCK and _is_leftover(path):
                 delete(path)
 
+    def as_recorded(self, config: TrainConfig) -> TrainConfig:
+        """Return the configuration with settings that the run was begun without, because they are newer, as the run behaved."""
+        if not self.in_use:
+            return config
+        record = self.read_config()["run"]
+        return dataclasses.replace(config, **{name: value for name, value in unrecorded(TrainConfig).items() if name not in record})
+
     def check(self, config: TrainConfig) -> None:
         """Raise an error if the folder is in use, or holds a run of another configuration than the one to be continued.
 
@@ -131,7 +140,7 @@ class RunFolder:
         if not self.in_use:
             return
         if config.resume:
-            # `from_json` gives fields that are newer than the run their defaults.
+            # `from_json` gives fields that are newer than the run the values that it behaved by.
             changed = changed_fields(to_json(from_json(self.read_config()["run"])), to_json(config))
             if changed:
                 fields = ", ".join(f"{name} ({old!r} before, {new!r} now)" for name, (old, new) in changed.items())
@@ -223,8 +232,9 @@ def _read_line(line: bytes) -> dict[str, Any] | None:
     if not isinstance(record, dict) or not isinstance(record.get("split"), str) or type(record.get("step")) is not int:
         return None
     numbers = [value for name, value in record.items() if name not in ("split", "stage")]
-    needed = {"train": {"loss", "samples_per_second"}, "validation": {"loss"}}.get(record["split"], set())
-    return record if all(map(_is_number, numbers)) and needed <= record.keys() else None
+    needed = {"train": ("loss", "samples_per_second"), "validation": ("loss",)}.get(record["split"], ())
+    sound = all(value is None or _is_number(value) for value in numbers) and all(_is_number(record.get(name)) for name in needed)
+    return record if sound else None
 
 
 def _is_number(value: Any) -> bool:

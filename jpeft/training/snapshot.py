@@ -53,6 +53,7 @@ class Progress:
       stage: Number of the stage of training, from 0.
       method: Configuration of the method, in stages after the first.
       leaves: Shape and dtype of each leaf of the adapter, in stages after the first.
+      finished: What each stage before the present one did and what its step cost; see `StageCost`.
     """
 
     step: int = 0
@@ -65,6 +66,7 @@ class Progress:
     stage: int = 0
     method: dict[str, Any] = dataclasses.field(default_factory=dict)
     leaves: dict[str, Any] = dataclasses.field(default_factory=dict)
+    finished: tuple[dict[str, Any], ...] = ()
 
 
 class Snapshots:
@@ -101,7 +103,7 @@ class Snapshots:
             return
         if jax.process_count() == 1:
             arrays = jax.device_get(arrays)
-        about = dataclasses.asdict(progress) | {"losses": list(progress.losses)}
+        about = dataclasses.asdict(progress) | {"losses": list(progress.losses), "finished": list(progress.finished)}
         items = ocp.args.Composite(arrays=ocp.args.StandardSave(arrays), progress=ocp.args.JsonSave(about))
         # Orbax copies the arrays before it returns.
         self._checkpointer.save(self._plain.path / str(step), args=items)
@@ -223,7 +225,7 @@ class Snapshots:
         items = ocp.args.Composite(progress=ocp.args.JsonRestore())
         try:
             read = self._checkpointer.restore(self._plain.path / str(step), args=items)["progress"]
-            return Progress(**read | {"losses": tuple(read["losses"])})
+            return Progress(**read | {"losses": tuple(read["losses"]), "finished": tuple(read.get("finished", ()))})
         except Exception as error:
             raise ValueError(
                 f"The checkpoint {self._folder(step)} is whole, but its progress cannot be read here; it was left as it is. "

@@ -16,7 +16,7 @@ import jpeft
 from jpeft.checkpoint.plain_paths import check_path
 from jpeft.distributed import check_equal, is_first, on_first_process
 from jpeft.training.base_files import changed_files
-from jpeft.training.config import TrainConfig, check_values, resolved, to_json
+from jpeft.training.config import TrainConfig, check_values, from_json, resolved, to_json
 from jpeft.training.finish import finish
 from jpeft.training.interrupt import InterruptedRun, deferred_signals
 from jpeft.training.loop import Loop
@@ -48,6 +48,9 @@ def train(config: TrainConfig, *, report: Reporter | None = None) -> Result:
     config = resolved(config)
     check_equal({"version of jpeft": jpeft.__version__, "configuration": to_json(config)})
     folder, lock = RunFolder(config.output), RunLock(config.output)
+    if config.resume:
+        recorded = on_first_process(lambda: to_json(folder.as_recorded(config)))
+        config = from_json(recorded)
     on_first_process(lambda: _check_folder(folder, config))
     if (finished := _read_finished(config, folder)) is not None:
         return finished
