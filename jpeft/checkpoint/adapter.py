@@ -176,14 +176,11 @@ def read_record(path: str | os.PathLike[str]) -> dict[str, Any]:
         raise ValueError(f"'{path}' holds no adapter: {_RECORD} is missing; there is {there}.")
     try:
         record = json.loads(file.read_text(encoding="utf-8"))
-        if record.get("format", _FORMAT) != _FORMAT:
-            raise ValueError(f"'{path}' has format {record.get('format')}, this jpeft reads format {_FORMAT}; update jpeft.")
-        damage = _damage_of_record(record)
-    except (ValueError, AttributeError, RecursionError) as e:
-        if "this jpeft reads format" in str(e):
-            raise
-        damage = f"{type(e).__name__}: {e}"
-    if damage:
+    except (OSError, ValueError, RecursionError) as e:
+        raise ValueError(f"'{file}' is damaged ({type(e).__name__}: {e}); save the adapter again.") from e
+    if isinstance(record, dict) and record.get("format", _FORMAT) != _FORMAT:
+        raise ValueError(f"'{path}' has format {record.get('format')}, this jpeft reads format {_FORMAT}; update jpeft.")
+    if damage := _damage_of_record(record):
         raise ValueError(f"'{file}' is damaged ({damage}); save the adapter again.")
     check_record(record, file)
     return record
@@ -191,6 +188,8 @@ def read_record(path: str | os.PathLike[str]) -> dict[str, Any]:
 
 def _damage_of_record(record: Any) -> str:
     """Return what a record lacks, or holds as another type than it should; an empty string if nothing."""
+    if not isinstance(record, dict):
+        return "it holds no JSON object"
     kinds = {"format": int, "method": dict, "base": str, "leaves": dict, "files": dict}
     for name, kind in kinds.items():
         if not isinstance(record.get(name), kind):
