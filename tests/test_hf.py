@@ -247,8 +247,12 @@ def test_two_unnamed_labels_are_the_default(tmp_path):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"labels": ("a", "b")}, r"model.safetensors: classifier.(weight|bias) has shape \(3.*\), the model needs \(2"),
-        ({"labels": ("a", "b")}, "fresh_head=True"),
+        (
+            {"labels": ("a", "b"), "keep_head": True},
+            "keep_head .--keep-head.: the checkpoint's head has 3 outputs, and there are 2 labels: a, b",
+        ),
+        ({"fresh_head": True, "keep_head": True}, "fresh_head leaves out the checkpoint's head and keep_head keeps it: give one"),
+        ({"task": "encoder", "fresh_head": True}, "about a head with labels, and a model for the task 'encoder' has none"),
         ({"labels": ("a", "a", "b")}, "labels must be distinct"),
         ({"labels": "abc"}, "labels must be distinct"),
         ({"labels": ()}, "at least one"),

@@ -33,6 +33,11 @@ class Settings:
     output: str = setting(
         "Folder of the run: configuration, metrics, curve, checkpoints, adapter, result. Must be new or empty.", resume_safe=True
     )
+    revision: str | None = setting("Branch, tag or commit of the model on the hub; none for its main branch.", default=None)
+    fresh_head: bool = setting("Make the head with labels anew, even if the checkpoint has one for the labels of the data.", default=False)
+    keep_head: bool = setting(
+        "Keep the checkpoint's head with labels, even if its labels have other names: its outputs are taken in their order.", default=False
+    )
     text: str = setting("Text column. For generation: the prompt if --target is given, otherwise the whole text.", default="text")
     pair: str | None = setting("Column of the second text of a pair; none for single texts.", default=None)
     label: str = setting("Label column.", default="label")
@@ -211,6 +216,8 @@ def check_values(config: TrainConfig) -> None:
     check_ranges(config)
     if config.batch_size % config.grad_accum:
         raise ValueError(f"grad_accum={config.grad_accum} does not divide batch_size={config.batch_size}.")
+    if config.fresh_head and config.keep_head:
+        raise ValueError("--fresh-head leaves out the checkpoint's head and --keep-head keeps it: give one of them.")
     if config.resume and config.overwrite:
         raise ValueError("--resume continues the run in the output folder and --overwrite deletes it: give one of them.")
     parse_options(config.options)
