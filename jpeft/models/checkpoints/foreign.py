@@ -25,7 +25,7 @@ _QUANTISED = re.compile(
 _ADAPTED = re.compile(
     r"(.*\.)?(lora_(A|B|embedding_A|embedding_B|magnitude_vector)|ia3_l|base_layer|vera_lambda_\w|hada_w1_a|oft_r)(\..*)?"
 )
-_WRAPPERS = ("module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module", "auto_model", "base_model", "model")
+_WRAPPERS = {"module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
 
 
 def check_folder(folder: Path, content: Mapping[str, Any] | None) -> None:
@@ -63,8 +63,8 @@ def list_weights(folder: Path) -> str:
     pickles = [path.name for path in there if any(path.match(pattern) for pattern in PICKLES) and path.name != "training_args.bin"]
     if pickles:
         return (
-            f"It holds {_few(pickles)}: pickled files, which can run code when they are opened, so jpeft does not read them. Write the model "
-            "as safetensors, in Python with transformers and torch: AutoModel.from_pretrained(FOLDER).save_pretrained(OUT), with the class "
+            f"It holds {_few(pickles)}: pickled files, which can run code when they are opened, so jpeft does not read them. Write the "
+            "model as safetensors, in Python with transformers and torch: AutoModel.from_pretrained(FOLDER).save_pretrained(OUT), with the class "
             "of the task in place of AutoModel to keep its head."
         )
     for pattern, kind in OTHERS.items():
@@ -142,10 +142,10 @@ def find_prefix(missing: Sequence[str], bare: Mapping[str, str], stored: Iterabl
     if counts and (best := counts.most_common(1)[0])[1] * 2 >= len(missing):
         prefix = best[0]
         return (
-            f"The tensors stand under the foreign prefix {prefix!r}, such as {example[prefix]}: something was wrapped around the model when "
-            f"it was saved. Save the model inside it, or rename the tensors with name.removeprefix({prefix!r})."
+            f"The tensors stand under the foreign prefix {prefix!r}, such as {example[prefix]}: something was wrapped around the model "
+            f"when it was saved. Save the model inside it, or rename the tensors with name.removeprefix({prefix!r})."
         )
-    wrapped = [name for name in stored if set(name.split(".")) & set(_WRAPPERS[:4])]
+    wrapped = [name for name in stored if _WRAPPERS & set(name.split("."))]
     if wrapped:
         return f"The names of the tensors hold those of a wrapper, such as {wrapped[0]}: save the model inside it, or rename the tensors."
     return ""

@@ -110,7 +110,8 @@ def _check_can_be_kept(stored: Stored, labels: Sequence[str]) -> None:
         raise ValueError("keep_head (--keep-head): the checkpoint has no head for this task, or only a part of one.")
     if stored.outputs != len(labels):
         raise ValueError(
-            f"keep_head (--keep-head): the checkpoint's head has {stored.outputs} outputs, and there are {len(labels)} labels: {_list(labels)}."
+            f"keep_head (--keep-head): the checkpoint's head has {stored.outputs} outputs, and there are {len(labels)} labels: "
+            f"{_list(labels)}."
         )
 
 

@@ -175,8 +175,8 @@ def _finish(checkpoint: Checkpoint, model: Any, layout: Sequence[Entry], labels:
         raise ValueError(f"{checkpoint.folder}: {lacks} {hint}".rstrip())
     if headless:
         raise ValueError(
-            f"{checkpoint.folder} is not a language model: it lacks {', '.join(sorted(headless)[:3])}, which predicts words, and a random one "
-            "predicts nothing. Give a checkpoint with its language modelling head; or, if its head is the word embedding, write "
+            f"{checkpoint.folder} is not a language model: it lacks {', '.join(sorted(headless)[:3])}, which predicts words, and a random "
+            "one predicts nothing. Give a checkpoint with its language modelling head; or, if its head is the word embedding, write "
             '"tie_word_embeddings": true in its config.json.'
         )
     check_tensors([entry for entry in layout if entry.path not in fresh], tensors)

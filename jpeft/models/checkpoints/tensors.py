@@ -52,7 +52,8 @@ class Tensors:
         if single.is_file():
             self._open(single)
             return [single]
-        missing = f"{folder} has neither model.safetensors nor model.safetensors.index.json. {list_weights(folder)}".rstrip()
+        hint = list_weights(folder) or "Weights in other formats, such as pytorch_model.bin, are not read: write them as safetensors."
+        missing = f"{folder} has neither model.safetensors nor model.safetensors.index.json. {hint}"
         shards = read_json(index, missing).get("weight_map")
         if not isinstance(shards, dict) or not shards or not all(isinstance(shard, str) for shard in shards.values()):
             raise ValueError(f"{index}: weight_map must be an object of names of tensors and files, and not empty.")

@@ -14,7 +14,8 @@ _COMPLETE = (
     ("spiece.model",),
     ("tokenizer.model",),
 )
-_JSON = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json")
+_SMALL = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
+_LARGE = ("tokenizer.json", "vocab.json")
 
 
 def read_tokenizer(folder: Path) -> Any:
@@ -28,7 +29,7 @@ def read_tokenizer(folder: Path) -> Any:
         if (folder / "vocab.json").is_file():
             raise ValueError(f"{folder} holds no whole tokenizer: vocab.json needs merges.txt beside it, or take tokenizer.json.")
         raise ValueError(f"{folder} holds no tokenizer (tokenizer.json, vocab.txt, or vocab.json and merges.txt).")
-    for name in _JSON:
+    for name in _SMALL:
         if (folder / name).exists():
             read_json(folder / name, f"{folder / name} is not a file.")
     try:
@@ -42,11 +43,17 @@ def read_tokenizer(folder: Path) -> Any:
 
 
 def _blame(folder: Path) -> str:
-    """Return which file is to blame, as far as that can be found out."""
+    """Return which file is to blame, as far as that can be found out.
+
+    Raises:
+      ValueError: naming a file that is no JSON.
+    """
     from tokenizers import Tokenizer
 
-    file = folder / "tokenizer.json"
-    if file.is_file():
+    for name in _LARGE:
+        if (folder / name).is_file():
+            read_json(folder / name, "")
+    if (file := folder / "tokenizer.json").is_file():
         try:
             Tokenizer.from_file(str(file))
         except Exception:
