@@ -64,8 +64,8 @@ def list_weights(folder: Path) -> str:
     if pickles:
         return (
             f"It holds {_few(pickles)}: pickled files, which can run code when they are opened, so jpeft does not read them. Write the "
-            "model as safetensors, in Python with transformers and torch: AutoModel.from_pretrained(FOLDER).save_pretrained(OUT), with the class "
-            "of the task in place of AutoModel to keep its head."
+            "model as safetensors, in Python with transformers and torch: AutoModel.from_pretrained(FOLDER).save_pretrained(OUT), with the "
+            "class of the task in place of AutoModel to keep its head."
         )
     for pattern, kind in OTHERS.items():
         if found := [path.name for path in there if path.match(pattern)]:

@@ -96,7 +96,8 @@ def load(
 
     Raises:
       ValueError: if the folder, its configuration or its weights are missing, unsupported, quantised, damaged, not finite or of other
-        shapes; if the labels are not known; if a language model lacks its head; if the head cannot be kept; if rules are given without a mesh.
+        shapes; if the labels are not known; if a language model lacks its head; if the head cannot be kept; if rules are given without a
+        mesh.
 
     >>> loaded = load("distilbert-base-cased", labels=("no", "yes"), scan=True)  # doctest: +SKIP
     """

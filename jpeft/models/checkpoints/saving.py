@@ -1,6 +1,7 @@
 """Writes a model as a Hugging Face folder."""
 
 import os
+import re
 import shutil
 import uuid
 from collections.abc import Mapping, Sequence
@@ -8,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import flax.linen as nn
+import numpy as np
 
 from jpeft.checkpoint.files import replace_folder
 from jpeft.models import families
@@ -61,13 +63,23 @@ def save(
     try:
         partial.mkdir()
         tensors = {name: tensor for entry in layout for name, tensor in entry.split(leaves[entry.path]).items()}
-        save_file(tensors, partial / "model.safetensors", metadata={"format": "pt"})
+        save_file(tensors | _second_names(model, tensors), partial / "model.safetensors", metadata={"format": "pt"})
         config.save_pretrained(partial)
         if tokenizer is not None:
             tokenizer.save_pretrained(partial)
         replace_folder(partial, folder)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+
+
+def _second_names(model: nn.Module, tensors: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Return copies of tensors under their second names, which torch reads where nothing ties the two."""
+    config: Any = model.config  # pyright: ignore[reportAttributeAccessIssue]
+    if getattr(config, "tie_word_embeddings", True):
+        return {}
+    pairs = families.family_of(config.model_type).names.second_names
+    seconds = {name: re.sub(pattern, replacement, name) for pattern, replacement in pairs for name in tensors}
+    return {second: tensors[name].copy() for name, second in seconds.items() if second != name}
 
 
 def _check_params(layout: list[Entry], leaves: Mapping[str, Any]) -> None:

@@ -92,6 +92,8 @@ class Rope:
         if parameters.get("partial_rotary_factor", 1.0) != 1.0:
             raise ValueError(f"partial_rotary_factor={parameters['partial_rotary_factor']} is not supported, only 1.0.")
         kind = parameters.get("rope_type", "default")
+        if not isinstance(kind, str):
+            raise ValueError(f"rope_type must be text, not {kind!r}.")
         given: dict[str, Any] = {name: parameters[name] for name in _OPTIONS.get(kind, ()) if parameters.get(name) is not None}
         if "factor" in _OPTIONS.get(kind, ()) and "factor" not in given:
             raise ValueError(f"rope_type {kind!r} needs a factor, and the rope_parameters are {parameters}.")
