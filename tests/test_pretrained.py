@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 
 import jax
@@ -13,8 +14,9 @@ from safetensors.numpy import load_file, save_file
 from test_bert import batch, random_params, tiny
 from test_decoders import CASES
 from test_hf import edit, edit_config
-from tiny_text import make_model, shard
+from tiny_text import make_base, make_model, shard
 
+from jpeft.cli import main
 from jpeft.models import (
     BertForMaskedLM,
     BertForSequenceClassification,
@@ -143,6 +145,35 @@ def test_labels_that_are_none(copy, config, message):
     folder = copy()
     edit_config(folder, **config)
     assert "config.json" in refused(folder, message) or "has shape" in message
+
+
+def test_the_command_line_says_in_one_line_what_was_made_anew(tmp_path, capsys):
+    """Head and labels of a run: other names, the same names in another order, and what is left after merging."""
+    base = make_base(tmp_path, train=18, test=6)
+    loaded = load(base["model"], labels=("water", "fruit", "metal"))
+    save(tmp_path / "named", loaded.model, loaded.params, labels=loaded.labels, tokenizer=loaded.tokenizer)
+    save(tmp_path / "other", loaded.model, loaded.params, labels=("x", "y", "z"), tokenizer=loaded.tokenizer)
+    flags = ["--data", base["data"], "--max-length", "8", "--progress", "none", "--steps", "2", "--batch-size", "8", "--method", "bitfit"]
+
+    def jpeft(*arguments):
+        capsys.readouterr()
+        status = main([str(argument) for argument in arguments])
+        return status, [line for line in capsys.readouterr().err.splitlines() if line.startswith(("note: ", "error: "))]
+
+    said = "note: Pretrained checkpoint .*other: the checkpoint's head is left out, because its labels are x, y, z, .*made anew: classifier/"
+    commands = [("train", "--model", tmp_path / "other", "--output", tmp_path / "run", *flags), ("eval", tmp_path / "run")]
+    for command in (*commands, ("merge", tmp_path / "run", tmp_path / "merged")):
+        status, (line,) = jpeft(*command)
+        assert status == 0
+        assert re.match(said, line)
+    assert load(tmp_path / "merged").labels == ("fruit", "metal", "water")
+    named = ("train", "--model", tmp_path / "named", "--output", tmp_path / "run2", *flags)
+    assert jpeft(*named) == (0, [])
+    assert jpeft("eval", tmp_path / "run2") == (0, [])
+    status, (line,) = jpeft(*named, "--resume", "--fresh-head")
+    assert (status, "fresh_head (False before, True now)" in line) == (2, True)
+    status, (line,) = jpeft(*named, "--overwrite", "--fresh-head", "--keep-head")
+    assert (status, "give one of them" in line) == (2, True)
 
 
 # --- language models ---

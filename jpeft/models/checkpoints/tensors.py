@@ -190,7 +190,8 @@ class Tensors:
         """
         names = self._family.names
         ignored = f"{names.buffers}|{names.tied}" if scores_words else names.buffers
-        left = [name for name in self._where.keys() - self._read if not re.fullmatch(ignored, name)]
+        # A tensor that stands in the file under a second name too has been read under that.
+        left = [name for name in self._where.keys() - self._read if not re.fullmatch(ignored, name) and self._find(name) not in self._read]
         return frozenset(self._where[name].name for name in left)
 
 
