@@ -54,7 +54,7 @@ def find_folder(path: str | os.PathLike[str], revision: str | None = None) -> Pa
     from huggingface_hub import snapshot_download
 
     # Only what was asked for: the hub's main branch is its own default.
-    which = {} if revision is None else {"revision": revision}
+    which: dict[str, Any] = {} if revision is None else {"revision": revision}
     try:
         return Path(snapshot_download(str(path), allow_patterns=[*_WEIGHTS, *_TOKENIZER, *_SIGNS], **which))
     except (OSError, ValueError) as error:  # the errors of huggingface_hub are subclasses of these

@@ -73,9 +73,9 @@ def _check_finite(leaf: np.ndarray, entry: Entry, tensors: Tensors) -> None:
     """
     if leaf.size and not (np.isfinite(leaf.min()) and np.isfinite(leaf.max())):
         count = int((~np.isfinite(leaf)).sum())
-        where = " and others" if len(entry.names) > 1 else ""
+        where, name = " and others" if len(entry.names) > 1 else "", next(iter(entry.names))
         raise ValueError(
-            f"{tensors.file(entry.names[0])}: {entry.names[0]}{where} holds {count:,} values of {leaf.size:,} that are NaN or infinite (as "
+            f"{tensors.file(name)}: {name}{where} holds {count:,} values of {leaf.size:,} that are NaN or infinite (as "
             f"{leaf.dtype}): the checkpoint is damaged, or its training diverged."
         )
 
