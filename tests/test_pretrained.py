@@ -14,7 +14,7 @@ from safetensors.numpy import load_file, save_file
 from test_bert import batch, random_params, tiny
 from test_decoders import CASES
 from test_hf import edit, edit_config
-from tiny_text import make_base, make_model, shard
+from tiny_text import make_base, make_decoder, make_model, shard
 
 from jpeft.cli import main
 from jpeft.models import (
@@ -160,7 +160,9 @@ def test_the_command_line_says_in_one_line_what_was_made_anew(tmp_path, capsys):
         status = main([str(argument) for argument in arguments])
         return status, [line for line in capsys.readouterr().err.splitlines() if line.startswith(("note: ", "error: "))]
 
-    said = "note: Pretrained checkpoint .*other: the checkpoint's head is left out, because its labels are x, y, z, .*made anew: classifier/"
+    said = (
+        "note: Pretrained checkpoint .*other: the checkpoint's head is left out, because its labels are x, y, z, .*made anew: classifier/"
+    )
     commands = [("train", "--model", tmp_path / "other", "--output", tmp_path / "run", *flags), ("eval", tmp_path / "run")]
     for command in (*commands, ("merge", tmp_path / "run", tmp_path / "merged")):
         status, (line,) = jpeft(*command)
@@ -462,6 +464,22 @@ def test_code_of_a_folder_is_not_run(tmp_path):
     about = json.loads((folder / "tokenizer_config.json").read_text())
     (folder / "tokenizer_config.json").write_text(json.dumps(about | {"auto_map": names}))
     assert load(folder, num_labels=2).tokenizer("apple").input_ids
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"model_max_length": "x"}, "tokenizer_config.json: model_max_length must be a positive number, not 'x'"),
+        ({"model_max_length": -1}, "model_max_length must be a positive number"),
+        ({"tokenizer_class": None}, "tokenizer.json holds a WordLevel tokenizer, but .* makes a BPE one: write"),
+    ],
+)
+def test_tokenizers_that_do_not_fit_their_configuration(tmp_path, change, message):
+    folder = make_decoder(tmp_path / "model")
+    about = json.loads((folder / "tokenizer_config.json").read_text()) | change
+    (folder / "tokenizer_config.json").write_text(json.dumps(about))
+    with pytest.raises(ValueError, match=message):
+        read_tokenizer(folder)
 
 
 def test_half_a_tokenizer_is_refused(tmp_path):

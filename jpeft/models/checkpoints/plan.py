@@ -118,7 +118,7 @@ def plan_with_labels(
     # `transformers` writes the default, two unnamed labels, by leaving them out.
     module: Any = described.module
     model = module(checkpoint.config, len(names) or checkpoint.hf_config.num_labels)
-    layout = checkpoint_layout(model)
+    layout = _layout(checkpoint, model)
     head = _find_head(checkpoint, described, layout, stored)
     if not names and head.outputs is None:
         raise ValueError(f"{checkpoint.folder} names no labels and has no {_task_of(described)} head: pass labels=(...) or num_labels=.")
@@ -142,18 +142,26 @@ def plan_without_labels(checkpoint: Checkpoint, described: TaskModel) -> Plan:
     if described.requires_tied_head and not getattr(checkpoint.hf_config, "tie_word_embeddings", True):
         raise ValueError(f"{checkpoint.config_file} has tie_word_embeddings=false; only a tied decoder is supported.")
     model = module(config)
-    layout = checkpoint_layout(model)
+    layout = _layout(checkpoint, model)
     choice = Choice(kept=True)
     if described.scores_words and getattr(config, "tie_word_embeddings", False) and tensors.has_tied_copies():
         untied: Any = module(dataclasses.replace(config, tie_word_embeddings=False))  # pyright: ignore[reportCallIssue]
-        head = [entry for entry in checkpoint_layout(untied) if entry.path not in {entry.path for entry in layout}]
+        head = [entry for entry in _layout(checkpoint, untied) if entry.path not in {entry.path for entry in layout}]
         embedding = next(entry for entry in layout if checkpoint.family.roles.matches("embedding", entry.path)).names[0]
         copies = [name for entry in head for name in entry.names if name in tensors] if embedding in tensors else []
         if differ := [name for name in copies if not tensors.equal(embedding, name)]:
-            model, layout = untied, checkpoint_layout(untied)
+            model, layout = untied, _layout(checkpoint, untied)
             remark = f"config.json ties {differ[0]} to the word embedding, but the file holds another tensor, which is used, as torch does"
             choice = Choice(kept=True, remark=remark)
     return _finish(checkpoint, model, layout, (), choice)
+
+
+def _layout(checkpoint: Checkpoint, model: nn.Module) -> list[Entry]:
+    """Return the layout of a model; it is traced for that, with a short text, which a configuration may have no room for."""
+    try:
+        return checkpoint_layout(model)
+    except (ValueError, TypeError, OverflowError) as error:
+        raise ValueError(f"{checkpoint.config_file} makes no model: {' '.join(str(error).split())}") from error
 
 
 def _finish(checkpoint: Checkpoint, model: Any, layout: Sequence[Entry], labels: tuple[str, ...], choice: Choice) -> Plan:

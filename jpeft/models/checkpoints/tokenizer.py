@@ -1,5 +1,6 @@
 """The tokenizer of a model's folder."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -37,9 +38,30 @@ def read_tokenizer(folder: Path) -> Any:
     except Exception as error:  # the libraries raise errors of many types, and the tokenizers' own is no subclass of ValueError
         text = " ".join(str(error).split())[:400]
         raise ValueError(f"{folder}: its tokenizer cannot be read{_blame(folder)}: {type(error).__name__}: {text}") from error
+    _check_kind(folder, tokenizer)
+    longest = tokenizer.model_max_length
+    if isinstance(longest, bool) or not isinstance(longest, int | float) or not longest > 0:
+        raise ValueError(f"{folder / 'tokenizer_config.json'}: model_max_length must be a positive number, not {longest!r}.")
     if not len(tokenizer):
         raise ValueError(f"{folder}: its tokenizer knows no tokens: one of its files is empty or missing.")
     return tokenizer
+
+
+def _check_kind(folder: Path, tokenizer: Any) -> None:
+    """Refuse a tokenizer of another kind than tokenizer.json says.
+
+    Where no file names its class, `transformers` takes the class of the model type, which may make another tokenizer of the same words.
+    """
+    file, about = folder / "tokenizer.json", folder / "tokenizer_config.json"
+    named = about.is_file() and read_json(about, "").get("tokenizer_class")
+    if named or not file.is_file() or not getattr(tokenizer, "is_fast", False):
+        return
+    kind, made = ((read.get("model") or {}).get("type") for read in (read_json(file, ""), json.loads(tokenizer.backend_tokenizer.to_str())))
+    if kind and kind != made:
+        raise ValueError(
+            f"{folder}: tokenizer.json holds a {kind} tokenizer, but {type(tokenizer).__name__}, the class for this model, makes a {made} "
+            'one: write "tokenizer_class": "PreTrainedTokenizerFast" in tokenizer_config.json.'
+        )
 
 
 def _blame(folder: Path) -> str:
