@@ -87,6 +87,7 @@ class Setup:
             "steps": self.steps,
             "base": fingerprint(self.peft.params),
             "data": {name: fingerprint(arrays) for name, arrays in self.splits.items()},
+            "examples": {name: len(next(iter(arrays.values()))) for name, arrays in self.splits.items()},
         }
 
 

@@ -9,6 +9,7 @@ RUN/merged/            with `export`: a Hugging Face folder
 RUN/result.json        written last: the run is finished if it exists
 """
 
+import dataclasses
 import json
 import os
 import shutil
@@ -19,6 +20,7 @@ from jpeft import distributed
 from jpeft.checkpoint.files import write_atomically, write_json
 from jpeft.deprecation import renamed_fields
 from jpeft.training.config import TrainConfig, changed_fields, from_json, to_json
+from jpeft.training.setting import unrecorded
 
 
 @renamed_fields(about="read_config")
@@ -56,6 +58,13 @@ class RunFolder:
             raise ValueError(f"{self.config} is not the configuration of a training run; was a model's folder given?")
         return about
 
+    def as_recorded(self, config: TrainConfig) -> TrainConfig:
+        """Return the configuration with settings that the run was begun without, because they are newer, as the run behaved."""
+        if not self.in_use:
+            return config
+        record = self.read_config()["run"]
+        return dataclasses.replace(config, **{name: value for name, value in unrecorded(TrainConfig).items() if name not in record})
+
     def check(self, config: TrainConfig) -> None:
         """Raise an error if the folder is in use, or holds a run of another configuration than the one to be continued.
 
@@ -65,7 +74,7 @@ class RunFolder:
         if not self.in_use:
             return
         if config.resume:
-            # `from_json` gives fields that are newer than the run their defaults.
+            # `from_json` gives fields that are newer than the run the values that it behaved by.
             changed = changed_fields(to_json(from_json(self.read_config()["run"])), to_json(config))
             if changed:
                 fields = ", ".join(f"{name} ({old!r} before, {new!r} now)" for name, (old, new) in changed.items())
