@@ -200,8 +200,8 @@ def _hub(spec: str, *, label: str | None, tags: str | None, tag_names: Sequence[
             if name != "train" and not any(columns[label]):
                 continue
         kinds = _names_of_lists(rows.features.get(tags))
-        if tags is not None and kinds is not None and not tag_names:
-            columns[tags] = [row and [_class_name(i, kinds) for i in row] for row in columns[tags]]
+        if tags is not None and kinds is not None:
+            columns[tags] = [row and [_class_name(i, tag_names or kinds) for i in row] for row in columns[tags]]
             if name != "train" and not any(tag for row in columns[tags] for tag in row or ()):
                 continue
         tables[name] = from_columns(columns, f"{spec} ({aliases[0]})", label=label, tags=tags, tag_names=tag_names, **others)
