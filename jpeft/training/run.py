@@ -2,12 +2,13 @@
 
 import dataclasses
 import os
+from typing import Any
 
 import jpeft
 from jpeft import models
 from jpeft.core.peft import Peft
 from jpeft.distributed import gather_to_host, on_first_process
-from jpeft.tasks.task import Task, find_task
+from jpeft.tasks.task import Task, task_of
 from jpeft.training.build import load_base
 from jpeft.training.config import TrainConfig, from_json
 from jpeft.training.run_folder import RunFolder
@@ -33,6 +34,15 @@ class Run:
     loaded: models.Loaded
     peft: Peft
 
+    def configured(self, **changes: Any) -> "Run":
+        """Return the run with other values of settings that do not change its model, such as `overlong`.
+
+        Raises:
+          ValueError: for a setting that the task has no use for.
+        """
+        config = dataclasses.replace(self.config, **changes)
+        return dataclasses.replace(self, config=config, task=task_of(config))
+
 
 def open_run(path: str | os.PathLike[str]) -> Run:
     """Load the model of a finished run with its adapter.
@@ -48,7 +58,7 @@ def open_run(path: str | os.PathLike[str]) -> Run:
     labels = tuple(about["labels"])
     loaded = load_base(config, labels)
     peft = jpeft.fold(jpeft.load(folder.adapter, loaded.params))
-    return Run(folder, config, find_task(config.task), labels, loaded, peft)
+    return Run(folder, config, task_of(config), labels, loaded, peft)
 
 
 def save_merged(folder: str | os.PathLike[str], loaded: models.Loaded, peft: Peft) -> None:
