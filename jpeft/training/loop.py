@@ -110,7 +110,7 @@ class Loop:
     def _interrupt(self, signum: int) -> None:
         self._checkpoint()
         self.snapshots.wait()
-        on_first_process(lambda: plot_run(self.folder, self.setup.task))
+        on_first_process(lambda: plot_run(self.folder, self.config, self.setup.task))
         raise InterruptedRun(signum, self.progress.step, self.folder.path)
 
     def _advance(self) -> None:
