@@ -57,7 +57,7 @@ def save(path: str | os.PathLike[str], peft: Peft, *, overwrite: bool = False) -
 
     def finish() -> None:
         record["files"] = file_checksums(partial / _LEAVES)
-        (partial / _RECORD).write_text(json.dumps(record, indent=1))
+        (partial / _RECORD).write_text(json.dumps(record, indent=1, allow_nan=False))
         replace_folder(partial, target)
 
     try:

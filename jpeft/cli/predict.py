@@ -57,7 +57,7 @@ def _run(args: PredictArgs) -> None:
         table = data.read(args.input, text=run.config.text, pair=run.config.pair, label=None)
     else:
         table = texts_table(args.text, args.pair, pairs=bool(run.config.pair), reader="model")
-    arrays = run.task.encode(table, run.loaded.tokenizer, labels=None, max_length=run.config.max_length)
+    arrays = run.task.encode_for(run.loaded, table, labels=None, max_length=run.config.max_length)
     answers = make_evaluator(run, min(args.batch_size, len(table))).answers(run.peft, arrays, decoding)
     write_predictions(args.output, table, run.task.predictions(answers, run.labels, run.loaded.tokenizer))
 

@@ -178,9 +178,10 @@ class TokenClassification(Task):
         return metrics(scores, arrays, labels)
 
     def answer(self, forward: Callable[..., Any], variables: Mapping[str, Any], batch: Batch, decoding: Decoding) -> dict[str, Array]:
-        """Return the most likely tag of each token, and which tokens begin a word."""
+        """Return the most likely tag of each token with its logit, and which tokens begin a word."""
         del decoding
-        return {"predicted": classify(forward, variables, self.model_inputs(batch)).argmax(-1), "first": batch["first"]}
+        logits = classify(forward, variables, self.model_inputs(batch))
+        return {"predicted": logits.argmax(-1), "logit": logits.max(-1), "first": batch["first"]}
 
     def predictions(self, answers: Mapping[str, np.ndarray], labels: Sequence[str], tokenizer: Any) -> list[dict[str, Any]]:
         """Return the tags of each row's words."""

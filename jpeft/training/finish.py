@@ -6,6 +6,7 @@ import numpy as np
 import jpeft
 from jpeft.checkpoint.files import size_on_disk, write_json
 from jpeft.distributed import on_first_process
+from jpeft.training.finite import check_adapter
 from jpeft.training.loop import Loop
 from jpeft.training.plot import plot_run
 from jpeft.training.result import Result
@@ -18,6 +19,7 @@ def finish(loop: Loop) -> Result:
     setup, config, folder, state, progress = loop.setup, loop.config, loop.folder, loop.state, loop.progress
     seconds = loop.seconds()
     kept = state.kept
+    check_adapter(kept, progress.step, setup.learning_rate)
     metrics = {name: state.evaluator.metrics(kept, setup.splits[name]) if name in setup.splits else {} for name in ("validation", "test")}
     trained = jpeft.summary(kept).trained
     # Parts that only training needs, such as a prompt encoder, are kept in checkpoints but not in the saved adapter.

@@ -90,7 +90,7 @@ class RunFolder:
         if not distributed.is_first():
             return
         with open(self.metrics, "a", encoding="utf-8") as file:
-            file.write(json.dumps(record) + "\n")
+            file.write(json.dumps(record, allow_nan=False) + "\n")
 
     def records(self) -> list[dict[str, Any]]:
         """Return the lines of metrics.jsonl, without a last line that a kill cut short."""
