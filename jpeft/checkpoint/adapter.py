@@ -115,6 +115,7 @@ def load(path: str | os.PathLike[str], params: tree.Params, *, method: Method | 
             adapter = checkpointer.restore(source / _LEAVES, target=tree.unflatten(shapes)) if shapes else {}
     except Exception as e:
         raise ValueError(f"The adapter in '{path}' is damaged or incomplete, Orbax says: {type(e).__name__}: {str(e)[:300]}") from e
+    adapter = {name: {} for name, _ in method.parts} | adapter  # a part without leaves is in no file
     _check_fit(params, adapter, method, path)
     if check_base and fingerprint(params, skip=_replaced(params, adapter, method)) != record["base"]:
         raise ValueError(

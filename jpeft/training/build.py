@@ -11,6 +11,7 @@ from jpeft import models
 from jpeft.core.method import Method
 from jpeft.core.peft import Peft
 from jpeft.tasks.task import Task, find_task
+from jpeft.training.added_tokens import with_added_tokens
 from jpeft.training.config import TrainConfig, parse_options
 from jpeft.training.keys import keys
 from jpeft.tree.head import HEAD
@@ -45,6 +46,7 @@ def load_base(config: TrainConfig, labels: tuple[str, ...], mesh: Mesh | None = 
         dtype=config.dtype,
         remat=config.remat,
         scan=config.scan,
+        add_tokens=config.add_tokens,
         key=keys(config.seed).head,
         mesh=mesh,
     )
@@ -74,7 +76,7 @@ def make_method(config: TrainConfig, loaded: models.Loaded, recorded: dict[str, 
     others = [path for path in loaded.initialised if not re.fullmatch(HEAD, path)]
     if others and "head" not in options:
         options["head"] = "|".join([HEAD, *sorted(map(re.escape, others))])
-    return jpeft.make(config.method, **options)
+    return with_added_tokens(config.method, options, loaded)
 
 
 def attach(

@@ -8,6 +8,7 @@ import os
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, Literal
 
+from jpeft.models.checkpoints.added_tokens import check_added_tokens
 from jpeft.tasks.registry import TASKS
 from jpeft.training.options import parse_options as parse_options
 from jpeft.training.setting import check_ranges, configuration, names_where, renamed, setting
@@ -41,6 +42,12 @@ class Settings:
     )
     tags: str = setting("For token classification: column of the lists of tags. The text column then holds lists of words.", default="tags")
     task: TaskName = setting("Task of the model.", default="sequence-classification")
+    add_tokens: tuple[str, ...] = setting(
+        "Tokens that the model does not have yet: each is added to the tokenizer, and as a row to the embedding, which is trained beside "
+        "whatever the method trains.",
+        default=(),
+        metavar="TOKEN ...",
+    )
     max_length: int = setting(
         "Tokens per text (or pair). Longer texts are cut; plain texts for generation are joined and cut into rows of this length. Every "
         "batch has this length.",
@@ -183,7 +190,7 @@ def changed_fields(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, 
 
 def to_json(config: TrainConfig) -> dict[str, Any]:
     """Return the configuration as JSON values."""
-    return dataclasses.asdict(config) | {"options": list(config.options)}
+    return dataclasses.asdict(config) | {"options": list(config.options), "add_tokens": list(config.add_tokens)}
 
 
 def from_json(values: Mapping[str, Any]) -> TrainConfig:
@@ -197,7 +204,7 @@ def from_json(values: Mapping[str, Any]) -> TrainConfig:
     known = {field.name for field in dataclasses.fields(TrainConfig)}
     if unknown := sorted(set(values) - known):
         raise ValueError(f"The run's configuration has unknown fields {unknown}: it was written by another version of jpeft.")
-    return TrainConfig(**{**values, "options": tuple(values.get("options", ()))})
+    return TrainConfig(**{**values, **{name: tuple(values.get(name, ())) for name in ("options", "add_tokens")}})
 
 
 def check_values(config: TrainConfig) -> None:
@@ -214,3 +221,4 @@ def check_values(config: TrainConfig) -> None:
     if config.resume and config.overwrite:
         raise ValueError("--resume continues the run in the output folder and --overwrite deletes it: give one of them.")
     parse_options(config.options)
+    check_added_tokens(config.add_tokens)

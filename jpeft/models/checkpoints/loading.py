@@ -16,6 +16,7 @@ from jax.sharding import Mesh, NamedSharding
 from jpeft import distributed
 from jpeft.deprecation import renamed_fields
 from jpeft.models import families
+from jpeft.models.checkpoints.added_tokens import add_tokens as with_tokens
 from jpeft.models.checkpoints.folder import find_folder, import_transformers, read_config
 from jpeft.models.checkpoints.layout import Entry, checkpoint_layout
 from jpeft.models.checkpoints.tensors import Tensors
@@ -35,6 +36,8 @@ class Loaded:
     initialised: frozenset[str]  # paths of parameters that the checkpoint lacks, so that they are freshly initialised
     unused: frozenset[str]  # names of tensors that the model does not have
     folder: Path  # the local folder that everything was read from
+    # The tokens that `load(add_tokens=...)` gave rows to, with their ids. These rows are to be trained.
+    added: Mapping[str, int] = dataclasses.field(default_factory=dict)
 
     @property
     def config(self) -> ModelConfig:
@@ -64,6 +67,7 @@ def load(
     remat: bool | Literal["dots"] = False,
     scan: bool = False,
     fresh_head: bool = False,
+    add_tokens: Sequence[str] = (),
     key: jax.Array | None = None,
     mesh: Mesh | None = None,
     rules: Rules | None = None,
@@ -81,6 +85,8 @@ def load(
       remat: recompute each block in the backward pass; "dots" stores the results of matrix products and recomputes the rest.
       scan: stack the parameters of the blocks and trace one block.
       fresh_head: initialise the head anew even if the checkpoint has one.
+      add_tokens: tokens that the model does not have, such as ("<ENT>",): they are added to the tokenizer, and as rows to the embedding
+        (and to the head of a language model). A row begins as the mean of the checkpoint's rows; `jpeft.trainable_tokens` trains it.
       key: for parameters that are freshly initialised; None for `jax.random.key(0)`.
       mesh: put the parameters on these devices (`jpeft.sharding.make_mesh`). Each process reads only the parts that its own devices hold,
         one parameter at a time, so no host needs memory for the whole model.
@@ -91,7 +97,7 @@ def load(
 
     Raises:
       ValueError: if the folder, its configuration or its weights are missing, unsupported, damaged or of other shapes; if the labels are
-        not known; if rules are given without a mesh.
+        not known; if rules are given without a mesh; for tokens that cannot be added.
 
     >>> loaded = load("distilbert-base-cased", labels=("no", "yes"), scan=True)  # doctest: +SKIP
     """
@@ -121,7 +127,8 @@ def load(
         if any(family.roles.matches("head", path) for path in initialised):
             raise ValueError(f"{folder} names no labels and has no {task} head: pass labels=(...) or num_labels=.")
         names = tuple(hf_config.id2label[i] for i in range(hf_config.num_labels))
-    return Loaded(model, params, names, frozenset(initialised), tensors.unused(scores_words=described.scores_words), folder)
+    loaded = Loaded(model, params, names, frozenset(initialised), tensors.unused(scores_words=described.scores_words), folder)
+    return with_tokens(loaded, add_tokens, mesh, split) if add_tokens else loaded
 
 
 def _choose_labels(labels: Sequence[str] | None, num_labels: int | None, stored: Mapping[int, str] | None) -> tuple[str, ...]:
