@@ -64,8 +64,9 @@ def save(path: str | os.PathLike[str], peft: Peft, *, overwrite: bool = False) -
         on_first_process(lambda: partial.mkdir(parents=True))
         if record["leaves"]:
             with ocp.StandardCheckpointer() as checkpointer:
-                # Whole from several processes: it will be opened by one that has not all their devices.
-                checkpointer.save(partial / _LEAVES, gather_to_host(peft.adapter))
+                # Whole from several processes: it will be opened by one that has not all their devices. A part of a chain without leaves,
+                # an empty dict, is left out: `load` knows only leaves.
+                checkpointer.save(partial / _LEAVES, gather_to_host(tree.unflatten(tree.flatten(peft.adapter))))
         else:  # which Orbax would refuse: a frozen base without a head
             on_first_process((partial / _LEAVES).mkdir)
         on_first_process(finish)
