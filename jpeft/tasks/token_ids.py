@@ -45,7 +45,7 @@ def _check_column(name: str, ids: np.ndarray, rows: int, tokenizer: Any) -> None
         return
     first = int(np.argwhere(outside)[0][0])
     found = dict.fromkeys(ids[outside].tolist())
-    token = [repr(tokenizer.convert_ids_to_tokens(int(i))) for i in found]
+    token = [repr(_name(tokenizer, int(i))) for i in found]
     has = f"the model's embedding has {rows} rows, for the ids 0 to {rows - 1}"
     if len(found) > 20:
         raise ValueError(
@@ -57,3 +57,9 @@ def _check_column(name: str, ids: np.ndarray, rows: int, tokenizer: Any) -> None
         f"Row {first + 1}: the token {token[0]}{more} has the id {next(iter(found))}, and {has}. Train with --add-tokens "
         f"{' '.join(token)}, which makes such rows (add_tokens=[...] in Python), or use the tokenizer that belongs to the model."
     )
+
+
+def _name(tokenizer: Any, token_id: int) -> str | None:
+    """Return a token as it was added; `convert_ids_to_tokens` gives added tokens in lower case where the tokenizer changes texts so."""
+    added = getattr(tokenizer, "added_tokens_decoder", {})
+    return str(added[token_id]) if token_id in added else tokenizer.convert_ids_to_tokens(token_id)

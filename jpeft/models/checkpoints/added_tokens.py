@@ -67,7 +67,7 @@ def add_tokens(loaded: "Loaded", tokens: Sequence[str], mesh: Mesh | None, rules
     there = [token for token in tokens if before.get(token, old_rows) < old_rows]
     if there:
         listed = ", ".join(f"{token!r} (id {before[token]})" for token in there)
-        warnings.warn(f"add_tokens: the model has {listed} already, so that is left as it is.", stacklevel=3)
+        warnings.warn(f"add_tokens: the model has {listed} already. Such tokens stay as they are.", stacklevel=3)
     new = [token for token in tokens if token not in there]
     if not new:
         return loaded
