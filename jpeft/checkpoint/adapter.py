@@ -74,7 +74,7 @@ def save_adapter(path: str | os.PathLike[str], peft: Peft, *, overwrite: bool = 
 
     def finish() -> None:
         record["files"] = file_checksums(partial / _LEAVES)
-        (partial / _RECORD).write_text(json.dumps(sealed(record), indent=1))
+        (partial / _RECORD).write_text(json.dumps(sealed(record), indent=1, allow_nan=False))
         try:
             replace_folder(partial, target, overwrite=overwrite)
         except FileExistsError as error:
@@ -83,10 +83,11 @@ def save_adapter(path: str | os.PathLike[str], peft: Peft, *, overwrite: bool = 
     try:
         partial = Path(on_first_process(lambda: str(temporary.make_folder())))
         if record["leaves"]:
-            # Whole from several processes: it will be opened by one that has not all their devices.
+            # Whole from several processes: it will be opened by one that has not all their devices. A part of a chain without leaves, an
+            # empty dict, is left out: `load` knows only leaves.
             with PlainPath(partial) as plain:
                 try:
-                    _write_arrays(plain / _LEAVES, gather_to_host(peft.adapter))
+                    _write_arrays(plain / _LEAVES, gather_to_host(tree.unflatten(tree.flatten(peft.adapter))))
                 except Exception as error:  # Orbax and the library below it raise errors of many types
                     raise OSError(f"The adapter could not be written to '{path}': {in_short(error)}.") from error
         else:  # which Orbax would refuse: a frozen base without a head
@@ -157,7 +158,7 @@ def load(path: str | os.PathLike[str], params: tree.Params, *, method: Method | 
         raise ValueError(
             f"The adapter in '{path}' is damaged: {source / _LEAVES / damaged[0]} is not as it was saved ({len(damaged)} such files)."
         )
-    adapter = _read_arrays(path, source / _LEAVES, record["leaves"])
+    adapter = {name: {} for name, _ in method.parts} | _read_arrays(path, source / _LEAVES, record["leaves"])
     _check_fit(params, adapter, method, path)
     if check_base and fingerprint(params, skip=_replaced(params, adapter, method)) != record["base"]:
         raise ValueError(

@@ -9,11 +9,14 @@ from jpeft import models
 from jpeft.checkpoint.adapter import read_record
 from jpeft.core.peft import Peft
 from jpeft.distributed import gather_to_host, on_first_process
-from jpeft.tasks.task import Task, find_task
+from jpeft.tasks.task import Task, task_of
 from jpeft.training.base_files import check_base_files
 from jpeft.training.build import load_base
 from jpeft.training.config import TrainConfig, from_json
+from jpeft.training.finite import explain
 from jpeft.training.run_folder import RunFolder, config_checksum
+from jpeft.tree.finite import not_finite
+from jpeft.tree.paths import first_few
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,6 +39,15 @@ class Run:
     loaded: models.Loaded
     peft: Peft
 
+    def configured(self, **changes: Any) -> "Run":
+        """Return the run with other values of settings that do not change its model, such as `overlong`.
+
+        Raises:
+          ValueError: for a setting that the task has no use for.
+        """
+        config = dataclasses.replace(self.config, **changes)
+        return dataclasses.replace(self, config=config, task=task_of(config))
+
 
 def open_run(path: str | os.PathLike[str]) -> Run:
     """Load the model of a finished run with its adapter.
@@ -54,7 +66,7 @@ def open_run(path: str | os.PathLike[str]) -> Run:
     loaded = load_base(config, labels)
     check_base_files(about.get("base_files"), loaded.folder, folder.path)
     peft = jpeft.fold(jpeft.load(folder.adapter, loaded.params))
-    return Run(folder, config, find_task(config.task), labels, loaded, peft)
+    return Run(folder, config, task_of(config), labels, loaded, peft)
 
 
 def check_belongs(folder: RunFolder, about: dict[str, Any]) -> None:
@@ -74,8 +86,10 @@ def save_merged(folder: str | os.PathLike[str], loaded: models.Loaded, peft: Pef
     If there are several processes, all must call this, and each holds the whole model in its host's memory for a while.
 
     Raises:
-      ValueError: the method's reason, if it cannot merge.
+      ValueError: the method's reason, if it cannot merge; if the merged weights are not finite.
     """
     params = gather_to_host(jpeft.merge(peft))
+    if bad := not_finite(params):
+        raise ValueError(f"The merged weights are not finite, in {first_few(bad, 3)}. {explain(peft)}")
     write = lambda: models.save(folder, loaded.model, params, labels=loaded.labels, tokenizer=loaded.tokenizer, overwrite=True)
     on_first_process(write)

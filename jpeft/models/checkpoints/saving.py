@@ -1,11 +1,13 @@
 """Writes a model as a Hugging Face folder."""
 
 import os
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import flax.linen as nn
+import numpy as np
 
 from jpeft.checkpoint.files import replace_folder, use_umask
 from jpeft.checkpoint.temporary import Temporary
@@ -59,7 +61,7 @@ def save(
     try:
         partial = temporary.make_folder()
         tensors = {name: tensor for entry in layout for name, tensor in entry.split(leaves[entry.path]).items()}
-        save_file(tensors, partial / "model.safetensors", metadata={"format": "pt"})
+        save_file(tensors | _second_names(model, tensors), partial / "model.safetensors", metadata={"format": "pt"})
         config.save_pretrained(partial)
         if tokenizer is not None:
             tokenizer.save_pretrained(partial)
@@ -67,6 +69,16 @@ def save(
         replace_folder(partial, folder, overwrite=overwrite)
     finally:
         temporary.remove()
+
+
+def _second_names(model: nn.Module, tensors: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Return copies of tensors under their second names, which torch reads where nothing ties the two."""
+    config: Any = model.config  # pyright: ignore[reportAttributeAccessIssue]
+    if getattr(config, "tie_word_embeddings", True):
+        return {}
+    pairs = families.family_of(config.model_type).names.second_names
+    seconds = {name: re.sub(pattern, replacement, name) for pattern, replacement in pairs for name in tensors}
+    return {second: tensors[name].copy() for name, second in seconds.items() if second != name}
 
 
 def _check_params(layout: list[Entry], leaves: Mapping[str, Any]) -> None:
