@@ -92,7 +92,8 @@ def _decoding(args: PredictArgs, run: Run) -> Decoding:
 
 def _warn_of_positions(run: Run, length: int) -> None:
     """Say that a text may become longer than the model's positions; a model with a table of positions refuses it by itself."""
-    if run.task.generates and length > run.loaded.config.max_length:
+    has_table = getattr(run.loaded.config, "position_rows", None) is not None
+    if run.task.generates and not has_table and length > run.loaded.config.max_length:
         warnings.warn(
             f"Prompt and --max-new-tokens make up to {length} tokens, and the model has {run.loaded.config.max_length} positions: what "
             "comes behind them may be of no use.",

@@ -94,12 +94,12 @@ class TrainableTokens(Method):
         """Add the differences to what the layer gives; a layer of an unknown class runs on its new table."""
         del rng
         ((name, own),) = leaves.items()
-        known = layer.linear is not None and layer.linear.name == name
-        if ROWS in own and known:
+        linear = layer.linear if layer.linear is not None and layer.linear.name == name else None
+        if ROWS in own and linear is not None:
             return self._score(layer, inputs, own[ROWS]) if layer.method == "attend" else self._look_up(layer, inputs, own[ROWS])
-        if COLUMNS in own and known and layer.linear.apply_columns is not None:
+        if COLUMNS in own and linear is not None and linear.apply_columns is not None:
             y = layer(*inputs)
-            return self._add_scores(y, layer.linear.apply_columns(inputs[0], own[COLUMNS].T))
+            return self._add_scores(y, linear.apply_columns(inputs[0], own[COLUMNS].T))
         return layer.run(self._new_params(layer.params, leaves), *inputs)
 
     def merge(self, params: tree.Params, adapter: tree.Adapter) -> tree.Params:

@@ -62,7 +62,7 @@ class Embeddings(nn.Module):
             raise ValueError(f"{length} positions, but the position table holds {self.config.max_length}. Truncate the input.")
         hidden = look_up(self.word_embeddings, input_ids) + self.position_embeddings(positions.position_ids)
         if self.config.type_vocab_size:
-            hidden += look_up(self.token_type_embeddings, positions.token_type_ids, "token_type_ids")
+            hidden += look_up(self.token_type_embeddings, jnp.asarray(positions.token_type_ids), "token_type_ids")
         return self.dropout(self.LayerNorm(hidden), deterministic=deterministic)
 
 
