@@ -33,6 +33,8 @@ class ClozeArgs:
     template: str
     # The words of each label, each a single token: positive=great,good negative=terrible,bad
     words: Annotated[tuple[str, ...], tyro.conf.arg(metavar="LABEL=WORD,WORD ...")]
+    # Branch, tag or commit of the model on the hub; none for its main branch.
+    revision: str | None = None
     # Data to classify: a file (all of its rows), a folder, "builtin[:name]" or "hub:name[/config]".
     data: str | None = None
     # Texts, each an argument, instead of data.
@@ -104,7 +106,7 @@ def _read_table(args: ClozeArgs, *, pairs: bool) -> data.Table:
 
 
 def _load_language_model(args: ClozeArgs) -> models.Loaded:
-    loaded = models.load(args.model, task="language-model")
+    loaded = models.load(args.model, task="language-model", revision=args.revision)
     if args.max_length > loaded.config.max_length:
         raise ValueError(f"max_length={args.max_length} is more than the model's {loaded.config.max_length} positions.")
     if loaded.initialised:
