@@ -1,0 +1,1 @@
+"""`make fuzz`: many mutations, counted in benchmarks/results/fuzz.md."""
