@@ -7,12 +7,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from fuzz import mutations, reference, tensor_files
+from fuzz import mutations, reference, rows, tensor_files, values
 from fuzz.folders import World
 from fuzz.mutations import Damage, Unchanged
 from fuzz.targets import TARGETS, Operation, Target, group_of
 from fuzz.verdict import Verdict, judge
-from fuzz.watch import watch
+from fuzz.watch import Seen, watch
+
+import jpeft
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,46 +31,85 @@ class Case:
 
 
 class Campaign:
-    """Damages the folders of a world, one file at a time.
+    """Damages the folders of a world, one file at a time, and reads data and options that are wrong.
+
+    Of five mutations three are of folders, one of data, one of options.
 
     Args:
       world: The folders.
       seed: Of all mutations.
       seconds: An operation that takes longer hangs.
-      kinds: Regex of the kinds of mutation that are tried.
     """
 
-    def __init__(self, world: World, seed: int = 0, *, seconds: float = 60, kinds: str = ".*"):
-        self.world, self.seed, self.seconds, self.kinds = world, seed, seconds, kinds
+    def __init__(self, world: World, seed: int = 0, *, seconds: float = 60):
+        self.world, self.seed, self.seconds = world, seed, seconds
         self._expected: dict[tuple[str, str], Any] = {}
+        self._dirty: set[str] = set()
 
     def run(self, number: int) -> Case:
         """Do one mutation, judge what comes of it, and undo it."""
-        target = TARGETS[number % len(TARGETS)]
         rng = np.random.default_rng([self.seed, number])
+        area = number % 5
+        if area == 3:
+            return self._data(number, rng)
+        if area == 4:
+            return self._option(number, rng)
+        return self._folder(number, TARGETS[(number // 5 * 3 + area) % len(TARGETS)], rng)
+
+    def _folder(self, number: int, target: Target, rng: np.random.Generator) -> Case:
         operation = target.operations[rng.integers(len(target.operations))]
         expected = self.expected(target, operation)
-        self.world.restore()
         path, kind, about, names = self._damage(target, rng)
+        names = [*names, str(self.world.path / target.folder)] if target.folder_suffices else names
         seen = watch(lambda: operation.run(self.world), self.world.path, seconds=self.seconds)
         verdict = judge(
             seen,
             expected,
-            [*names, str(self.world.path / target.folder)] if target.folder_suffices else names,
+            list(map(re.escape, names)),
             writes=operation.writes,
             repairs=operation.repairs,
             needless=bool(re.fullmatch(operation.ignores, path)),
             explain=lambda value: reference.explain(self.world, target, operation, value, expected),
         )
-        group = group_of(path)
-        return Case(number, target.name, group, kind, operation.name, f"{target.folder}/{path}: {about}", verdict)
+        self._restore(seen)
+        return Case(number, target.name, group_of(path), kind, operation.name, f"{target.folder}/{path}: {about}", verdict)
+
+    def _data(self, number: int, rng: np.random.Generator) -> Case:
+        folder = self.world.path / "rows"
+        folder.mkdir(exist_ok=True)
+        while True:
+            suffix, kind = str(rng.choice(list(rows.WRITERS))), str(rng.choice(rows.KINDS))
+            try:
+                about, verdict = rows.judge_damage(folder, suffix, kind, rng, self.world.path)
+            except Unchanged:
+                continue
+            self.world.restore(["rows"])
+            return Case(number, "data", f"*{suffix}", kind, "read", about, verdict)
+
+    def _option(self, number: int, rng: np.random.Generator) -> Case:
+        method = str(rng.choice(list(jpeft.methods())))
+        option = str(rng.choice(list(jpeft.methods()[method].factory.__signature__.parameters)))
+        kind = str(rng.choice(list(values.VALUES)))
+        name = str(rng.choice(list(values.VALUES[kind])))
+        given = values.VALUES[kind][name]
+        if rng.random() < 0.3:
+            how, verdict = "summary", values.judge_on_the_command_line(method, option, given, self.world.path / "encoder", self.world.path)
+        else:
+            how, verdict = "apply", values.judge_option(method, option, given, self.world.params, self.world.apply, self.world.path)
+        return Case(number, "option", method, kind, how, f"{option}: {name} ({given!r:.60})", verdict)
+
+    def _restore(self, seen: Seen | None = None) -> None:
+        """Undo the damage of a mutation and what the operation wrote."""
+        self._dirty |= {changed.split("/")[0] for changed in (seen.changed if seen else ())}
+        self.world.restore(self._dirty)
+        self._dirty = set()
 
     def expected(self, target: Target, operation: Operation) -> Any:
         """What the operation gives on undamaged input."""
         key = (target.name, operation.name)
         if key not in self._expected:
-            self.world.restore()
             seen = watch(lambda: operation.run(self.world), self.world.path, seconds=600)
+            self._restore(seen)
             if seen.kind:
                 raise RuntimeError(f"{operation.name} fails on the whole {target.name}: {seen.trace}")
             self._expected[key] = seen.value
@@ -77,6 +118,7 @@ class Campaign:
     def _damage(self, target: Target, rng: np.random.Generator) -> tuple[str, str, str, list[str]]:
         """Damage a file or folder; its path, the kind of damage, the damage in words, and what an error has to name."""
         folder = self.world.path / target.folder
+        self._dirty = {"data.csv", "pairs.jsonl", "elsewhere"} if target.folder == "." else {target.folder, target.partner or "", "elsewhere"}
         groups: dict[str, list[Path]] = {}
         for path in sorted(folder.rglob("*")) if target.folder != "." else sorted(folder.glob("*")):
             name = str(path.relative_to(folder))
@@ -86,15 +128,14 @@ class Campaign:
             group = groups[sorted(groups)[rng.integers(len(groups))]]
             path = group[rng.integers(len(group))]
             kinds = self._kinds(path, target)
-            allowed = [kind for kind in kinds if re.fullmatch(self.kinds, kind)]
-            if not allowed:
-                continue
-            kind = allowed[rng.integers(len(allowed))]
+            kind = list(kinds)[rng.integers(len(kinds))]
             before = {file.name for file in path.rglob("*")} if path.is_dir() else set()
             try:
                 about = kinds[kind](path, rng)
             except Unchanged:
-                self.world.restore()
+                dirty = self._dirty
+                self._restore()
+                self._dirty = dirty
                 continue
             after = {file.name for file in path.rglob("*")} if path.is_dir() else set()
             # What vanished from a folder or came to it may be named instead of the folder.

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -50,14 +51,25 @@ class World:
             path.rename(self.whole)
         self.restore()
         # The base of the adapter, as whoever calls `jpeft.load` has it in memory.
-        self.params = jpeft.models.load(path / "encoder", num_labels=3).params
+        loaded = jpeft.models.load(path / "encoder", num_labels=3)
+        self.params, self.apply = loaded.params, loaded.model.apply
 
-    def restore(self) -> None:
-        """Undo all damage."""
-        for folder in (self.path, self.path.with_name("elsewhere")):
-            if folder.exists():
-                shutil.rmtree(folder)
-        shutil.copytree(self.whole, self.path)
+    def restore(self, names: Iterable[str] | None = None) -> None:
+        """Undo all damage; in some entries of the world, if it is known that there is none elsewhere."""
+        if names is None:
+            shutil.rmtree(self.path, ignore_errors=True)
+            shutil.copytree(self.whole, self.path)
+            return
+        for name in names:
+            path, whole = self.path / name, self.whole / name
+            if path.is_dir() and not path.is_symlink():
+                shutil.rmtree(path)
+            else:
+                path.unlink(missing_ok=True)
+            if whole.is_dir():
+                shutil.copytree(whole, path)
+            elif whole.exists():
+                shutil.copy2(whole, path)
 
 
 def _make(world: Path) -> None:

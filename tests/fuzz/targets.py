@@ -96,7 +96,7 @@ def _resume(world: World) -> Any:
 
 def _read_back(world: World) -> Any:
     """The result of a finished run, as `--resume` says it again."""
-    return command(*_flags(world, "encoder", "run", "--steps", str(STEPS), "--resume"))()
+    return re.sub(r"in [\d.]+ s", "in SECONDS s", command(*_flags(world, "encoder", "run", "--steps", str(STEPS), "--resume"))())
 
 
 def _train(world: World) -> Any:
@@ -160,8 +160,12 @@ def digest(content: bytes) -> str:
 _PREDICT = _command_on("predict", "run", "--text", *TEXTS)
 _WRITE = _command_on("predict", "writer", "--text", "the old apple", "--max-new-tokens", "3")
 _RUN = (_PREDICT, _command_on("eval", "run"), _command_on("summary", "run"), _merge("run"))
-_READ_BACK = Operation("read back", _read_back, ignores=r"(metrics\.jsonl|curve\.png|checkpoints(/.*)?)")
-_RESUME = Operation("resume", _resume, writes="unfinished/.*", repairs=r"unfinished/(checkpoints|metrics|adapter|curve|result).*", ignores=r"(metrics\.jsonl|curve\.png)")
+_WRITTEN = "(checkpoints|metrics|adapter|curve|result).*"
+# A result that cannot be read may be made again.
+_READ_BACK = Operation(
+    "read back", _read_back, writes=f"run/{_WRITTEN}", repairs=f"run/{_WRITTEN}", ignores=r"(metrics\.jsonl|curve\.png|checkpoints(/.*)?)"
+)
+_RESUME = Operation("resume", _resume, writes="unfinished/.*", repairs=f"unfinished/{_WRITTEN}", ignores=r"(metrics\.jsonl|curve\.png)")
 _NEW = Operation("train", _train, writes="new(/.*)?")
 _TOKENIZER = r"(tokenizer.*|special_tokens_map\.json|vocab\.txt)"
 

@@ -48,7 +48,7 @@ def judge(
     Args:
       seen: What was seen.
       expected: What undamaged input gives.
-      names: What an error or warning has to name: one of these.
+      names: What an error or warning has to name: it matches one of these patterns.
       writes: Regex of paths that a success may change.
       repairs: Regex of paths that a failure may change.
       needless: Whether the operation does not need what was damaged, so that a refusal is a failure.
@@ -92,7 +92,7 @@ def _judge_error(seen: Seen, names: Sequence[str], needless: bool) -> Verdict:
 
 
 def _mentions(text: str, names: Sequence[str]) -> bool:
-    return any(name in text for name in names)
+    return any(re.search(name, text) for name in names)
 
 
 def _difference(value: Any, expected: Any) -> str:

@@ -5,11 +5,11 @@ import dataclasses
 import io
 import os
 import signal
+import stat
 import sys
 import tempfile
 import traceback
 import warnings
-import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -86,18 +86,14 @@ class CommandFailed(Exception):
 
 
 def listing(world: Path) -> dict[str, Any]:
-    """Every path below a folder with what it is: a checksum of a file, the target of a link."""
+    """Every path below a folder with what tells whether it was written to; of a folder, that it is one."""
     found: dict[str, Any] = {}
     for folder, folders, files in os.walk(world):
         for name in (*folders, *files):
-            path = Path(folder, name)
-            key = str(path.relative_to(world))
-            if path.is_symlink():
-                found[key] = f"-> {os.readlink(path)}"
-            elif path.is_file():
-                found[key] = zlib.crc32(path.read_bytes()) if os.access(path, os.R_OK) else "unreadable"
-            else:
-                found[key] = "folder" if path.is_dir() else "other"
+            path = os.path.join(folder, name)
+            about = os.lstat(path)
+            kind = stat.S_IFMT(about.st_mode)
+            found[os.path.relpath(path, world)] = (kind, None if kind == stat.S_IFDIR else (about.st_ino, about.st_size, about.st_mtime_ns))
     return found
 
 
