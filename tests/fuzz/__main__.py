@@ -47,8 +47,8 @@ def main() -> None:
 def work(args: argparse.Namespace) -> None:
     """Do mutations in this process and write each to the journal."""
     import conftest  # noqa: F401  # the tests' environment, before jax is imported
-
     import jax
+
     from fuzz.campaign import Campaign
     from fuzz.folders import World
 
@@ -63,7 +63,9 @@ def work(args: argparse.Namespace) -> None:
             line = {name: getattr(case, name) for name in ("number", "target", "group", "kind", "operation", "about")}
             print(json.dumps(line | {"outcome": case.verdict.outcome, "why": case.verdict.why}), file=journal, flush=True)
             if not case.verdict.right:
-                print(f"{number}: {case.target}, {case.group}, {case.operation}: {case.about}\n    {case.verdict.outcome}: {case.verdict.why}")
+                print(
+                    f"{number}: {case.target}, {case.group}, {case.operation}: {case.about}\n    {case.verdict.outcome}: {case.verdict.why}"
+                )
             if number % 200 == 199:
                 jax.clear_caches()  # a process may not map more than so many pieces of memory
 

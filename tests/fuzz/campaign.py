@@ -7,14 +7,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+
+import jpeft
 from fuzz import mutations, reference, rows, tensor_files, values
 from fuzz.folders import World
 from fuzz.mutations import Damage, Unchanged
 from fuzz.targets import TARGETS, Operation, Target, group_of
 from fuzz.verdict import Verdict, judge
 from fuzz.watch import Seen, watch
-
-import jpeft
 
 
 @dataclasses.dataclass(frozen=True)
@@ -118,7 +118,9 @@ class Campaign:
     def _damage(self, target: Target, rng: np.random.Generator) -> tuple[str, str, str, list[str]]:
         """Damage a file or folder; its path, the kind of damage, the damage in words, and what an error has to name."""
         folder = self.world.path / target.folder
-        self._dirty = {"data.csv", "pairs.jsonl", "elsewhere"} if target.folder == "." else {target.folder, target.partner or "", "elsewhere"}
+        self._dirty = (
+            {"data.csv", "pairs.jsonl", "elsewhere"} if target.folder == "." else {target.folder, target.partner or "", "elsewhere"}
+        )
         groups: dict[str, list[Path]] = {}
         for path in sorted(folder.rglob("*")) if target.folder != "." else sorted(folder.glob("*")):
             name = str(path.relative_to(folder))
@@ -156,7 +158,9 @@ class Campaign:
 
         beside = lambda: sorted(other for other in path.parent.iterdir() if other.is_file() and other != path)
         partner = self.world.path / (target.partner or target.folder)
-        like = lambda: sorted(other for other in partner.rglob("*") if other.is_file() and other.suffix == path.suffix and other.name == path.name)
+        like = lambda: sorted(
+            other for other in partner.rglob("*") if other.is_file() and other.suffix == path.suffix and other.name == path.name
+        )
         return {
             "swapped in place": lambda path, rng: swap(path, rng, beside),
             "swapped with another": lambda path, rng: swap(path, rng, like),

@@ -1,5 +1,6 @@
 """What is damaged: small models, runs, an adapter and data, made once and copied back before each mutation."""
 
+import contextlib
 import json
 import shutil
 from collections.abc import Iterable
@@ -85,13 +86,11 @@ def _make(world: Path) -> None:
     shard(world / "shards", parts=2)
     _make_llama(world / "decoder", world / "shards")
 
-    train(_config(world, "run", steps=STEPS))
-    train(_config(world, "other", steps=STEPS, seed=1))
-    train(_config(world, "whole", steps=STEPS, checkpoint_every=1, log_every=1))
-    try:
-        train(_config(world, "unfinished", steps=STEPS, checkpoint_every=1, log_every=1), report=StopsAt(3))
-    except Stopped:
-        pass
+    often = {"steps": STEPS, "checkpoint_every": 1, "log_every": 1}
+    train(_config(world, "run", **often))
+    train(_config(world, "other", **often, seed=1))
+    with contextlib.suppress(Stopped):
+        train(_config(world, "unfinished", **often), report=StopsAt(3))
     generation = {"task": "generation", "target": "target", "options": ("rank=2",)}
     train(_config(world, "writer", steps=STEPS, model=str(world / "decoder"), data=str(world / "pairs.jsonl"), **generation))
 

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+
 from fuzz.folders import World
 from fuzz.targets import Operation, Target, outputs, tokens
 

@@ -16,12 +16,12 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+
+import jpeft.data
 from fuzz import mutations
 from fuzz.mutations import Unchanged
 from fuzz.verdict import Verdict, judge
 from fuzz.watch import watch
-
-import jpeft.data
 from jpeft.data.tables import READERS
 
 Rows = Sequence[tuple[Any, Any]]  # text, label
@@ -77,7 +77,7 @@ def write_txt(rows: Rows) -> bytes:
     return "\n\n".join(text for text, _ in rows).encode() + b"\n"
 
 
-_WRITERS: dict[str, Callable[[Rows], bytes]] = {
+_WRITERS: dict[str, Callable[..., bytes]] = {
     ".csv": write_csv,
     ".tsv": write_tsv,
     ".jsonl": write_jsonl,

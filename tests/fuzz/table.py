@@ -26,8 +26,9 @@ Every mutation damages one file or folder, or gives an option one value, and doe
 * `as it says`: something else, as it has to be, since the file is the only source: torch computes from a model folder what jpeft computes,
   transformers encodes alike, damage in data changes the rows it stands in and no others.
 
-All else is a failure: a difference that nothing says (`silent`), a traceback, an error of several lines or without the name, a hang, a crash
-of the process, a file that is left over or was written through a link, and a refusal for the sake of a file that is not needed (`blocked`).
+All else is a failure: a difference that nothing says (`silent`), a traceback, an error of several lines or without the name, a hang, a
+crash of the process, a file that is left over or was written through a link, and a refusal for the sake of a file that is not needed
+(`blocked`).
 
 A cell is the four counts in this order: same/refused/said/as it says.
 """

@@ -12,14 +12,16 @@ from typing import Any
 
 import jax
 import numpy as np
-from fuzz.folders import STEPS, World
-from fuzz.watch import command
 
 import jpeft
+from fuzz.folders import STEPS, World
+from fuzz.watch import command
 
 TEXTS = ("the old apple seen here", "lead and a new unknown pond")
 # What no command needs in order to use a trained adapter: damage there must neither block nor change anything.
 BESIDE = r"(metrics\.jsonl|curve\.png|result\.json|checkpoints(/.*)?)"
+
+_OFTEN = ("--steps", str(STEPS), "--checkpoint-every", "1", "--log-every", "1")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,8 +89,7 @@ def _flags(world: World, model: str, output: str, *more: str) -> list[str]:
 
 def _resume(world: World) -> Any:
     """The adapter and the log of an interrupted run that is continued."""
-    more = ("--steps", str(STEPS), "--checkpoint-every", "1", "--log-every", "1", "--resume")
-    command(*_flags(world, "encoder", "unfinished", *more))()
+    command(*_flags(world, "encoder", "unfinished", *_OFTEN, "--resume"))()
     lines = (world.path / "unfinished" / "metrics.jsonl").read_text().splitlines()
     log = [(record["step"], record["split"], record.get("loss")) for record in map(json.loads, lines)]
     return adapter(world, "unfinished/adapter"), log
@@ -96,7 +97,7 @@ def _resume(world: World) -> Any:
 
 def _read_back(world: World) -> Any:
     """The result of a finished run, as `--resume` says it again."""
-    return re.sub(r"in [\d.]+ s", "in SECONDS s", command(*_flags(world, "encoder", "run", "--steps", str(STEPS), "--resume"))())
+    return re.sub(r"in [\d.]+ s", "in SECONDS s", command(*_flags(world, "encoder", "run", *_OFTEN, "--resume"))())
 
 
 def _train(world: World) -> Any:
@@ -171,7 +172,7 @@ _TOKENIZER = r"(tokenizer.*|special_tokens_map\.json|vocab\.txt)"
 
 TARGETS: tuple[Target, ...] = (
     Target("run", "run", (*_RUN, _READ_BACK), partner="other"),
-    Target("unfinished run", "unfinished", (_RESUME,), partner="whole"),
+    Target("unfinished run", "unfinished", (_RESUME,), partner="other"),
     Target("run of generation", "writer", (_WRITE,), partner="run"),
     Target("adapter", "adapter", (_load_adapter("adapter"),), partner="prompt"),
     Target("adapter of a prompt", "prompt", (_load_adapter("prompt"),), partner="adapter"),

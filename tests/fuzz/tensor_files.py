@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+
 from fuzz.mutations import Damage, Unchanged
 
 DTYPES = ("F64", "F32", "F16", "BF16", "I64", "I32", "I16", "I8", "U8", "BOOL", "F8_E4M3", "F8_E5M2", "X9", "")
@@ -64,7 +65,17 @@ def _shape(header: dict[str, Any], name: str, rng: np.random.Generator) -> str:
 
 def _offsets(header: dict[str, Any], name: str, rng: np.random.Generator) -> str:
     begin, end = header[name]["data_offsets"]
-    options = [[begin + 4, end + 4], [0, end - begin], [end, begin], [begin, end + 4], [-4, end], [begin, 2**63], [2**64, 2**65], [begin], "x"]
+    options = [
+        [begin + 4, end + 4],
+        [0, end - begin],
+        [end, begin],
+        [begin, end + 4],
+        [-4, end],
+        [begin, 2**63],
+        [2**64, 2**65],
+        [begin],
+        "x",
+    ]
     header[name]["data_offsets"] = options[rng.integers(len(options))]
     return f"offsets {header[name]['data_offsets']} instead of {[begin, end]}"
 

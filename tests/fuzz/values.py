@@ -1,4 +1,4 @@
-"""Options: a value of every type for every option of every method. Each is refused by name, or is of the option's kind and has an effect."""
+"""Options: a value of every type for every option of every method. It is refused by name, or is of the option's kind and has an effect."""
 
 import json
 import math
@@ -10,40 +10,64 @@ from typing import Any
 
 import jax
 import numpy as np
-from fuzz.verdict import Verdict, judge
-from fuzz.watch import Seen, command, watch
 
 import jpeft
+from fuzz.verdict import Verdict, judge
+from fuzz.watch import Seen, command, watch
 
 # Values by kind and name. Those of the wrong type for one option are of the right type for another.
 VALUES: dict[str, dict[str, Any]] = {
     "a whole number": {"0": 0, "1": 1, "2": 2, "-1": -1, "10^30": 10**30, "-10^30": -(10**30), "of NumPy": np.int64(2)},
     "a real number": {
-        **{"1.0": 1.0, "0.5": 0.5, "-0.5": -0.5, "2.5": 2.5, "1e308": 1e308, "1e-320": 1e-320},
-        **{"nan": math.nan, "inf": math.inf, "nan of NumPy": np.float32("nan")},
+        "1.0": 1.0,
+        "0.5": 0.5,
+        "-0.5": -0.5,
+        "2.5": 2.5,
+        "1e308": 1e308,
+        "1e-320": 1e-320,
+        "nan": math.nan,
+        "inf": math.inf,
+        "nan of NumPy": np.float32("nan"),
     },
     "a text": {
-        **{"empty": "", "a word": "abc", "a number": "2", "nan": "nan", "not a regex": "(query"},
-        **{"a role": "@query", "no role": "@nowhere", "two lines": "a\nb"},
+        "empty": "",
+        "a word": "abc",
+        "a number": "2",
+        "nan": "nan",
+        "not a regex": "(query",
+        "a role": "@query",
+        "no role": "@nowhere",
+        "two lines": "a\nb",
     },
     "a list": {
-        **{"empty": [], "a name": ["query"], "no name": ["qurey"], "an empty name": [""], "numbers": [1, 2], "negative numbers": [-1]},
-        **{"large numbers": [10**6], "nested": [[1], ["x", None]], "of NumPy": np.array([1, 2])},
+        "empty": [],
+        "a name": ["query"],
+        "no name": ["qurey"],
+        "an empty name": [""],
+        "numbers": [1, 2],
+        "negative numbers": [-1],
+        "large numbers": [10**6],
+        "nested": [[1], ["x", None]],
+        "of NumPy": np.array([1, 2]),
     },
     "rules": {
-        **{"empty": {}, "a name": {"query": 2, ".*": 1}, "for nothing": {".*qurey": 2, ".*": 1}, "of text": {".*": "x"}},
-        **{"that are no regex": {"(": 1}, "by number": {1: 2}},
+        "empty": {},
+        "a name": {"query": 2, ".*": 1},
+        "for nothing": {".*qurey": 2, ".*": 1},
+        "of text": {".*": "x"},
+        "that are no regex": {"(": 1},
+        "by number": {1: 2},
     },
     "something else": {"None": None, "True": True, "False": False, "complex": 1j, "bytes": b"query", "a type": int, "an object": Ellipsis},
 }
 
 # What each kind of option may be; more exact ranges are the methods' business.
-_COUNT = "rank size reduction division length mlp hidden width sample top refresh".split()
-_NUMBER = "alpha dropout std sparsity l0 gate_rate weight_rate mask_share retention priming_share scale".split()
-_FLAG = "structured draw train_norms plus_plus own_norm shift rslora causal".split()
-_CHOICE = "activation init view encoder stage".split()
-_SELECTION = "target feedforward also layers head embedding body subset".split()
-_LIST = "tokens labels template edges axes".split()
+_COUNT = ["rank", "size", "reduction", "division", "length", "mlp", "hidden", "width", "sample", "top", "refresh"]
+_NUMBER = ["alpha", "dropout", "std", "sparsity", "l0", "gate_rate", "weight_rate", "mask_share", "retention", "priming_share", "scale"]
+_FLAG = ["structured", "draw", "train_norms", "plus_plus", "own_norm", "shift", "rslora", "causal"]
+_CHOICE = ["activation", "init", "view", "encoder", "stage"]
+_SELECTION = ["target", "feedforward", "also", "layers", "head", "embedding", "body", "subset"]
+_LIST = ["tokens", "labels", "template", "edges", "axes"]
 
 
 def fits(option: str, value: Any, default: Any) -> bool:
@@ -83,7 +107,7 @@ def judge_option(method: str, option: str, value: Any, params: Any, apply: Calla
         made = jpeft.make(method, **{option: value})
         if made != jpeft.make(json.loads(json.dumps(made.config()))):
             return "its configuration does not give it back"
-        wrong = "" if made.requires_stats else _use(made, params, apply)
+        wrong = "" if made.requires_stats or made == jpeft.make(method) else _use(made, params, apply)
         return wrong or ("" if fits(option, value, default) else f"{value!r} was taken, as {made!r}")
 
     return judge(watch(operation, world), "", _names(option, value))

@@ -107,9 +107,11 @@ def _redirected(target: int) -> Iterator[None]:
     try:
         for number, to in ((0, null), (1, target), (2, target)):
             os.dup2(to, number)
-        with open(os.dup(target), "w", encoding="utf-8", errors="replace") as text:
-            with contextlib.redirect_stdout(text), contextlib.redirect_stderr(text):
-                yield
+        with contextlib.ExitStack() as stack:
+            text = stack.enter_context(open(os.dup(target), "w", encoding="utf-8", errors="replace"))
+            stack.enter_context(contextlib.redirect_stdout(text))
+            stack.enter_context(contextlib.redirect_stderr(text))
+            yield
     finally:
         for number, descriptor in enumerate(saved):
             os.dup2(descriptor, number)
