@@ -135,7 +135,7 @@ def test_the_oracle_tells_failures(tmp_path):
         (Seen(kind="CommandFailed", error="error: x.json is damaged.\n"), 1, "refused"),
         (Seen(kind="CommandFailed", error="error: x.json is damaged.\nsorry\n"), 1, "many lines"),
         (Seen(value=1, changed=("run/new",)), 1, "left over"),
-        (Seen(value=1, changed=("out/.new",)), 1, "left over"),
+        (Seen(value=1, changed=("out/.new",), appeared=("out/.new",)), 1, "left over"),
         (Seen(value=1, changed=("out/new",)), 1, "same"),
     ):
         assert judge(seen, expected, [r"x\.json"], writes="out/.*").outcome == outcome, seen

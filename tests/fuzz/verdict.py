@@ -59,7 +59,7 @@ def judge(
     if "Traceback (most recent call last)" in seen.output:
         return Verdict("traceback", f"printed: {seen.output[-1500:]}")
     changed = [path for path in seen.changed if not re.fullmatch(repairs if seen.kind else writes, path)]
-    hidden = [path for path in seen.changed if re.search(r"(^|/)\.|partial|\.tmp|\.old", path)]
+    hidden = [path for path in seen.appeared if re.search(r"(^|/)\.|partial|\.tmp|\.old", path)]
     if seen.kind:
         verdict = _judge_error(seen, names, needless)
         if verdict.right and (changed or hidden):

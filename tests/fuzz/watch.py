@@ -30,6 +30,7 @@ class Seen:
       output: What it printed, standard output and standard error together, and its warnings.
       trace: The traceback, if it raised.
       changed: Paths that appeared, vanished or changed.
+      appeared: Those of them that appeared.
     """
 
     value: Any = None
@@ -38,6 +39,7 @@ class Seen:
     output: str = ""
     trace: str = ""
     changed: tuple[str, ...] = ()
+    appeared: tuple[str, ...] = ()
 
 
 def watch(operation: Callable[[], Any], world: Path, *, seconds: float = 60) -> Seen:
@@ -56,6 +58,7 @@ def watch(operation: Callable[[], Any], world: Path, *, seconds: float = 60) -> 
     seen.output += "".join(f"warning: {about.message}\n" for about in caught if about.category is UserWarning)
     after = listing(world)
     seen.changed = tuple(sorted(name for name in before.keys() | after.keys() if before.get(name) != after.get(name)))
+    seen.appeared = tuple(sorted(after.keys() - before.keys()))
     return seen
 
 
