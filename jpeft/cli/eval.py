@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Annotated
+from typing import Annotated, Literal
 
 import tyro
 
@@ -28,10 +28,14 @@ class EvalArgs:
     split: str = "test"
     # Examples per batch.
     batch_size: int = 64
+    # Generation: rows longer than the run's max_length, as in `jpeft train`; none for the run's own setting.
+    overlong: Literal["error", "cut", "drop"] | None = None
 
 
 def _run(args: EvalArgs) -> None:
     run = open_run(args.run)
+    if args.overlong is not None:
+        run = run.configured(overlong=args.overlong)
     names = read_columns(run.config, run.task)
     if args.data is None:
         # A file is split here as it was in training.

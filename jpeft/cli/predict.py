@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Annotated
+from typing import Annotated, Literal
 
 import jax
 import numpy as np
@@ -28,7 +28,7 @@ class PredictArgs:
     text: tuple[str, ...] = ()
     # Second texts, for a model of pairs: one for each text.
     pair: tuple[str, ...] = ()
-    # A CSV, TSV, JSONL or Parquet file with the run's text column; labels in the file are ignored.
+    # A CSV, TSV, JSONL, JSON or Parquet file with the run's text column; labels in the file are ignored.
     input: str | None = None
     # JSONL file to write; none prints.
     output: str | None = None
@@ -38,6 +38,8 @@ class PredictArgs:
     batch_size: int = 64
     # Most tokens to generate for a text; none for 64. Only for a model that generates text, like the flags below.
     max_new_tokens: int | None = None
+    # Texts longer than the run's max_length: error, cut (the last tokens are kept) or drop (no answer); none for the run's own setting.
+    overlong: Literal["error", "cut", "drop"] | None = None
     # Draw tokens at random with this seed; none takes the most likely token each time.
     seed: int | None = None
     # Temperature of the draw: above 1 the probabilities become more even, below 1 sharper.
@@ -52,6 +54,8 @@ def _run(args: PredictArgs) -> None:
     check_one_source(args.text, args.input, "a file with --input")
     check_output(args.output, overwrite=args.overwrite)
     run = open_run(args.run)
+    if args.overlong is not None:
+        run = run.configured(overlong=args.overlong)
     decoding = _decoding(args, run)
     if args.input is not None:
         table = data.read(args.input, text=run.config.text, pair=run.config.pair, label=None)

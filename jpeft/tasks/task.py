@@ -89,6 +89,16 @@ class Task(abc.ABC):
           max_length: Tokens of a row.
         """
 
+    def configured(self, settings: Settings) -> "Task":
+        """Return the task with what `encode` must know of a configuration besides its arguments; by default nothing.
+
+        Raises:
+          ValueError: for a setting that the task has no use for.
+        """
+        if settings.overlong != "error":
+            raise ValueError(f"The task {self.name} has no use for overlong={settings.overlong!r}: texts that are too long are cut.")
+        return self
+
     # --- training -----------------------------------------------------------------------------------------------------
 
     @abc.abstractmethod
@@ -150,6 +160,10 @@ class Task(abc.ABC):
                 f"{self.targets}: add it to one of them."
             )
 
+    def identity(self, arrays: Arrays) -> Arrays:
+        """Return the columns by whose fingerprint a run recognises its data: all, unless a task says otherwise."""
+        return arrays
+
     def is_better(self, value: float, than: float) -> bool:
         """Return whether one value of the watched metric is better than another."""
         return value > than if self.higher_is_better else value < than
@@ -164,8 +178,17 @@ def model_inputs(batch: Batch, inputs: Sequence[str] = TEXT_INPUTS) -> dict[str,
     return {name: batch[name] for name in inputs if name in batch}
 
 
+def task_of(settings: Settings) -> Task:
+    """Return the task of a configuration.
+
+    Raises:
+      ValueError: listing the tasks, if there is none of its name.
+    """
+    return find_task(settings.task).configured(settings)
+
+
 def find_task(name: str) -> Task:
-    """Return the task of that name.
+    """Return the task of that name, with the defaults of its settings.
 
     Raises:
       ValueError: listing the tasks, if there is none.

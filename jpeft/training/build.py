@@ -29,7 +29,10 @@ def read_columns(config: TrainConfig, task: Task) -> dict[str, Any]:
         raise ValueError(
             f"The task {task.name} has no use for {unused[0]}={optional[unused[0]]!r}; it reads {', '.join(('text', *task.columns))}."
         )
-    return {"text": config.text, **{name: column if name in task.columns else None for name, column in optional.items()}}
+    if config.tag_names and "tags" not in task.columns:
+        raise ValueError(f"The task {task.name} has no use for tag_names: it reads {', '.join(('text', *task.columns))}.")
+    columns = {"text": config.text, **{name: column if name in task.columns else None for name, column in optional.items()}}
+    return columns | {"tag_names": config.tag_names}
 
 
 def load_base(config: TrainConfig, labels: tuple[str, ...], mesh: Mesh | None = None) -> models.Loaded:
@@ -45,6 +48,9 @@ def load_base(config: TrainConfig, labels: tuple[str, ...], mesh: Mesh | None = 
         dtype=config.dtype,
         remat=config.remat,
         scan=config.scan,
+        fresh_head=config.fresh_head,
+        keep_head=config.keep_head,
+        revision=config.revision,
         key=keys(config.seed).head,
         mesh=mesh,
     )

@@ -15,7 +15,8 @@ from jpeft.checkpoint.fingerprint import fingerprint
 from jpeft.core.method import Method
 from jpeft.core.peft import Peft
 from jpeft.core.stages import Segment, plan
-from jpeft.tasks.task import Arrays, Task, find_task
+from jpeft.tasks.task import Arrays, Task, task_of
+from jpeft.training.base_files import base_files
 from jpeft.training.build import attach, load_base, read_columns
 from jpeft.training.config import TrainConfig, to_json
 from jpeft.training.devices import Devices, find_mesh
@@ -86,7 +87,9 @@ class Setup:
             "head_lr_scale": self.head_lr_scale,
             "steps": self.steps,
             "base": fingerprint(self.peft.params),
-            "data": {name: fingerprint(arrays) for name, arrays in self.splits.items()},
+            "base_files": base_files(self.loaded.folder),
+            "data": {name: fingerprint(self.task.identity(arrays)) for name, arrays in self.splits.items()},
+            "examples": {name: len(next(iter(arrays.values()))) for name, arrays in self.splits.items()},
         }
 
 
@@ -100,7 +103,7 @@ def prepare(config: TrainConfig, recorded: dict[str, Any] | None = None) -> Setu
     Raises:
       ValueError: for anything wrong with them.
     """
-    task = find_task(config.task)
+    task = task_of(config)
     tables = data.splits(config.data, **read_columns(config, task))
     labels = task.label_names(tables["train"])
     mesh = find_mesh(config)
