@@ -22,7 +22,7 @@ from fuzz import mutations
 from fuzz.mutations import Unchanged
 from fuzz.verdict import Verdict, judge
 from fuzz.watch import watch
-from jpeft.data.tables import READERS
+from jpeft.data.readers import READERS
 
 Rows = Sequence[tuple[Any, Any]]  # text, label
 
