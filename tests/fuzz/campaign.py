@@ -56,11 +56,27 @@ class Campaign:
             return self._option(number, rng)
         return self._folder(number, TARGETS[(number // 5 * 3 + area) % len(TARGETS)], rng)
 
+    def repeat(self, target_name: str, operation_name: str, name: str, kind: str, seed: int = 0) -> Case:
+        """Damage one file in one way, and judge what comes of one operation."""
+        target = next(target for target in TARGETS if target.name == target_name)
+        operation = next(operation for operation in target.operations if operation.name == operation_name)
+        expected = self.expected(target, operation)
+        self._dirty = self._touched(target)
+        path = self.world.path / target.folder / name
+        about, names = self._damage_one(path, kind, target, np.random.default_rng(seed))
+        return self._judged(-1, target, operation, expected, (name, kind, about, names))
+
     def _folder(self, number: int, target: Target, rng: np.random.Generator) -> Case:
         operation = target.operations[rng.integers(len(target.operations))]
         expected = self.expected(target, operation)
-        path, kind, about, names = self._damage(target, rng)
-        names = [*names, str(self.world.path / target.folder)] if target.folder_suffices else names
+        return self._judged(number, target, operation, expected, self._damage(target, rng))
+
+    def _judged(self, number: int, target: Target, operation: Operation, expected: Any, damage: tuple[str, str, str, list[str]]) -> Case:
+        """Do the operation on what was damaged, judge what comes of it, and undo the damage."""
+        path, kind, about, names = damage
+        # That tensors are not those of the model is said of the folder: its files belong together.
+        if target.folder_suffices or path.endswith((".safetensors", ".safetensors.index.json")):
+            names = [*names, str(self.world.path / target.folder)]
         seen = watch(lambda: operation.run(self.world), self.world.path, seconds=self.seconds)
         verdict = judge(
             seen,
@@ -118,9 +134,7 @@ class Campaign:
     def _damage(self, target: Target, rng: np.random.Generator) -> tuple[str, str, str, list[str]]:
         """Damage a file or folder; its path, the kind of damage, the damage in words, and what an error has to name."""
         folder = self.world.path / target.folder
-        self._dirty = (
-            {"data.csv", "pairs.jsonl", "elsewhere"} if target.folder == "." else {target.folder, target.partner or "", "elsewhere"}
-        )
+        self._dirty = self._touched(target)
         groups: dict[str, list[Path]] = {}
         for path in sorted(folder.rglob("*")) if target.folder != "." else sorted(folder.glob("*")):
             name = str(path.relative_to(folder))
@@ -129,19 +143,29 @@ class Campaign:
         while True:
             group = groups[sorted(groups)[rng.integers(len(groups))]]
             path = group[rng.integers(len(group))]
-            kinds = self._kinds(path, target)
-            kind = list(kinds)[rng.integers(len(kinds))]
-            before = {file.name for file in path.rglob("*")} if path.is_dir() else set()
+            kind = str(rng.choice(list(self._kinds(path, target))))
             try:
-                about = kinds[kind](path, rng)
+                about, names = self._damage_one(path, kind, target, rng)
             except Unchanged:
-                dirty = self._dirty
                 self._restore()
-                self._dirty = dirty
+                self._dirty = self._touched(target)
                 continue
-            after = {file.name for file in path.rglob("*")} if path.is_dir() else set()
-            # What vanished from a folder or came to it may be named instead of the folder.
-            return str(path.relative_to(folder)), kind, about, [path.name, *self._other_names(about), *(before ^ after)]
+            return str(path.relative_to(folder)), kind, about, names
+
+    def _damage_one(self, path: Path, kind: str, target: Target, rng: np.random.Generator) -> tuple[str, list[str]]:
+        """Damage a file or folder in one way; the damage in words, and what an error has to name."""
+        before = {file.name for file in path.rglob("*")} if path.is_dir() else set()
+        about = self._kinds(path, target)[kind](path, rng)
+        after = {file.name for file in path.rglob("*")} if path.is_dir() else set()
+        # What vanished from a folder or came to it may be named instead of the folder.
+        return about, [path.name, *self._other_names(about), *(before ^ after)]
+
+    @staticmethod
+    def _touched(target: Target) -> set[str]:
+        """The entries of the world in which damage to a target may be."""
+        if target.folder == ".":
+            return {"data.csv", "pairs.jsonl", "elsewhere"}
+        return {target.folder, "elsewhere", *([target.partner] if target.partner else [])}
 
     def _kinds(self, path: Path, target: Target) -> dict[str, Damage]:
         if path.is_dir():

@@ -20,6 +20,27 @@ from fuzz.verdict import judge
 from fuzz.watch import Seen, watch
 
 SHARE = 60  # mutations of folders, data and options
+# What failed once: the target, the operation, the file, the kind of damage and its seed.
+FOUND = (
+    ("tokenizer", "encode", "tokenizer.json", "cut", 0),
+    ("tokenizer", "encode", "tokenizer.json", "folder", 0),
+    ("tokenizer", "encode", "tokenizer_config.json", "JSON deep", 0),
+    ("tokenizer, BPE", "encode", "tokenizer_config.json", "dangling", 0),
+    ("tokenizer, BPE", "encode", "tokenizer.json", "JSON huge number", 0),
+    ("tokenizer, vocab.txt", "encode", "vocab.txt", "empty", 0),
+    ("model, shards", "load", "tokenizer_config.json", "loop", 0),
+    ("model, Llama", "load", "config.json", "JSON deep", 0),
+    ("model, Llama", "load", "model.safetensors", "swapped with another", 0),
+    ("base of a run", "merge", "tokenizer.json", "JSON values exchanged", 3),
+    ("base of a run", "predict", "config.json", "JSON number", 4),
+    ("data of a run", "eval", "data.csv", "zeros", 3),
+    ("run", "summary", "config.json", "JSON deep", 0),
+    ("adapter", "load", "jpeft.json", "JSON value", 1),
+    ("adapter", "load", "jpeft.json", "JSON key removed", 5),
+    ("adapter of a prompt", "load", "jpeft.json", "swapped with another", 0),
+    ("unfinished run", "resume", "checkpoints/2", "linked", 0),
+    ("unfinished run", "resume", "checkpoints/2", "stranger", 0),
+)
 
 settings = hypothesis.settings(
     derandomize=True, deadline=None, database=None, max_examples=40, suppress_health_check=list(hypothesis.HealthCheck)
@@ -33,6 +54,8 @@ def test_a_share_of_the_mutations(tmp_path):
     failures = [f"{case.number}: {case.target}, {case.about}: {case.verdict}" for case in cases if not case.verdict.right]
     assert not failures
     assert campaign.run(3) == cases[3]
+    found = [campaign.repeat(*one) for one in FOUND]
+    assert not [f"{one}: {case.verdict}" for one, case in zip(FOUND, found) if not case.verdict.right]
 
 
 # --- data -------------------------------------------------------------------------------------------------------------
