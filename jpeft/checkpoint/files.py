@@ -36,7 +36,7 @@ def write_atomically(path: str | os.PathLike[str], content: str | bytes) -> None
 
 def write_json(path: str | os.PathLike[str], value: Any) -> None:
     """Write JSON atomically, indented, with a final newline."""
-    write_atomically(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+    write_atomically(path, json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
 
 
 def replace_folder(partial: Path, target: Path, *, overwrite: bool = True) -> None:

@@ -17,6 +17,7 @@ from jpeft.cli.tables import print_metrics
 from jpeft.cli.texts import check_one_source, read_file_or_split, texts_table
 from jpeft.tasks.cloze import Cloze
 from jpeft.tasks.sequence_classification import SequenceClassification
+from jpeft.tasks.token_ids import check_token_ids
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,6 +68,7 @@ def _run(args: ClozeArgs) -> None:
         raise ValueError(f"--words has none for the label {unknown[0]!r} of the data; it has words for {', '.join(cloze.labels)}.")
     loaded = _load_language_model(args)
     arrays = cloze.encode(loaded.tokenizer, table.text, table.pair, max_length=args.max_length)
+    check_token_ids(arrays, loaded)
     batch_size = min(args.batch_size, len(table))
     scores = cloze.classify(loaded.model.apply, {"params": loaded.params}, loaded.tokenizer, arrays, batch_size=batch_size)
     if args.data is not None and table.label is not None:

@@ -42,7 +42,7 @@ def _run(args: EvalArgs) -> None:
         table = read_split(run.config.data, args.split, **names)
     else:
         table = read_file_or_split(args.data, args.split, **names)
-    arrays = run.task.encode(table, run.loaded.tokenizer, labels=run.labels, max_length=run.config.max_length)
+    arrays = run.task.encode_for(run.loaded, table, labels=run.labels, max_length=run.config.max_length)
     print_metrics({args.data or args.split: make_evaluator(run, args.batch_size).metrics(run.peft, arrays)})
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import warnings
 from typing import Annotated, Literal
 
 import jax
@@ -61,7 +62,8 @@ def _run(args: PredictArgs) -> None:
         table = data.read(args.input, text=run.config.text, pair=run.config.pair, label=None)
     else:
         table = texts_table(args.text, args.pair, pairs=bool(run.config.pair), reader="model")
-    arrays = run.task.encode(table, run.loaded.tokenizer, labels=None, max_length=run.config.max_length)
+    arrays = run.task.encode_for(run.loaded, table, labels=None, max_length=run.config.max_length)
+    _warn_of_positions(run, arrays["input_ids"].shape[1] + decoding.max_new_tokens)
     answers = make_evaluator(run, min(args.batch_size, len(table))).answers(run.peft, arrays, decoding)
     write_predictions(args.output, table, run.task.predictions(answers, run.labels, run.loaded.tokenizer))
 
@@ -86,6 +88,16 @@ def _decoding(args: PredictArgs, run: Run) -> Decoding:
     if "seed" in given:
         given["key"] = jax.random.key(given.pop("seed"))
     return Decoding(**given)
+
+
+def _warn_of_positions(run: Run, length: int) -> None:
+    """Say that a text may become longer than the model's positions; a model with a table of positions refuses it by itself."""
+    if run.task.generates and length > run.loaded.config.max_length:
+        warnings.warn(
+            f"Prompt and --max-new-tokens make up to {length} tokens, and the model has {run.loaded.config.max_length} positions: what "
+            "comes behind them may be of no use.",
+            stacklevel=2,
+        )
 
 
 COMMAND = Command("predict", PredictArgs, _run)

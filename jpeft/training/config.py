@@ -8,6 +8,7 @@ import os
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, Literal
 
+from jpeft.models.checkpoints.added_tokens import check_added_tokens
 from jpeft.tasks.registry import TASKS
 from jpeft.training.options import parse_options as parse_options
 from jpeft.training.setting import check_ranges, configuration, names_where, renamed, setting, unrecorded
@@ -49,6 +50,12 @@ class Settings:
         "Names of the tags 0, 1, ... in the data, if its tags are numbers: O B-PER I-PER ...", default=(), metavar="[NAME ...]"
     )
     task: TaskName = setting("Task of the model.", default="sequence-classification")
+    add_tokens: tuple[str, ...] = setting(
+        "Tokens that the model does not have yet: each is added to the tokenizer, and as a row to the embedding, which is trained beside "
+        "whatever the method trains.",
+        default=(),
+        metavar="TOKEN ...",
+    )
     max_length: int = setting(
         "Tokens per text (or pair). Longer texts are cut; plain texts for generation are joined and cut into rows of this length. Every "
         "batch has this length.",
@@ -235,3 +242,4 @@ def check_values(config: TrainConfig) -> None:
     if len(set(config.tag_names)) < len(config.tag_names):
         raise ValueError(f"tag_names must be different names, got {', '.join(config.tag_names)}.")
     parse_options(config.options)
+    check_added_tokens(config.add_tokens)

@@ -108,7 +108,7 @@ def prepare(config: TrainConfig, recorded: dict[str, Any] | None = None) -> Setu
     labels = task.label_names(tables["train"])
     mesh = find_mesh(config)
     loaded = load_base(config, labels, mesh)
-    splits = encode_splits(config, task, tables, labels, loaded.tokenizer)
+    splits = encode_splits(config, task, tables, labels, loaded)
     peft = _attach(config, task, labels, splits["train"], loaded, recorded)
     # A frozen base without a head has nothing to train and is evaluated as it is.
     steps = count_steps(config, splits["train"]) if jax.tree.leaves(peft.adapter) else 0
@@ -131,7 +131,7 @@ def prepare(config: TrainConfig, recorded: dict[str, Any] | None = None) -> Setu
 
 
 def encode_splits(
-    config: TrainConfig, task: Task, tables: dict[str, data.Table], labels: tuple[str, ...], tokenizer: Any
+    config: TrainConfig, task: Task, tables: dict[str, data.Table], labels: tuple[str, ...], loaded: models.Loaded
 ) -> dict[str, Arrays]:
     """Return the columns of each split that has rows.
 
@@ -139,10 +139,8 @@ def encode_splits(
       ValueError: from the task, or if the configuration needs a validation split and there is none.
     """
     splits = {
-        name: task.encode(table, tokenizer, labels=labels, max_length=config.max_length) for name, table in tables.items() if len(table)
+        name: task.encode_for(loaded, table, labels=labels, max_length=config.max_length) for name, table in tables.items() if len(table)
     }
-    for arrays in splits.values():
-        task.check_columns(arrays)
     if (config.patience or config.keep_best) and "validation" not in splits:
         raise ValueError("The settings patience and keep_best need a validation split, and the data has none.")
     return splits

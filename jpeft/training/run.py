@@ -13,7 +13,10 @@ from jpeft.tasks.task import Task, task_of
 from jpeft.training.base_files import check_base_files
 from jpeft.training.build import load_base
 from jpeft.training.config import TrainConfig, from_json
+from jpeft.training.finite import explain
 from jpeft.training.run_folder import RunFolder, config_checksum
+from jpeft.tree.finite import not_finite
+from jpeft.tree.paths import first_few
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,8 +86,10 @@ def save_merged(folder: str | os.PathLike[str], loaded: models.Loaded, peft: Pef
     If there are several processes, all must call this, and each holds the whole model in its host's memory for a while.
 
     Raises:
-      ValueError: the method's reason, if it cannot merge.
+      ValueError: the method's reason, if it cannot merge; if the merged weights are not finite.
     """
     params = gather_to_host(jpeft.merge(peft))
+    if bad := not_finite(params):
+        raise ValueError(f"The merged weights are not finite, in {first_few(bad, 3)}. {explain(peft)}")
     write = lambda: models.save(folder, loaded.model, params, labels=loaded.labels, tokenizer=loaded.tokenizer, overwrite=True)
     on_first_process(write)

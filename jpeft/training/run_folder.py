@@ -195,7 +195,7 @@ class RunFolder:
         # Never through a link that somebody has put there.
         flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0)
         with open(self.metrics, "a", encoding="utf-8", opener=lambda path, _: os.open(path, flags, 0o666)) as file:
-            file.write(json.dumps(record) + "\n")
+            file.write(json.dumps(record, allow_nan=False) + "\n")
 
     def records(self) -> list[dict[str, Any]]:
         """Return the lines of metrics.jsonl, without a last line that a kill cut short. Other damaged lines are left out with a warning."""
