@@ -88,10 +88,10 @@ def _flags(world: World, model: str, output: str, *more: str) -> list[str]:
 
 
 def _resume(world: World) -> Any:
-    """The adapter and the log of an interrupted run that is continued."""
+    """The adapter of an interrupted run that is continued, and what its log speaks of. The losses in it nobody can check."""
     command(*_flags(world, "encoder", "unfinished", *_OFTEN, "--resume"))()
     lines = (world.path / "unfinished" / "metrics.jsonl").read_text().splitlines()
-    log = [(record["step"], record["split"], record.get("loss")) for record in map(json.loads, lines)]
+    log = [(record["step"], record["split"], "loss" in record) for record in map(json.loads, lines)]
     return adapter(world, "unfinished/adapter"), log
 
 

@@ -66,8 +66,12 @@ _COUNT = ["rank", "size", "reduction", "division", "length", "mlp", "hidden", "w
 _NUMBER = ["alpha", "dropout", "std", "sparsity", "l0", "gate_rate", "weight_rate", "mask_share", "retention", "priming_share", "scale"]
 _FLAG = ["structured", "draw", "train_norms", "plus_plus", "own_norm", "shift", "rslora", "causal"]
 _CHOICE = ["activation", "init", "view", "encoder", "stage"]
-_SELECTION = ["target", "feedforward", "also", "layers", "head", "embedding", "body", "subset"]
+_SELECTION = ["output", "target", "feedforward", "also", "layers", "head", "embedding", "body", "subset"]
 _LIST = ["tokens", "labels", "template", "edges", "axes"]
+
+
+# Options without which a method is not made.
+NEEDED: dict[str, dict[str, Any]] = {"trainable_tokens": {"tokens": [3, 4]}}
 
 
 def fits(option: str, value: Any, default: Any) -> bool:
@@ -102,12 +106,13 @@ def cases() -> list[tuple[str, str, str, str]]:
 def judge_option(method: str, option: str, value: Any, params: Any, apply: Callable[..., Any], world: Path) -> Verdict:
     """Make a method with an option and give it to a model."""
     default = jpeft.methods()[method].factory.__signature__.parameters[option].default
+    needed = NEEDED.get(method, {})
 
     def operation() -> str:
-        made = jpeft.make(method, **{option: value})
+        made = jpeft.make(method, **needed | {option: value})
         if made != jpeft.make(json.loads(json.dumps(made.config()))):
             return "its configuration does not give it back"
-        wrong = "" if made.requires_stats or made == jpeft.make(method) else _use(made, params, apply)
+        wrong = "" if made.requires_stats or made == jpeft.make(method, **needed) else _use(made, params, apply)
         return wrong or ("" if fits(option, value, default) else f"{value!r} was taken, as {made!r}")
 
     return judge(watch(operation, world), "", _names(option, value))
@@ -133,7 +138,8 @@ def judge_on_the_command_line(method: str, option: str, value: Any, model: Path,
     """The same, as a user types it: NAME=VALUE."""
     default = jpeft.methods()[method].factory.__signature__.parameters[option].default
     written = value if isinstance(value, str) else repr(value)
-    seen = watch(command("summary", "--model", model, "--method", method, f"{option}={written}"), world)
+    more = [f"{name}={needed}" for name, needed in NEEDED.get(method, {}).items() if name != option]
+    seen = watch(command("summary", "--model", model, "--method", method, f"{option}={written}", *more), world)
     if not seen.kind and fits(option, value, default):
         return Verdict("same")
     if not seen.kind and isinstance(value, str):
