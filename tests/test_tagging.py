@@ -145,7 +145,7 @@ def test_every_word_has_a_tag_or_none_and_counts(tmp_path):
         arrays = tagging.encode(table, pieces(), labels=names, max_length=5)
     assert [str(warning.message) for warning in said] == [
         "test: 1 of 1 texts are longer than max_length=5 tokens and were cut; words without a tag, which count as wrong in metrics: 2.",
-        "test: words that give no token and get no tag, which count as wrong in metrics: 1, in Row 1.",
+        "test: words that give no token and get no tag, which count as wrong in metrics: 1, in row 1.",
     ]
     assert arrays["input_ids"].tolist() == [[1, 3, 3, 4, 2]]
     assert arrays["first"].tolist() == [[1, -1, 2, -1, -1]]
@@ -247,7 +247,7 @@ def test_train_eval_predict(world, tmp_path, capfd):
     assert main(["predict", str(world / "run"), "--text", *long]) == 0
     said = capfd.readouterr()
     assert json.loads(said.out)["tags"][-2:] == [None, None]
-    assert "warning: 1 of 1 texts are longer than max_length=10 tokens and were cut; words without a tag" in said.err
+    assert "warning: --text: 1 of 1 texts are longer than max_length=10 tokens and were cut; words without a tag" in said.err
     (tmp_path / "in.jsonl").write_text("".join(json.dumps({"tokens": text.split()}) + "\n" for text in texts))
     assert main(["predict", str(world / "run"), "--input", str(tmp_path / "in.jsonl")]) == 0
     assert [json.loads(line) for line in capfd.readouterr().out.splitlines()] == shown
