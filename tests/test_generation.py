@@ -303,7 +303,7 @@ def test_predict_continues_texts(world, tmp_path, capfd):
     assert drawn(*random) == lines
 
 
-@pytest.mark.filterwarnings("always::UserWarning")
+@pytest.mark.filterwarnings("always:.* of [0-9]+ texts:UserWarning")
 def test_overlong_in_eval_and_predict(world, tmp_path, capfd):
     rows = [{"text": "the " * count, "target": "some fruit"} for count in (2, 20)]
     (tmp_path / "in.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))

@@ -48,6 +48,9 @@ def load_base(config: TrainConfig, labels: tuple[str, ...], mesh: Mesh | None = 
         dtype=config.dtype,
         remat=config.remat,
         scan=config.scan,
+        fresh_head=config.fresh_head,
+        keep_head=config.keep_head,
+        revision=config.revision,
         key=keys(config.seed).head,
         mesh=mesh,
     )

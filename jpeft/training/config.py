@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from jpeft.tasks.registry import TASKS
 from jpeft.training.options import parse_options as parse_options
-from jpeft.training.setting import check_ranges, configuration, names_where, renamed, setting
+from jpeft.training.setting import check_ranges, configuration, names_where, renamed, setting, unrecorded
 
 # The names of all tasks, so that the command line lists them.
 if TYPE_CHECKING:
@@ -32,6 +32,11 @@ class Settings:
     )
     output: str = setting(
         "Folder of the run: configuration, metrics, curve, checkpoints, adapter, result. Must be new or empty.", resume_safe=True
+    )
+    revision: str | None = setting("Branch, tag or commit of the model on the hub; none for its main branch.", default=None)
+    fresh_head: bool = setting("Make the head with labels anew, even if the checkpoint has one for the labels of the data.", default=False)
+    keep_head: bool = setting(
+        "Keep the checkpoint's head with labels, even if its labels have other names: its outputs are taken in their order.", default=False
     )
     text: str = setting("Text column. For generation: the prompt if --target is given, otherwise the whole text.", default="text")
     pair: str | None = setting("Column of the second text of a pair; none for single texts.", default=None)
@@ -75,6 +80,7 @@ class Settings:
     )
     warmup: float = setting("Share of all steps over which the learning rate rises linearly.", default=0.06, at_least=0, at_most=1)
     weight_decay: float = setting("Decoupled weight decay of the trained parameters; frozen ones never decay.", default=0.01, at_least=0)
+    decay_biases: bool = setting("Let weight decay act on biases and normalisations, too.", default=False, unrecorded=True)
     label_smoothing: float = setting(
         "Share of the target probability that the training loss spreads evenly over all classes (all tokens of the vocabulary, for "
         "generation).",
@@ -197,7 +203,7 @@ def to_json(config: TrainConfig) -> dict[str, Any]:
 
 
 def from_json(values: Mapping[str, Any]) -> TrainConfig:
-    """Read what `to_json` wrote, also by an earlier version: fields that are newer have their defaults.
+    """Read what `to_json` wrote, also by an earlier version: fields that are newer have the values that it behaved by.
 
     Raises:
       ValueError: for fields that this version does not know.
@@ -208,7 +214,7 @@ def from_json(values: Mapping[str, Any]) -> TrainConfig:
     if unknown := sorted(set(values) - known):
         raise ValueError(f"The run's configuration has unknown fields {unknown}: it was written by another version of jpeft.")
     found: dict[str, Any] = {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
-    return TrainConfig(**found)
+    return TrainConfig(**unrecorded(TrainConfig) | found)
 
 
 def check_values(config: TrainConfig) -> None:
@@ -222,6 +228,8 @@ def check_values(config: TrainConfig) -> None:
     check_ranges(config)
     if config.batch_size % config.grad_accum:
         raise ValueError(f"grad_accum={config.grad_accum} does not divide batch_size={config.batch_size}.")
+    if config.fresh_head and config.keep_head:
+        raise ValueError("--fresh-head leaves out the checkpoint's head and --keep-head keeps it: give one of them.")
     if config.resume and config.overwrite:
         raise ValueError("--resume continues the run in the output folder and --overwrite deletes it: give one of them.")
     if len(set(config.tag_names)) < len(config.tag_names):

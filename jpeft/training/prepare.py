@@ -16,6 +16,7 @@ from jpeft.core.method import Method
 from jpeft.core.peft import Peft
 from jpeft.core.stages import Segment, plan
 from jpeft.tasks.task import Arrays, Task, task_of
+from jpeft.training.base_files import base_files
 from jpeft.training.build import attach, load_base, read_columns
 from jpeft.training.config import TrainConfig, to_json
 from jpeft.training.devices import Devices, find_mesh
@@ -86,7 +87,9 @@ class Setup:
             "head_lr_scale": self.head_lr_scale,
             "steps": self.steps,
             "base": fingerprint(self.peft.params),
+            "base_files": base_files(self.loaded.folder),
             "data": {name: fingerprint(self.task.identity(arrays)) for name, arrays in self.splits.items()},
+            "examples": {name: len(next(iter(arrays.values()))) for name, arrays in self.splits.items()},
         }
 
 

@@ -1,7 +1,6 @@
 """What a run results in."""
 
 import dataclasses
-import json
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +19,7 @@ class Result:
       best: Best validation metric; None without evaluations.
       best_step: Step of the best evaluation; 0 without evaluations.
       steps: Finished steps; fewer than planned after early stopping.
-      trained: Scalars that are trained; see `jpeft.Summary`.
+      trained: Scalars that the optimizer moves, in the stage that moves the most; see `jpeft.Summary`.
       seconds: Wall time of the training loop with its evaluations, without compiling. If the run was continued, all its parts up to their
         newest checkpoints count.
       compile_seconds: Time of compiling the steps of all stages, in this process.
@@ -30,10 +29,11 @@ class Result:
       changed: Scalars of the base that take another value.
       adapter_bytes: Size of the saved adapter's files.
       step_seconds: Seconds per step: the median over the lines of metrics.jsonl, without evaluations and checkpoints.
-      flops: Floating point operations of a compiled step, of the last stage. None with grad_accum or scan, because XLA counts the body of a
-        loop once.
-      temporary_bytes: Peak of a step's temporary memory, of the last stage.
+      flops: Floating point operations of a compiled step, of the costliest stage. None with grad_accum or scan, because XLA counts the body
+        of a loop once.
+      temporary_bytes: Peak of a step's temporary memory, of the stage that takes the most.
       device: Name of the device.
+      stages: What each stage did and cost; the fields are those of `jpeft.training.cost.StageCost`.
     """
 
     validation: dict[str, float]
@@ -53,6 +53,7 @@ class Result:
     flops: float | None = None
     temporary_bytes: int | None = None
     device: str | None = None
+    stages: list[dict[str, Any]] = dataclasses.field(default_factory=list)
 
     def to_json(self) -> dict[str, Any]:
         """Return all but the arrays and the folder."""
@@ -60,6 +61,17 @@ class Result:
 
 
 def read_result(folder: RunFolder) -> Result:
-    """Return the result of a finished run, with its model loaded."""
-    values = json.loads(folder.result.read_text())
-    return Result(**values, path=folder.path, peft=open_run(folder.path).peft)
+    """Return the result of a finished run, with its model loaded.
+
+    Raises:
+      ValueError: if it is not finished, or its result or adapter is damaged.
+    """
+    values = folder.read_result()
+    if values is None:
+        raise ValueError(f"The run in {folder.path} is not finished: it has no result.json.")
+    if unknown := sorted(values.keys() - {field.name for field in dataclasses.fields(Result)}):
+        raise ValueError(f"{folder.result} has the unknown fields {unknown}: another version of jpeft wrote it.")
+    try:
+        return Result(**values, path=folder.path, peft=open_run(folder.path).peft)
+    except TypeError as error:
+        raise ValueError(f"{folder.result} is damaged: {error}.") from error

@@ -6,12 +6,14 @@ from typing import Any
 
 import jpeft
 from jpeft import models
+from jpeft.checkpoint.adapter import read_record
 from jpeft.core.peft import Peft
 from jpeft.distributed import gather_to_host, on_first_process
 from jpeft.tasks.task import Task, task_of
+from jpeft.training.base_files import check_base_files
 from jpeft.training.build import load_base
 from jpeft.training.config import TrainConfig, from_json
-from jpeft.training.run_folder import RunFolder
+from jpeft.training.run_folder import RunFolder, config_checksum
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,14 +53,28 @@ def open_run(path: str | os.PathLike[str]) -> Run:
       ValueError: if `path` holds no finished run, or the base is not the one that the adapter was trained on.
     """
     folder = RunFolder(path)
+    on_first_process(folder.tidy)
     about = folder.read_config()
     if not folder.adapter.exists():
         raise ValueError(f"The run in {folder.path} is not finished: continue it with --resume.")
     config = from_json(about["run"])
     labels = tuple(about["labels"])
+    check_belongs(folder, about)
     loaded = load_base(config, labels)
+    check_base_files(about.get("base_files"), loaded.folder, folder.path)
     peft = jpeft.fold(jpeft.load(folder.adapter, loaded.params))
     return Run(folder, config, task_of(config), labels, loaded, peft)
+
+
+def check_belongs(folder: RunFolder, about: dict[str, Any]) -> None:
+    """Check that a run's adapter was trained with the run's configuration. Adapters of earlier versions do not say it, and pass.
+
+    Raises:
+      ValueError: if it was not, or its record is damaged.
+    """
+    run = read_record(folder.adapter).get("run")
+    if run is not None and run != config_checksum(about):
+        raise ValueError(f"The adapter in {folder.adapter} is not that of the run that {folder.config} records: one of them was replaced.")
 
 
 def save_merged(folder: str | os.PathLike[str], loaded: models.Loaded, peft: Peft) -> None:
