@@ -15,6 +15,7 @@ from jpeft.cli.command import Command
 from jpeft.cli.predictions import check_output, write_predictions
 from jpeft.cli.tables import print_metrics
 from jpeft.cli.texts import check_one_source, read_file_or_split, texts_table
+from jpeft.data.values import as_label
 from jpeft.tasks.cloze import Cloze
 from jpeft.tasks.sequence_classification import SequenceClassification
 from jpeft.tasks.token_ids import check_token_ids
@@ -86,6 +87,7 @@ def _parse_words(words: Sequence[str]) -> dict[str, tuple[str, ...]]:
     out: dict[str, tuple[str, ...]] = {}
     for argument in words:
         label, equals, listed = argument.partition("=")
+        label = as_label(label) or label  # spelled as the labels of data are
         if not equals or not label:
             raise ValueError(f"{argument!r} in --words is not of the form LABEL=WORD,WORD, such as positive=great,good.")
         if label in out:
