@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Annotated
+from typing import Annotated, Literal
 
 import tyro
 
@@ -28,17 +28,21 @@ class EvalArgs:
     split: str = "test"
     # Examples per batch.
     batch_size: int = 64
+    # Generation: rows longer than the run's max_length, as in `jpeft train`; none for the run's own setting.
+    overlong: Literal["error", "cut", "drop"] | None = None
 
 
 def _run(args: EvalArgs) -> None:
     run = open_run(args.run)
+    if args.overlong is not None:
+        run = run.configured(overlong=args.overlong)
     names = read_columns(run.config, run.task)
     if args.data is None:
         # A file is split here as it was in training.
         table = read_split(run.config.data, args.split, **names)
     else:
         table = read_file_or_split(args.data, args.split, **names)
-    arrays = run.task.encode(table, run.loaded.tokenizer, labels=run.labels, max_length=run.config.max_length)
+    arrays = run.task.encode_for(run.loaded, table, labels=run.labels, max_length=run.config.max_length)
     print_metrics({args.data or args.split: make_evaluator(run, args.batch_size).metrics(run.peft, arrays)})
 
 

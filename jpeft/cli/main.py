@@ -26,6 +26,7 @@ from jpeft.cli.command import Command
 from jpeft.cli.flags import check_numbers, parse_none, rename_old_flags
 from jpeft.cli.messages import as_typed, one_line
 from jpeft.extras import how_to_install
+from jpeft.models.checkpoints.notes import CheckpointNote
 from jpeft.training.interrupt import InterruptedRun
 
 # A new command is one file with a `COMMAND`, and its name here. The help lists the commands in this order.
@@ -66,6 +67,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         with warnings.catch_warnings():
             warnings.showwarning = functools.partial(_show_warning, command)
+            warnings.simplefilter("default", CheckpointNote)
             check_numbers(args)
             status = command.run(args) or 0
             for note in notes:
@@ -140,5 +142,6 @@ def _parse_by_tyro(arguments: list[str]) -> Any:
 def _show_warning(command: Command, message: Any, category: Any, filename: Any, lineno: Any, file: Any = None, line: Any = None) -> None:
     del filename, lineno, file, line
     # Warnings of jpeft are for the user. Other categories come from the libraries below and are for their developers.
-    if category is UserWarning:
-        print(f"warning: {as_typed(str(message), command.args, command.names)}", file=sys.stderr)
+    if category in (UserWarning, CheckpointNote):
+        kind = "note" if category is CheckpointNote else "warning"
+        print(f"{kind}: {as_typed(str(message), command.args, command.names)}", file=sys.stderr)

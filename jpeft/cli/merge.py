@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 from pathlib import Path
 from typing import Annotated
 
 import tyro
 
+from jpeft.checkpoint.files import check_output
 from jpeft.cli.command import Command
 from jpeft.training.run import open_run, save_merged
 
@@ -24,8 +26,9 @@ class MergeArgs:
 
 def _run(args: MergeArgs) -> None:
     out = Path(args.out)
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+    if os.path.lexists(out) and (not out.is_dir() or any(out.iterdir())):
         raise ValueError(f"The output folder {out} is in use: choose another.")
+    check_output(out, folder=True)
     run = open_run(args.run)
     save_merged(out, run.loaded, run.peft)
     print(f"merged model in {out}")

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Annotated
+import warnings
+from typing import Annotated, Literal
 
 import jax
 import numpy as np
@@ -28,7 +29,7 @@ class PredictArgs:
     text: tuple[str, ...] = ()
     # Second texts, for a model of pairs: one for each text.
     pair: tuple[str, ...] = ()
-    # A CSV, TSV, JSONL or Parquet file with the run's text column; labels in the file are ignored.
+    # A CSV, TSV, JSONL, JSON or Parquet file with the run's text column; labels in the file are ignored.
     input: str | None = None
     # JSONL file to write; none prints.
     output: str | None = None
@@ -38,6 +39,8 @@ class PredictArgs:
     batch_size: int = 64
     # Most tokens to generate for a text; none for 64. Only for a model that generates text, like the flags below.
     max_new_tokens: int | None = None
+    # Texts longer than the run's max_length: error, cut (the last tokens are kept) or drop (no answer); none for the run's own setting.
+    overlong: Literal["error", "cut", "drop"] | None = None
     # Draw tokens at random with this seed; none takes the most likely token each time.
     seed: int | None = None
     # Temperature of the draw: above 1 the probabilities become more even, below 1 sharper.
@@ -52,12 +55,15 @@ def _run(args: PredictArgs) -> None:
     check_one_source(args.text, args.input, "a file with --input")
     check_output(args.output, overwrite=args.overwrite)
     run = open_run(args.run)
+    if args.overlong is not None:
+        run = run.configured(overlong=args.overlong)
     decoding = _decoding(args, run)
     if args.input is not None:
         table = data.read(args.input, text=run.config.text, pair=run.config.pair, label=None)
     else:
         table = texts_table(args.text, args.pair, pairs=bool(run.config.pair), reader="model")
-    arrays = run.task.encode(table, run.loaded.tokenizer, labels=None, max_length=run.config.max_length)
+    arrays = run.task.encode_for(run.loaded, table, labels=None, max_length=run.config.max_length)
+    _warn_of_positions(run, arrays["input_ids"].shape[1] + decoding.max_new_tokens)
     answers = make_evaluator(run, min(args.batch_size, len(table))).answers(run.peft, arrays, decoding)
     write_predictions(args.output, table, run.task.predictions(answers, run.labels, run.loaded.tokenizer))
 
@@ -83,6 +89,17 @@ def _decoding(args: PredictArgs, run: Run) -> Decoding:
     if "seed" in given:
         given["key"] = jax.random.key(given.pop("seed"))
     return Decoding(**given)
+
+
+def _warn_of_positions(run: Run, length: int) -> None:
+    """Say that a text may become longer than the model's positions; a model with a table of positions refuses it by itself."""
+    has_table = getattr(run.loaded.config, "position_rows", None) is not None
+    if run.task.generates and not has_table and length > run.loaded.config.max_length:
+        warnings.warn(
+            f"Prompt and --max-new-tokens make up to {length} tokens, and the model has {run.loaded.config.max_length} positions: what "
+            "comes behind them may be of no use.",
+            stacklevel=2,
+        )
 
 
 def _flag(name: str) -> str:

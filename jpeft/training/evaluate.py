@@ -6,12 +6,14 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jaxtyping import PyTree
 
 from jpeft import data, distributed
 from jpeft.core.peft import Peft
-from jpeft.tasks.task import Arrays, Decoding, Task
+from jpeft.tasks.task import Arrays, Batch, Decoding, Task
+from jpeft.training.finite import check_metrics, check_outputs, finite_rows
 
 
 class Evaluator:
@@ -39,23 +41,40 @@ class Evaluator:
         self.batch_size = batch_size
         self.labels = tuple(labels)
         self._forward = forward
-        self._scores = jax.jit(
-            lambda peft, batch: task.scores(forward(peft.variables, **task.model_inputs(batch), deterministic=True), batch)
-        )
+
+        def scores(peft: Peft, batch: Batch) -> tuple[PyTree, jax.Array]:
+            logits = forward(peft.variables, **task.model_inputs(batch), deterministic=True)
+            return task.scores(logits, batch), jnp.isfinite(logits).all(range(1, logits.ndim))
+
+        self._scores = jax.jit(scores)
 
     def metrics(self, peft: Peft, arrays: Arrays) -> dict[str, float]:
-        """Return the task's metrics over all rows of `arrays`."""
-        return self.task.metrics(self._over(arrays, lambda batch, index: self._scores(peft, batch)), arrays, self.labels)
+        """Return the task's metrics over all rows of `arrays`.
+
+        Raises:
+          ValueError: if the outputs of a row are not finite.
+        """
+        scores, finite = self._over(arrays, lambda batch, index: self._scores(peft, batch))
+        check_outputs(peft, finite)
+        metrics = self.task.metrics(scores, arrays, self.labels)
+        check_metrics(metrics)
+        return metrics
 
     def answers(self, peft: Peft, arrays: Arrays, decoding: Decoding) -> PyTree:
-        """Return the task's answers to all rows of `arrays`, in order."""
+        """Return the task's answers to all rows of `arrays`, in order.
+
+        Raises:
+          ValueError: if the answer to a row holds numbers that are not finite.
+        """
 
         def run(batch: dict[str, np.ndarray], index: int) -> PyTree:
             # Each batch draws with a key of its own.
             key = None if decoding.key is None else jax.random.fold_in(decoding.key, index)
             return self.task.answer(self._forward, peft.variables, batch, decoding._replace(key=key))
 
-        return self._over(arrays, run)
+        answers = self._over(arrays, run)
+        check_outputs(peft, finite_rows(answers))
+        return answers
 
     def _over(self, arrays: Arrays, run: Callable[[dict[str, np.ndarray], int], PyTree]) -> PyTree:
         """Return the results of `run(batch, number of the batch)` for each row."""

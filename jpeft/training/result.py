@@ -1,7 +1,6 @@
 """What a run results in."""
 
 import dataclasses
-import json
 from pathlib import Path
 from typing import Any
 
@@ -62,6 +61,17 @@ class Result:
 
 
 def read_result(folder: RunFolder) -> Result:
-    """Return the result of a finished run, with its model loaded."""
-    values = json.loads(folder.result.read_text())
-    return Result(**values, path=folder.path, peft=open_run(folder.path).peft)
+    """Return the result of a finished run, with its model loaded.
+
+    Raises:
+      ValueError: if it is not finished, or its result or adapter is damaged.
+    """
+    values = folder.read_result()
+    if values is None:
+        raise ValueError(f"The run in {folder.path} is not finished: it has no result.json.")
+    if unknown := sorted(values.keys() - {field.name for field in dataclasses.fields(Result)}):
+        raise ValueError(f"{folder.result} has the unknown fields {unknown}: another version of jpeft wrote it.")
+    try:
+        return Result(**values, path=folder.path, peft=open_run(folder.path).peft)
+    except TypeError as error:
+        raise ValueError(f"{folder.result} is damaged: {error}.") from error
