@@ -115,7 +115,7 @@ def encoded(text, target, max_length, overlong, template="<s> $A"):
 def test_rows_that_are_too_long():
     """A row fits if all but its last token do; BOS is never cut, and neither text nor target is lost."""
     table = Table(text=["a", "b c d e", "a b c d e"], target=["b", "b", "b"])
-    long = r"2 of 3 texts with their targets are longer than max_length=4 tokens: Rows 2, 3\. The longest, 'a b c d e'\.\.\., has 6"
+    long = r"2 of 3 texts with their targets are longer than max_length=4 tokens: rows 2, 3\. The longest, 'a b c d e'\.\.\., has 6"
     with pytest.raises(ValueError, match=long):
         generation.encode(table, tokenizer(), labels=(), max_length=4)
     assert generation.encode(table, tokenizer(), labels=(), max_length=6)["complete"].tolist() == [1, 1, 1]
@@ -136,7 +136,7 @@ def test_rows_that_are_too_long():
 
 def test_prompts_that_are_too_long():
     table = Table(text=["a", "b c d e", "a b c d e"])
-    with pytest.raises(ValueError, match=r"1 of 3 texts are longer than max_length=4 tokens: Row 3\."):
+    with pytest.raises(ValueError, match=r"1 of 3 texts are longer than max_length=4 tokens: row 3\."):
         generation.encode(table, tokenizer(), labels=None, max_length=4)
     with pytest.warns(UserWarning, match="2 of 3 texts are .* lost their beginning"):
         cut = generation.encode(table, tokenizer("<s> $A"), labels=None, max_length=4, overlong="cut")
@@ -303,7 +303,7 @@ def test_predict_continues_texts(world, tmp_path, capfd):
     assert drawn(*random) == lines
 
 
-@pytest.mark.filterwarnings("always::UserWarning")
+@pytest.mark.filterwarnings("always:.* of [0-9]+ texts:UserWarning")
 def test_overlong_in_eval_and_predict(world, tmp_path, capfd):
     rows = [{"text": "the " * count, "target": "some fruit"} for count in (2, 20)]
     (tmp_path / "in.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -357,6 +357,6 @@ def test_bad_input_leaves_nothing(world, tmp_path, fails):  # noqa: F811
 
 def test_bad_predictions(world, fails):  # noqa: F811
     run = world / "pairs"
-    assert "1 of 1 texts are longer than max_length=12 tokens: Row 1." in fails("predict", run, "--text", "a " * 13)
+    assert "1 of 1 texts are longer than max_length=12 tokens: --text, row 1." in fails("predict", run, "--text", "a " * 13)
     assert "position" in fails("predict", run, "--text", "a " * 12, "--max-new-tokens", "40")
     assert "temperature: only for tokens drawn at random, with --seed" in fails("predict", run, "--text", "a", "--temperature", "2")

@@ -155,9 +155,8 @@ def load(path: str | os.PathLike[str], params: tree.Params, *, method: Method | 
     method = _method(record["method"], method, path)
     # Looked at before Orbax opens anything: its other reads go on in the background when one fails.
     if damaged := damaged_files(source / _LEAVES, record["files"]):
-        raise ValueError(
-            f"The adapter in '{path}' is damaged: {source / _LEAVES / damaged[0]} is not as it was saved ({len(damaged)} such files)."
-        )
+        which = f"{len(damaged)} such files; {source / _RECORD} lists {len(record['files'])}"
+        raise ValueError(f"The adapter in '{path}' is damaged: {source / _LEAVES / damaged[0]} is not as it was saved ({which}).")
     adapter = {name: {} for name, _ in method.parts} | _read_arrays(path, source / _LEAVES, record["leaves"])
     _check_fit(params, adapter, method, path)
     if check_base and fingerprint(params, skip=_replaced(params, adapter, method)) != record["base"]:

@@ -15,6 +15,7 @@ from jpeft.cli.command import Command
 from jpeft.cli.predictions import check_output, write_predictions
 from jpeft.cli.tables import print_metrics
 from jpeft.cli.texts import check_one_source, read_file_or_split, texts_table
+from jpeft.data.values import as_label
 from jpeft.tasks.cloze import Cloze
 from jpeft.tasks.sequence_classification import SequenceClassification
 from jpeft.tasks.token_ids import check_token_ids
@@ -33,6 +34,8 @@ class ClozeArgs:
     template: str
     # The words of each label, each a single token: positive=great,good negative=terrible,bad
     words: Annotated[tuple[str, ...], tyro.conf.arg(metavar="LABEL=WORD,WORD ...")]
+    # Branch, tag or commit of the model on the hub; none for its main branch.
+    revision: str | None = None
     # Data to classify: a file (all of its rows), a folder, "builtin[:name]" or "hub:name[/config]".
     data: str | None = None
     # Texts, each an argument, instead of data.
@@ -84,6 +87,7 @@ def _parse_words(words: Sequence[str]) -> dict[str, tuple[str, ...]]:
     out: dict[str, tuple[str, ...]] = {}
     for argument in words:
         label, equals, listed = argument.partition("=")
+        label = as_label(label) or label  # spelled as the labels of data are
         if not equals or not label:
             raise ValueError(f"{argument!r} in --words is not of the form LABEL=WORD,WORD, such as positive=great,good.")
         if label in out:
@@ -104,7 +108,7 @@ def _read_table(args: ClozeArgs, *, pairs: bool) -> data.Table:
 
 
 def _load_language_model(args: ClozeArgs) -> models.Loaded:
-    loaded = models.load(args.model, task="language-model")
+    loaded = models.load(args.model, task="language-model", revision=args.revision)
     if args.max_length > loaded.config.max_length:
         raise ValueError(f"max_length={args.max_length} is more than the model's {loaded.config.max_length} positions.")
     if loaded.initialised:

@@ -22,6 +22,8 @@ class SummaryArgs:
     what: Annotated[tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="RUN|NAME=VALUE")] = ()
     # Folder or hub id of a model, if no run is given.
     model: str | None = None
+    # Branch, tag or commit of the model on the hub; none for its main branch.
+    revision: str | None = None
     # Name of the method.
     method: str = "lora"
     # Task of the model.
@@ -36,7 +38,8 @@ def _run(args: SummaryArgs) -> None:
     if args.model is None and len(runs) == 1 and not options:
         peft = open_run(runs[0]).peft
     elif args.model is not None and not runs:
-        config = TrainConfig(model=args.model, data="", output="", task=args.task, method=args.method, options=options, max_length=1)
+        about = {"model": args.model, "revision": args.revision, "task": args.task, "method": args.method}
+        config = TrainConfig(**about, data="", output="", options=options, max_length=1)
         loaded = load_base(config, tuple(f"LABEL_{i}" for i in range(args.labels)))
         peft = attach(config, loaded)
     else:

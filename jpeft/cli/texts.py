@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from jpeft import data
+from jpeft.data.origin import Origin
 
 
 def check_one_source(text: Sequence[str], source: str | None, name: str) -> None:
@@ -34,12 +35,14 @@ def texts_table(text: Sequence[str], pair: Sequence[str], *, pairs: bool, reader
       reader: What reads the texts, for the error message: "model" or "template".
 
     Raises:
-      ValueError: if there is not one second text for each text, or if there are second texts where none are read.
+      ValueError: if there is not one second text for each text, if there are second texts where none are read, or for an empty text.
     """
     if len(pair) != (len(text) if pairs else 0):
         expected = "one --pair for each --text" if pairs else "single texts, without --pair"
         raise ValueError(f"This {reader} takes {expected}: got {len(text)} texts and {len(pair)} pairs.")
-    return data.Table(list(text), list(pair) or None, None)
+    if empty := [number for number, each in enumerate(text, start=1) if not each.strip()]:
+        raise ValueError(f"No text in --text number {empty[0]} of {len(text)}: remove it or fill it in.")
+    return data.Table(list(text), list(pair) or None, origin=Origin("--text", range(1, len(text) + 1)))
 
 
 def read_file_or_split(spec: str, split: str, **columns: Any) -> data.Table:

@@ -45,7 +45,7 @@ class Table:
         for name, column in self._columns().items():
             for row, cell in enumerate(column or ()):
                 if fault := fault_of(cell if isinstance(cell, str) else "".join(cell)):
-                    raise ValueError(f"{self.where([row])}: the {name} holds {fault}, which is not text: mend or remove it.")
+                    raise ValueError(f"The {name} holds {fault}, which is not text, in {self.where([row])}: mend or remove it.")
 
     def __len__(self) -> int:
         return len(self.text)
@@ -63,10 +63,10 @@ class Table:
 
         >>> from jpeft.data import Table
         >>> Table(text=["good", "bad"]).where([1])
-        'Row 2'
+        'row 2'
         """
         origin = self.origin or Origin("", range(1, len(self) + 1))
-        return f"{origin.source}, {origin.at(rows)}" if origin.source else origin.at(rows).capitalize()
+        return f"{origin.source}, {origin.at(rows)}" if origin.source else origin.at(rows)
 
     @property
     def title(self) -> str:

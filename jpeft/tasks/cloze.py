@@ -8,6 +8,7 @@ scores = cloze.classify(model.apply, {"params": params}, tokenizer, arrays)     
 import dataclasses
 import functools
 import string
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -88,7 +89,7 @@ class Cloze:
         return tuple(out)
 
     def encode(self, tokenizer: Any, texts: Sequence[str], pairs: Sequence[str] | None = None, *, max_length: int) -> dict[str, np.ndarray]:
-        """Return texts in the pattern as token ids. Texts are cut to fit; the pattern is not.
+        """Return texts in the pattern as token ids. Texts are cut to fit, with a warning; the pattern is not.
 
         Args:
           tokenizer: A fast tokenizer of `transformers`, or any object with the same call.
@@ -109,13 +110,19 @@ class Cloze:
         if tokenizer.mask_token is None and not self.pattern.rstrip().endswith("{mask}"):
             raise ValueError(f"A model without a mask token only continues texts: the pattern {self.pattern!r} must end with {{mask}}.")
         rows = [self._row(tokenizer, text, pair, max_length) for text, pair in zip(texts, pairs or [""] * len(texts), strict=True)]
+        if cut := sum(was_cut for _, _, was_cut in rows):
+            warnings.warn(
+                f"{cut} of {len(rows)} texts are longer than max_length={max_length} tokens with the template and were cut.", stacklevel=2
+            )
         out: dict[str, np.ndarray] = {}
         for name in rows[0][0] if rows else ():
             fill = (tokenizer.pad_token_id or 0) if name == "input_ids" else 0  # any id will do where the mask is 0
-            out[name] = np.array([row[name] + [fill] * (max_length - len(row[name])) for row, _ in rows], np.int32)
-        return {**out, "gap": np.array([gap for _, gap in rows], np.int32)}
+            out[name] = np.array([row[name] + [fill] * (max_length - len(row[name])) for row, _, _ in rows], np.int32)
+        return {**out, "gap": np.array([gap for _, gap, _ in rows], np.int32)}
 
-    def _row(self, tokenizer: Any, text: str, pair: str, max_length: int) -> tuple[dict[str, list[int]], int]:
+    def _row(self, tokenizer: Any, text: str, pair: str, max_length: int) -> tuple[dict[str, list[int]], int, bool]:
+        """Return the columns of a row, the position of its gap, and whether a text was cut."""
+        whole = text, pair
         mask = tokenizer.mask_token
         if mask is not None and mask in text + pair:
             raise ValueError(f"A text contains {mask!r}, so there would be two gaps: {text!r}.")
@@ -128,7 +135,7 @@ class Cloze:
             excess = len(row["input_ids"]) - max_length
             if excess <= 0:
                 gap = len(row["input_ids"]) - 1 if mask is None else row["input_ids"].index(tokenizer.mask_token_id)
-                return row, gap
+                return row, gap, (text, pair) != whole
             if not text + pair:
                 raise ValueError(f"max_length={max_length} is less than the {excess + max_length} tokens of the pattern alone.")
             text, pair = _cut(tokenizer, text, pair, excess)
