@@ -16,6 +16,7 @@ from jpeft.core.peft import Peft
 from jpeft.core.stages import Segment, plan
 from jpeft.extras import explained
 from jpeft.tasks.task import Arrays, Task, task_of
+from jpeft.training.added_tokens import warn_of_absent
 from jpeft.training.base_files import base_files
 from jpeft.training.build import attach, load_base, read_columns
 from jpeft.training.config import TrainConfig, to_json
@@ -118,6 +119,7 @@ def prepare(config: TrainConfig, recorded: dict[str, Any] | None = None) -> Setu
     mesh = find_mesh(config)
     loaded = load_base(config, labels, mesh)
     splits = encode_splits(config, task, tables, labels, loaded)
+    warn_of_absent(loaded, splits["train"])
     peft = _attach(config, task, labels, splits["train"], loaded, recorded)
     # A frozen base without a head has nothing to train and is evaluated as it is.
     steps = count_steps(config, splits["train"]) if jax.tree.leaves(peft.adapter) else 0
