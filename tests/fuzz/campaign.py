@@ -84,7 +84,7 @@ class Campaign:
             list(map(re.escape, names)),
             writes=operation.writes,
             repairs=operation.repairs,
-            needless=bool(re.fullmatch(operation.ignores, path)),
+            needless=bool(re.fullmatch(operation.ignores, path)) and kind != "swapped in place",
             explain=lambda value: reference.explain(self.world, target, operation, value, expected),
         )
         self._restore(seen)

@@ -39,6 +39,12 @@ FOUND = (
     ("adapter", "load", "jpeft.json", "JSON key removed", 5),
     ("adapter of a prompt", "load", "jpeft.json", "swapped with another", 0),
     ("unfinished run", "resume", "checkpoints/2", "linked", 0),
+    ("unfinished run", "resume", "config.json", "pipe", 0),
+    ("unfinished run", "resume", "metrics.jsonl", "pipe", 0),
+    ("unfinished run", "resume", "metrics.jsonl", "missing", 0),
+    ("unfinished run", "resume", "metrics.jsonl", "cut", 0),
+    ("unfinished run", "resume", "checkpoints/2/checksums.json", "pipe", 0),
+    ("run", "read back", "result.json", "pipe", 0),
     ("unfinished run", "resume", "checkpoints/2", "stranger", 0),
 )
 
@@ -103,6 +109,12 @@ def test_every_format_reads_labels_alike(tmp_path_factory):
         assert len({json.dumps(one) for one in found.values()}) == 1, found
 
     check()
+
+
+def test_a_text_beside_lists_of_words_stays_as_it_is(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    path.write_text('{"text": ["a", "film"], "label": "x"}\n{"text": "two  spaces ", "label": "y"}\n')
+    assert rows.read(path) == [("a film", "x"), ("two  spaces ", "y")]
 
 
 @pytest.mark.parametrize("suffix", list(rows.WRITERS))
