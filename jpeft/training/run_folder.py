@@ -221,9 +221,7 @@ class RunFolder:
         records = [record for record in self.records() if record["step"] <= step]
         last = max((record["step"] for record in records if record["split"] == "train"), default=0)
         if last < logged:
-            warnings.warn(
-                f"{self.metrics} lacks the lines of the steps {last + 1} to {logged}; the curve is drawn without them", stacklevel=2
-            )
+            warnings.warn(f"{self.metrics} lacks lines up to step {logged}; the curve is drawn without them", stacklevel=2)
         write_atomically(self.metrics, "".join(json.dumps(record) + "\n" for record in records))
 
 

@@ -174,6 +174,9 @@ def test_the_oracle_tells_failures(tmp_path):
         (Seen(value=1, changed=("out/new",)), 1, "same"),
     ):
         assert judge(seen, expected, [r"x\.json"], writes="out/.*").outcome == outcome, seen
+    said = Seen(value=2, output="note: x.json is read\n")
+    assert judge(said, 1, ["x.json"]).outcome == "said"
+    assert judge(said, 1, ["x.json"], usual=said.output).outcome == "silent"
     assert judge(failed, 1, [r"x\.json"], needless=True).outcome == "blocked"
     assert judge(Seen(value=2), 1, [], explain=lambda value: "the file says so").outcome == "as it says"
 
