@@ -75,12 +75,15 @@ class Campaign:
         path, kind, about, names = damage
         # That tensors are not those of the model is said of the folder: its files belong together.
         if target.folder_suffices or path.endswith((".safetensors", ".safetensors.index.json")):
-            names = [*names, str(self.world.path / target.folder)]
+            names = [*names, ""]
+        # Several folders have a config.json: the one that is meant has to be in the message.
+        folder = re.escape(str(self.world.path / target.folder))
+        patterns = [rf"(?=.*{folder}).*{re.escape(name)}" for name in names]
         seen = watch(lambda: operation.run(self.world), self.world.path, seconds=self.seconds)
         verdict = judge(
             seen,
             expected.value,
-            list(map(re.escape, names)),
+            patterns,
             usual=expected.output,
             writes=operation.writes,
             repairs=operation.repairs,
