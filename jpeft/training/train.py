@@ -147,7 +147,7 @@ def _run(setup: Setup, about: dict[str, Any], folder: RunFolder, lock: RunLock, 
             on_first_process(lambda: folder.begin(about, lock, overwrite=config.overwrite))
             snapshots = Snapshots(folder.checkpoints, config.keep)
         run = on_first_process(lambda: config_checksum(folder.read_config()))
-        on_first_process(lambda: folder.rewind(progress.step))
+        on_first_process(lambda: folder.rewind(progress.step, logged=progress.step - len(progress.losses)))
         loop = Loop(setup, folder, snapshots, state, progress, report)
         report.message(opening(setup))
         report.start(setup.steps, progress.step)
