@@ -24,6 +24,8 @@ class Command(Generic[Args]):
       run: Runs the command. Its result is the exit status; None means 0.
       resume_flags: Flags to add to an interrupted command line to continue the work.
       interrupted: Message for Ctrl-C, given the flags.
+      holds_notes: Whether what is to be said of a pretrained checkpoint waits until the command has succeeded, so that an error is all that
+        is shown. The trainer says it as soon as it has checked its input.
     """
 
     name: str
@@ -31,3 +33,4 @@ class Command(Generic[Args]):
     run: Callable[[Args], int | None]
     resume_flags: tuple[str, ...] = ()
     interrupted: Callable[[Args], str] = _say_interrupted
+    holds_notes: bool = True

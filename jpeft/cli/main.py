@@ -6,6 +6,7 @@ returns 2. With JPEFT_DEBUG=1 in the environment, the traceback is shown instead
 
 from __future__ import annotations
 
+import functools
 import os
 import shlex
 import sys
@@ -54,11 +55,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     except SystemExit as exit_:  # tyro has printed the help or the error
         return int(exit_.code or 0)
     command = next(command for command in COMMANDS if command.args is type(args))
+    notes: list[str] = []
     try:
         with warnings.catch_warnings():
-            warnings.showwarning = _show_warning
+            warnings.showwarning = functools.partial(_show_warning, notes, command.holds_notes)
             warnings.simplefilter("default", CheckpointNote)
-            return command.run(args) or 0
+            status = command.run(args) or 0
+        for note in notes if command.holds_notes else ():
+            print(f"note: {note}", file=sys.stderr)
+        return status
     except InterruptedRun as stop:
         again = [argument for argument in arguments if argument not in ("--overwrite", "--resume")]
         print(f"{stop}; continue with: jpeft {shlex.join([*again, *command.resume_flags])}", file=sys.stderr)
@@ -89,8 +94,15 @@ def _parse(arguments: list[str]) -> Any:
     return tyro.cli(commands, args=arguments, prog="jpeft", description=DESCRIPTION, config=config)  # pyright: ignore
 
 
-def _show_warning(message: Any, category: Any, filename: Any, lineno: Any, file: Any = None, line: Any = None) -> None:
+def _show_warning(
+    notes: list[str], hold: bool, message: Any, category: Any, filename: Any, lineno: Any, file: Any = None, line: Any = None
+) -> None:
+    """Print a warning. What is to be said of a checkpoint is kept in `notes`, and printed once, later if it is to be held."""
     del filename, lineno, file, line
     # Warnings of jpeft are for the user. Other categories come from the libraries below and are for their developers.
-    if category in (UserWarning, CheckpointNote):
-        print(f"{'note' if category is CheckpointNote else 'warning'}: {message}", file=sys.stderr)
+    if category is UserWarning:
+        print(f"warning: {message}", file=sys.stderr)
+    elif category is CheckpointNote and str(message) not in notes:
+        notes.append(str(message))
+        if not hold:
+            print(f"note: {message}", file=sys.stderr)
