@@ -12,6 +12,7 @@ import jpeft
 from jpeft.cli import main
 from jpeft.models import load
 from jpeft.sharding import make_mesh
+from jpeft.training.added_tokens import warn_of_absent
 from jpeft.training.config import TrainConfig
 from jpeft.training.run import open_run
 from jpeft.training.train import train
@@ -178,6 +179,12 @@ def test_the_command_line(base, tmp_path, capsys):
     probabilities = torch.softmax(theirs(ids).logits, -1)[0].tolist()
     np.testing.assert_allclose(list(ours.values()), probabilities, atol=1e-4)
     assert json.loads((tmp_path / "run" / "config.json").read_text())["run"]["add_tokens"] == ["<fruit>", "<metal>", "<water>"]
+
+
+def test_a_token_that_no_text_has_is_said(base):
+    loaded = load(base["model"], labels=LABELS, fresh_head=True, add_tokens=["<fruit>", "<other>"])
+    with pytest.warns(UserWarning, match="never have the added tokens '<other>'"):
+        warn_of_absent(loaded, {"input_ids": np.array([[1, ROWS]])})
 
 
 def test_a_decoder_without_other_leaves(tmp_path):

@@ -27,6 +27,8 @@ class Command(Generic[Args]):
       names: The flag for a name that messages of the library hold, where it is not the field of that name; None for a column that the
         command has no flag for.
       whole: Lists that are one value together: a repeated flag replaces the first one's, where other lists are joined.
+      holds_notes: Whether what is to be said of a pretrained checkpoint waits until the command has succeeded, so that an error is all that
+        is shown. The trainer says it as soon as it has checked its input.
     """
 
     name: str
@@ -36,3 +38,4 @@ class Command(Generic[Args]):
     interrupted: Callable[[Args], str] = _say_interrupted
     names: Mapping[str, str | None] = dataclasses.field(default_factory=dict)
     whole: tuple[str, ...] = ()
+    holds_notes: bool = True

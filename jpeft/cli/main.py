@@ -57,22 +57,23 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     command = next((command for command in COMMANDS if command.name in arguments[:1]), None)
     try:
-        arguments, notes = _rewrite_flags(arguments, command)
+        arguments, typed_notes = _rewrite_flags(arguments, command)
         args = _parse(arguments, command)
     except SystemExit as exit_:  # tyro has printed the help
         return int(exit_.code or 0)
     except ValueError as error:
         return _say_error(error, command)
     assert command is not None, "The parser accepts only commands."
+    notes: list[str] = []
     try:
         with warnings.catch_warnings():
-            warnings.showwarning = functools.partial(_show_warning, command)
+            warnings.showwarning = functools.partial(_show_warning, command, notes)
             warnings.simplefilter("default", CheckpointNote)
             check_numbers(args)
             status = command.run(args) or 0
-            for note in notes:
-                print(f"note: {note}", file=sys.stderr)
-            return status
+        for note in [*(notes if command.holds_notes else ()), *typed_notes]:
+            print(f"note: {note}", file=sys.stderr)
+        return status
     except InterruptedRun as stop:
         again = [argument for argument in typed if argument not in ("--overwrite", "--resume")]
         print(f"{stop}; continue with: jpeft {shlex.join([*again, *command.resume_flags])}", file=sys.stderr)
@@ -139,9 +140,16 @@ def _parse_by_tyro(arguments: list[str]) -> Any:
     return tyro.cli(commands, args=arguments, prog="jpeft", description=DESCRIPTION, config=config)  # pyright: ignore
 
 
-def _show_warning(command: Command, message: Any, category: Any, filename: Any, lineno: Any, file: Any = None, line: Any = None) -> None:
+def _show_warning(
+    command: Command, notes: list[str], message: Any, category: Any, filename: Any, lineno: Any, file: Any = None, line: Any = None
+) -> None:
+    """Print a warning. What is to be said of a checkpoint is kept in `notes`, and printed once, later if the command holds its notes."""
     del filename, lineno, file, line
     # Warnings of jpeft are for the user. Other categories come from the libraries below and are for their developers.
-    if category in (UserWarning, CheckpointNote):
-        kind = "note" if category is CheckpointNote else "warning"
-        print(f"{kind}: {as_typed(str(message), command.args, command.names)}", file=sys.stderr)
+    text = as_typed(str(message), command.args, command.names)
+    if category is UserWarning:
+        print(f"warning: {text}", file=sys.stderr)
+    elif category is CheckpointNote and text not in notes:
+        notes.append(text)
+        if not command.holds_notes:
+            print(f"note: {text}", file=sys.stderr)

@@ -1,14 +1,17 @@
 """How a run trains the rows of added tokens: beside its method, as two parts of a chain."""
 
+import warnings
 from typing import Any
 
 import jax
+import numpy as np
 
 import jpeft
 from jpeft import models
 from jpeft.core.method import Method
 from jpeft.registry import classes
 from jpeft.selective.trainable_tokens import TrainableTokens
+from jpeft.tasks.task import Arrays
 from jpeft.tree.adapters import split
 
 
@@ -28,6 +31,14 @@ def with_added_tokens(name: str, options: dict[str, Any], loaded: models.Loaded)
         return method
     rows = TrainableTokens(tokens=tokens, head=None)
     return method if _trains_everything(method, rows, loaded) else jpeft.chain(**{name: method, "tokens": rows})
+
+
+def warn_of_absent(loaded: models.Loaded, arrays: Arrays) -> None:
+    """Say which added tokens no training text has, so that nothing teaches the model what they mean."""
+    present = set(np.unique(arrays["input_ids"]).tolist()) if loaded.added else set()
+    if absent := [token for token, token_id in loaded.added.items() if token_id not in present]:
+        listed = ", ".join(map(repr, absent))
+        warnings.warn(f"The training texts, as they are cut to max_length, never have the added tokens {listed}.", stacklevel=2)
 
 
 def _trains_everything(method: Method, rows: Method, loaded: models.Loaded) -> bool:

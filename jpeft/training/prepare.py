@@ -1,6 +1,7 @@
 """Everything that a configuration names, loaded and checked in order, before anything is written."""
 
 import dataclasses
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -15,7 +16,9 @@ from jpeft.core.method import Method
 from jpeft.core.peft import Peft
 from jpeft.core.stages import Segment, plan
 from jpeft.extras import explained
+from jpeft.models.checkpoints.notes import CheckpointNote
 from jpeft.tasks.task import Arrays, Task, task_of
+from jpeft.training.added_tokens import warn_of_absent
 from jpeft.training.base_files import base_files
 from jpeft.training.build import attach, load_base, read_columns
 from jpeft.training.config import TrainConfig, to_json
@@ -116,8 +119,11 @@ def prepare(config: TrainConfig, recorded: dict[str, Any] | None = None) -> Setu
     tables = data.splits(config.data, **read_columns(config, task))
     labels = task.label_names(tables["train"])
     mesh = find_mesh(config)
-    loaded = load_base(config, labels, mesh)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", CheckpointNote)  # it is said once all is checked
+        loaded = load_base(config, labels, mesh)
     splits = encode_splits(config, task, tables, labels, loaded)
+    warn_of_absent(loaded, splits["train"])
     peft = _attach(config, task, labels, splits["train"], loaded, recorded)
     # A frozen base without a head has nothing to train and is evaluated as it is.
     steps = count_steps(config, splits["train"]) if jax.tree.leaves(peft.adapter) else 0

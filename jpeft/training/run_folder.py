@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from jpeft import distributed
-from jpeft.checkpoint.files import replace_folder, write_atomically, write_json
+from jpeft.checkpoint.files import read_file, replace_folder, write_atomically, write_json
 from jpeft.checkpoint.records import check_record, checksum, sealed
 from jpeft.checkpoint.temporary import Temporary, delete, remove_leftovers
 from jpeft.deprecation import renamed_fields
@@ -58,7 +58,7 @@ class RunFolder:
           ValueError: if the folder holds no run, or its configuration was changed since it was written.
         """
         try:
-            about = json.loads(self.config.read_text(encoding="utf-8"))
+            about = json.loads(read_file(self.config).decode())
         except (FileNotFoundError, NotADirectoryError):
             raise ValueError(f"{self.path} is not the folder of a training run: it has no config.json.") from None
         except (OSError, ValueError, RecursionError) as error:
@@ -77,7 +77,7 @@ class RunFolder:
           ValueError: if it is damaged.
         """
         try:
-            values = json.loads(self.result.read_text(encoding="utf-8"))
+            values = json.loads(read_file(self.result).decode())
         except FileNotFoundError:
             return None
         except (OSError, ValueError, RecursionError) as error:
@@ -200,7 +200,7 @@ class RunFolder:
     def records(self) -> list[dict[str, Any]]:
         """Return the lines of metrics.jsonl, without a last line that a kill cut short. Other damaged lines are left out with a warning."""
         try:
-            lines = self.metrics.read_bytes().split(b"\n")
+            lines = read_file(self.metrics).split(b"\n")
         except FileNotFoundError:
             return []
         except OSError as error:
@@ -211,10 +211,18 @@ class RunFolder:
             warnings.warn(f"{self.metrics} is damaged: line {damaged[0]} is left out ({len(damaged)} such lines)", stacklevel=2)
         return [record for record in (*whole, last) if record is not None]
 
-    def rewind(self, step: int) -> None:
-        """Remove the lines of metrics.jsonl after `step`, which the continued run writes again."""
-        lines = [json.dumps(record) + "\n" for record in self.records() if record["step"] <= step]
-        write_atomically(self.metrics, "".join(lines))
+    def rewind(self, step: int, *, logged: int = 0) -> None:
+        """Remove the lines of metrics.jsonl after `step`, which the continued run writes again.
+
+        Args:
+          step: The step of the checkpoint.
+          logged: The last step of which the file should have a line of training; 0 for none. Its lack is said in a warning.
+        """
+        records = [record for record in self.records() if record["step"] <= step]
+        last = max((record["step"] for record in records if record["split"] == "train"), default=0)
+        if last < logged:
+            warnings.warn(f"{self.metrics} lacks lines up to step {logged}; the curve is drawn without them", stacklevel=2)
+        write_atomically(self.metrics, "".join(json.dumps(record) + "\n" for record in records))
 
 
 def config_checksum(about: Mapping[str, Any]) -> str:

@@ -29,7 +29,7 @@ from jaxtyping import PyTree
 
 from jpeft.checkpoint.arrays import check_arrays, indexed
 from jpeft.checkpoint.background import QuietOrbax, in_short
-from jpeft.checkpoint.files import write_json
+from jpeft.checkpoint.files import read_file, write_json
 from jpeft.checkpoint.fingerprint import damaged_files, file_checksums
 from jpeft.checkpoint.plain_paths import PlainPath
 from jpeft.checkpoint.records import checksum
@@ -304,7 +304,7 @@ def _read_checksums(file: Path) -> Mapping[str, int]:
     Raises:
       ValueError: if the list is not as it was written.
     """
-    content = json.loads(file.read_text(encoding="utf-8"))
+    content = json.loads(read_file(file).decode())
     if not isinstance(content, dict):
         raise ValueError("It holds no list of files.")
     # Earlier versions wrote the list alone.

@@ -15,6 +15,7 @@ from typing import Any
 import jpeft
 from jpeft.checkpoint.plain_paths import check_path
 from jpeft.distributed import check_equal, is_first, on_first_process
+from jpeft.models.checkpoints.notes import say
 from jpeft.training.base_files import changed_files
 from jpeft.training.config import TrainConfig, check_values, from_json, resolved, to_json
 from jpeft.training.finish import finish
@@ -147,9 +148,10 @@ def _run(setup: Setup, about: dict[str, Any], folder: RunFolder, lock: RunLock, 
             on_first_process(lambda: folder.begin(about, lock, overwrite=config.overwrite))
             snapshots = Snapshots(folder.checkpoints, config.keep)
         run = on_first_process(lambda: config_checksum(folder.read_config()))
-        on_first_process(lambda: folder.rewind(progress.step))
+        on_first_process(lambda: folder.rewind(progress.step, logged=progress.step - len(progress.losses)))
         loop = Loop(setup, folder, snapshots, state, progress, report)
         report.message(opening(setup))
+        say(setup.loaded.note)
         report.start(setup.steps, progress.step)
         try:
             loop.run(signals)

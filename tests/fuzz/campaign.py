@@ -4,7 +4,6 @@ import dataclasses
 import re
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -43,7 +42,7 @@ class Campaign:
 
     def __init__(self, world: World, seed: int = 0, *, seconds: float = 60):
         self.world, self.seed, self.seconds = world, seed, seconds
-        self._expected: dict[tuple[str, str], Any] = {}
+        self._expected: dict[tuple[str, str], Seen] = {}
         self._dirty: set[str] = set()
 
     def run(self, number: int) -> Case:
@@ -71,21 +70,25 @@ class Campaign:
         expected = self.expected(target, operation)
         return self._judged(number, target, operation, expected, self._damage(target, rng))
 
-    def _judged(self, number: int, target: Target, operation: Operation, expected: Any, damage: tuple[str, str, str, list[str]]) -> Case:
+    def _judged(self, number: int, target: Target, operation: Operation, expected: Seen, damage: tuple[str, str, str, list[str]]) -> Case:
         """Do the operation on what was damaged, judge what comes of it, and undo the damage."""
         path, kind, about, names = damage
         # That tensors are not those of the model is said of the folder: its files belong together.
         if target.folder_suffices or path.endswith((".safetensors", ".safetensors.index.json")):
-            names = [*names, str(self.world.path / target.folder)]
+            names = [*names, ""]
+        # Several folders have a config.json: the one that is meant has to be in the message.
+        folder = re.escape(str(self.world.path / target.folder))
+        patterns = [rf"(?=.*{folder}).*{re.escape(name)}" for name in names]
         seen = watch(lambda: operation.run(self.world), self.world.path, seconds=self.seconds)
         verdict = judge(
             seen,
-            expected,
-            list(map(re.escape, names)),
+            expected.value,
+            patterns,
+            usual=expected.output,
             writes=operation.writes,
             repairs=operation.repairs,
-            needless=bool(re.fullmatch(operation.ignores, path)),
-            explain=lambda value: reference.explain(self.world, target, operation, value, expected),
+            needless=bool(re.fullmatch(operation.ignores, path)) and kind != "swapped in place",
+            explain=lambda value: reference.explain(self.world, target, operation, value, expected.value),
         )
         self._restore(seen)
         return Case(number, target.name, group_of(path), kind, operation.name, f"{target.folder}/{path}: {about}", verdict)
@@ -120,15 +123,15 @@ class Campaign:
         self.world.restore(self._dirty)
         self._dirty = set()
 
-    def expected(self, target: Target, operation: Operation) -> Any:
-        """What the operation gives on undamaged input."""
+    def expected(self, target: Target, operation: Operation) -> Seen:
+        """What is seen of the operation on undamaged input."""
         key = (target.name, operation.name)
         if key not in self._expected:
             seen = watch(lambda: operation.run(self.world), self.world.path, seconds=600)
             self._restore(seen)
             if seen.kind:
                 raise RuntimeError(f"{operation.name} fails on the whole {target.name}: {seen.trace}")
-            self._expected[key] = seen.value
+            self._expected[key] = seen
         return self._expected[key]
 
     def _damage(self, target: Target, rng: np.random.Generator) -> tuple[str, str, str, list[str]]:

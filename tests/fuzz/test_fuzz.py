@@ -39,6 +39,12 @@ FOUND = (
     ("adapter", "load", "jpeft.json", "JSON key removed", 5),
     ("adapter of a prompt", "load", "jpeft.json", "swapped with another", 0),
     ("unfinished run", "resume", "checkpoints/2", "linked", 0),
+    ("unfinished run", "resume", "config.json", "pipe", 0),
+    ("unfinished run", "resume", "metrics.jsonl", "pipe", 0),
+    ("unfinished run", "resume", "metrics.jsonl", "missing", 0),
+    ("unfinished run", "resume", "metrics.jsonl", "cut", 0),
+    ("unfinished run", "resume", "checkpoints/2/checksums.json", "pipe", 0),
+    ("run", "read back", "result.json", "pipe", 0),
     ("unfinished run", "resume", "checkpoints/2", "stranger", 0),
 )
 
@@ -105,6 +111,12 @@ def test_every_format_reads_labels_alike(tmp_path_factory):
     check()
 
 
+def test_a_text_beside_lists_of_words_stays_as_it_is(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    path.write_text('{"text": ["a", "film"], "label": "x"}\n{"text": "two  spaces ", "label": "y"}\n')
+    assert rows.read(path) == [("a film", "x"), ("two  spaces ", "y")]
+
+
 @pytest.mark.parametrize("suffix", list(rows.WRITERS))
 def test_damage_stays_where_it_is(suffix, tmp_path):
     (tmp_path / "elsewhere").mkdir()
@@ -162,6 +174,9 @@ def test_the_oracle_tells_failures(tmp_path):
         (Seen(value=1, changed=("out/new",)), 1, "same"),
     ):
         assert judge(seen, expected, [r"x\.json"], writes="out/.*").outcome == outcome, seen
+    said = Seen(value=2, output="note: x.json is read\n")
+    assert judge(said, 1, ["x.json"]).outcome == "said"
+    assert judge(said, 1, ["x.json"], usual=said.output).outcome == "silent"
     assert judge(failed, 1, [r"x\.json"], needless=True).outcome == "blocked"
     assert judge(Seen(value=2), 1, [], explain=lambda value: "the file says so").outcome == "as it says"
 

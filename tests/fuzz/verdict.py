@@ -38,6 +38,7 @@ def judge(
     expected: Any,
     names: Sequence[str],
     *,
+    usual: str = "",
     writes: str = r"(?!)",
     repairs: str = r"(?!)",
     needless: bool = False,
@@ -49,6 +50,7 @@ def judge(
       seen: What was seen.
       expected: What undamaged input gives.
       names: What an error or warning has to name: it matches one of these patterns.
+      usual: What the operation prints on undamaged input, which says nothing of the damage.
       writes: Regex of paths that a success may change.
       repairs: Regex of paths that a failure may change.
       needless: Whether the operation does not need what was damaged, so that a refusal is a failure.
@@ -69,7 +71,8 @@ def judge(
         return Verdict("left over", f"{(changed or hidden)[:5]}")
     if seen.value == expected:
         return Verdict("same")
-    if any(_mentions(line, names) for line in seen.output.splitlines() if re.match(r"(warning|note)\b", line, re.IGNORECASE)):
+    new = [line for line in seen.output.splitlines() if line not in usual]
+    if any(_mentions(line, names) for line in new if re.match(r"(warning|note)\b", line, re.IGNORECASE)):
         return Verdict("said", seen.output[:300])
     reason = explain(seen.value)
     return Verdict("as it says", reason) if reason else Verdict("silent", _difference(seen.value, expected))

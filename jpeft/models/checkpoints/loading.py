@@ -35,6 +35,7 @@ class Loaded:
     initialised: frozenset[str]  # paths of parameters that the checkpoint lacks, so that they are freshly initialised
     unused: frozenset[str]  # names of tensors that the model does not have
     folder: Path  # the local folder that everything was read from
+    note: str = ""  # in one line, what was made anew and what has no place; empty if there is nothing to say
     # The tokens that `load(add_tokens=...)` gave rows to, with their ids. These rows are to be trained.
     added: Mapping[str, int] = dataclasses.field(default_factory=dict)
 
@@ -128,6 +129,7 @@ def load(
     shard = None if mesh is None else lambda entry: NamedSharding(mesh, place(entry.path, entry.shape, mesh, split).spec)
     params = read_params(checkpoint.tensors, plan, jax.random.key(0) if key is None else key, shard)
     unused = checkpoint.tensors.unused(scores_words=described.scores_words)
-    say(make_note(folder, plan.fresh, unused, plan.remarks))
-    loaded = Loaded(plan.model, params, plan.labels, plan.fresh, unused, folder)
+    note = make_note(folder, plan.fresh, unused, plan.remarks)
+    say(note)
+    loaded = Loaded(plan.model, params, plan.labels, plan.fresh, unused, folder, note)
     return with_tokens(loaded, add_tokens, mesh, split) if add_tokens else loaded
