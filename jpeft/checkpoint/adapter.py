@@ -183,7 +183,7 @@ def read_record(path: str | os.PathLike[str]) -> dict[str, Any]:
     except (OSError, ValueError, RecursionError) as e:
         raise ValueError(f"'{file}' is damaged ({type(e).__name__}: {e}); save the adapter again.") from e
     if isinstance(record, dict) and record.get("format", _FORMAT) != _FORMAT:
-        raise ValueError(f"'{path}' has format {record.get('format')}, this jpeft reads format {_FORMAT}; update jpeft.")
+        raise ValueError(f"'{file}' has format {record.get('format')}, this jpeft reads format {_FORMAT}; update jpeft.")
     if damage := _damage_of_record(record):
         raise ValueError(f"'{file}' is damaged ({damage}); save the adapter again.")
     check_record(record, file)
