@@ -18,8 +18,9 @@ from jpeft import registry, tree
 from jpeft.checkpoint.files import replace_folder
 from jpeft.checkpoint.fingerprint import damaged_files, file_checksums, fingerprint, leaf_table
 from jpeft.core.method import Method
-from jpeft.core.peft import Peft
+from jpeft.core.peft import Peft, check_peft
 from jpeft.distributed import gather_to_host, on_first_process
+from jpeft.hosts.registry import unwrap
 
 _RECORD, _LEAVES, _FORMAT = "jpeft.json", "adapter", 1
 
@@ -44,6 +45,7 @@ def save(path: str | os.PathLike[str], peft: Peft, *, overwrite: bool = False) -
     """
     import orbax.checkpoint as ocp
 
+    check_peft(peft, "save")
     target = Path(path).absolute()
     if on_first_process(target.exists) and not overwrite:
         raise ValueError(f"'{path}' exists already. Choose another place, or replace it: jpeft.save(..., overwrite=True).")
@@ -94,6 +96,7 @@ def load(path: str | os.PathLike[str], params: tree.Params, *, method: Method | 
     """
     import orbax.checkpoint as ocp
 
+    params = unwrap(params)
     source = Path(path).absolute()
     if not (source / _RECORD).is_file():
         there = sorted(p.name for p in source.iterdir()) if source.is_dir() else "nothing"

@@ -7,7 +7,7 @@ import optax
 
 from jpeft.core.groups import Group
 from jpeft.core.method import FREEZE, TRAIN
-from jpeft.core.peft import Peft
+from jpeft.core.peft import Peft, check_peft
 
 
 def optimizer(
@@ -46,6 +46,7 @@ def optimizer(
     """
     if over not in ("adapter", "variables"):
         raise ValueError(f"over={over!r} is not one of 'adapter', 'variables'.")
+    check_peft(peft, "optimizer")
     labels = peft.method.labels(peft.adapter) if over == "adapter" else peft.labels
     used = set(jax.tree.leaves(labels)) - {FREEZE}
     given, common = (dict(tx), tx.get(TRAIN)) if isinstance(tx, Mapping) else ({}, tx)
