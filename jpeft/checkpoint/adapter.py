@@ -25,6 +25,10 @@ from jpeft.hosts.registry import unwrap
 _RECORD, _LEAVES, _FORMAT = "jpeft.json", "adapter", 1
 
 
+class WrongBaseError(ValueError):
+    """The parameters are not those that an adapter was trained on."""
+
+
 def save(path: str | os.PathLike[str], peft: Peft, *, overwrite: bool = False) -> None:
     """Save an adapter, without its base. Of several processes all call it, with one path, which they all see.
 
@@ -120,7 +124,7 @@ def load(path: str | os.PathLike[str], params: tree.Params, *, method: Method | 
         raise ValueError(f"The adapter in '{path}' is damaged or incomplete, Orbax says: {type(e).__name__}: {str(e)[:300]}") from e
     _check_fit(params, adapter, method, path)
     if check_base and fingerprint(params, skip=_replaced(params, adapter, method)) != record["base"]:
-        raise ValueError(
+        raise WrongBaseError(
             f"The adapter in '{path}' was trained on another base: its fingerprint is {record['base'][:12]}, that of these parameters is "
             "not. Load the checkpoint that it was trained on, in the same dtype; or, if you know better, jpeft.load(..., check_base=False)."
         )
@@ -158,15 +162,15 @@ def _check_fit(params: tree.Params, adapter: tree.Adapter, method: Method, path:
     try:
         expected = leaf_table(method.expected(params, adapter))
     except (ValueError, TypeError) as e:
-        raise ValueError(f"The adapter in '{path}' does not fit these parameters: {e}") from e
+        raise WrongBaseError(f"The adapter in '{path}' does not fit these parameters: {e}") from e
     found = leaf_table(adapter)
     missing, spare = expected.keys() - found.keys(), found.keys() - expected.keys()
     if missing or spare:
-        raise ValueError(
+        raise WrongBaseError(
             f"The adapter in '{path}' does not fit these parameters: {len(missing)} leaves are missing, such as {sorted(missing)[:3]}, and "
             f"{len(spare)} are left over, such as {sorted(spare)[:3]}."
         )
     wrong = {name: (found[name][0], expected[name][0]) for name in expected if found[name][0] != expected[name][0]}
     if wrong:
         name, (got, want) = next(iter(wrong.items()))
-        raise ValueError(f"The adapter in '{path}' does not fit these parameters: '{name}' has shape {got}, the base needs {want}.")
+        raise WrongBaseError(f"The adapter in '{path}' does not fit these parameters: '{name}' has shape {got}, the base needs {want}.")

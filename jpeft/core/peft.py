@@ -100,8 +100,8 @@ def _warn_of_unknown_heads(peft: Peft) -> None:
     if heads:
         regex = "|".join(map(re.escape, heads))
         warnings.warn(
-            f"{peft.method.name} found no task head, so it trains none whole. {first_few(heads)} may be one, for it ends the model: if it is "
-            f"new for your task, give head={regex!r}. If nothing is new, head=None says so.",
+            f"{peft.method.name} found no task head, so it trains none whole. {first_few(heads)} may be one, for it ends the model: if it "
+            f"is new for your task, give head={regex!r}. If nothing is new, head=None says so.",
             stacklevel=3,
         )
 

@@ -49,8 +49,8 @@ def params_of(tree: Any) -> Params:
         names = sorted(others)
         warnings.warn(
             f"jpeft took the parameters of the variables that it was given. It keeps no other collections ({', '.join(names)}): give them "
-            f"to the wrapped model, forward(peft, x, collections={{{names[0]!r}: variables[{names[0]!r}]}}). Give variables['params'] to end "
-            "this warning.",
+            f"to the wrapped model, forward(peft, x, collections={{{names[0]!r}: variables[{names[0]!r}]}}). Give variables['params'] to "
+            "end this warning.",
             stacklevel=6,  # the caller of `jpeft.apply` or `jpeft.load`
         )
     return params

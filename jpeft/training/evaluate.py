@@ -1,8 +1,8 @@
-"""Evaluation of an adapted model over a whole table, in batches of one shape: the last batch is padded, and its padding dropped."""
+"""Evaluation of an adapted model over a whole table, in batches of few shapes: they are padded, and the padding is dropped."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import jax
@@ -12,6 +12,7 @@ from jaxtyping import PyTree
 from jpeft import data, distributed
 from jpeft.core.peft import Peft
 from jpeft.tasks.task import Arrays, Decoding, Task
+from jpeft.training import buckets
 
 
 class Evaluator:
@@ -45,19 +46,34 @@ class Evaluator:
 
     def metrics(self, peft: Peft, arrays: Arrays) -> dict[str, float]:
         """Return the task's metrics over all rows of `arrays`."""
-        return self.task.metrics(self._over(arrays, lambda batch, index: self._scores(peft, batch)), arrays, self.labels)
+        batches = data.eval_batches(arrays, self.batch_size)
+        return self.task.metrics(self._over(lambda batch, index: self._scores(peft, batch), batches), arrays, self.labels)
 
-    def answers(self, peft: Peft, arrays: Arrays, decoding: Decoding) -> PyTree:
-        """Return the task's answers to all rows of `arrays`, in order."""
+    def answers(self, peft: Peft, arrays: Arrays, decoding: Decoding, *, longest: int | None = None) -> PyTree:
+        """Return the task's answers to all rows of `arrays`, in order, from batches of few shapes (`jpeft.training.buckets`).
+
+        Args:
+          peft: Base and adapter.
+          arrays: Columns of the task's `encode`, without labels.
+          decoding: How text is generated.
+          longest: The longest row that `encode` may make. Shorter ones are filled up, so that few lengths are compiled; None only cuts.
+        """
 
         def run(batch: dict[str, np.ndarray], index: int) -> PyTree:
             # Each batch draws with a key of its own.
             key = None if decoding.key is None else jax.random.fold_in(decoding.key, index)
             return self.task.answer(self._forward, peft.variables, batch, decoding._replace(key=key))
 
-        return self._over(arrays, run)
+        fitted = buckets.fit_length(arrays, longest)
+        try:
+            return self._over(run, buckets.batches(fitted, self.batch_size))
+        except ValueError:
+            # Filled up, texts and what is generated may take more positions than the model has.
+            if longest is None:
+                raise
+            return self._over(run, buckets.batches(arrays, self.batch_size))
 
-    def _over(self, arrays: Arrays, run: Callable[[dict[str, np.ndarray], int], PyTree]) -> PyTree:
+    def _over(self, run: Callable[[dict[str, np.ndarray], int], PyTree], batches: Iterable[dict[str, np.ndarray]]) -> PyTree:
         """Return the results of `run(batch, number of the batch)` for each row."""
         parts: list[PyTree] = []
 
@@ -65,7 +81,7 @@ class Evaluator:
             parts.append(jax.tree.map(lambda x: np.asarray(x)[rows], distributed.to_numpy(outputs)))
 
         waiting = None
-        for index, batch in enumerate(data.eval_batches(arrays, self.batch_size)):
+        for index, batch in enumerate(batches):
             # JAX computes asynchronously: this batch is computed while the one before is fetched.
             started = run(self._put(batch), index), batch["weight"] > 0
             if waiting is not None:

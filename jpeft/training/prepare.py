@@ -86,6 +86,8 @@ class Setup:
             "head_lr_scale": self.head_lr_scale,
             "steps": self.steps,
             "base": fingerprint(self.peft.params),
+            # Without what each seed initialises, so that runs of several seeds can be compared.
+            "pretrained": fingerprint(self.loaded.params, skip=self.loaded.initialised),
             "data": {name: fingerprint(arrays) for name, arrays in self.splits.items()},
         }
 

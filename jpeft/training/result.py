@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from jpeft.core.peft import Peft
-from jpeft.training.run import open_run
+from jpeft.training.run import load_run
 from jpeft.training.run_folder import RunFolder
 
 
@@ -59,7 +59,7 @@ class Result:
         return {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name not in ("path", "peft")}
 
 
-def read_result(folder: RunFolder) -> Result:
-    """Return the result of a finished run, with its model loaded."""
+def read_result(folder: RunFolder, *, model: str | None = None) -> Result:
+    """Return the result of a finished run, with its model loaded; `model` is where the base is now, None where the run found it."""
     values = json.loads(folder.result.read_text())
-    return Result(**values, path=folder.path, peft=open_run(folder.path).peft)
+    return Result(**values, path=folder.path, peft=load_run(folder.path, model=model).peft)

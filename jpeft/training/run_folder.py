@@ -19,6 +19,7 @@ from jpeft import distributed
 from jpeft.checkpoint.files import write_atomically, write_json
 from jpeft.deprecation import renamed_fields
 from jpeft.training.config import TrainConfig, changed_fields, from_json, to_json
+from jpeft.training.places import PLACES
 
 
 @renamed_fields(about="read_config")
@@ -67,6 +68,8 @@ class RunFolder:
         if config.resume:
             # `from_json` gives fields that are newer than the run their defaults.
             changed = changed_fields(to_json(from_json(self.read_config()["run"])), to_json(config))
+            # Base and data may be elsewhere now: their fingerprints tell whether they are the same.
+            changed = {name: values for name, values in changed.items() if name not in PLACES}
             if changed:
                 fields = ", ".join(f"{name} ({old!r} before, {new!r} now)" for name, (old, new) in changed.items())
                 raise ValueError(f"Cannot resume {self.path} with another configuration: {fields}.")
@@ -77,6 +80,11 @@ class RunFolder:
         else:
             # Only the folder of a run may be deleted; a mistyped path must not cost someone a home directory.
             self.read_config()
+
+    def moved(self, config: TrainConfig) -> list[str]:
+        """Return which of base and data the run recorded at another place than the configuration names."""
+        recorded = from_json(self.read_config()["run"])
+        return [name for name in PLACES if getattr(recorded, name) != getattr(config, name)]
 
     def begin(self, about: dict[str, Any], *, overwrite: bool) -> None:
         """Create the folder, after deleting it if `overwrite`, and write config.json."""

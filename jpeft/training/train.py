@@ -20,7 +20,8 @@ from jpeft.training.loop import Loop
 from jpeft.training.prepare import Setup, prepare
 from jpeft.training.progress import Reporter, reporter
 from jpeft.training.result import Result, read_result
-from jpeft.training.run import open_run, save_merged
+from jpeft.training.run import load_run, save_merged
+from jpeft.training.run_data import check_run_data
 from jpeft.training.run_folder import RunFolder
 from jpeft.training.snapshot import Progress, Snapshots
 from jpeft.training.stage import StageState, begin_stage, begin_stage_of_checkpoint
@@ -58,9 +59,11 @@ def train(config: TrainConfig, *, report: Reporter | None = None) -> Result:
 
 def _read_finished(config: TrainConfig, folder: RunFolder) -> Result:
     """Return the result of a finished run, and export its model if that is asked for only now."""
-    result = read_result(folder)
+    result = read_result(folder, model=config.model)
+    if on_first_process(lambda: "data" in folder.moved(config)):
+        check_run_data(load_run(folder.path, model=config.model, data=config.data))
     if config.export and not on_first_process(folder.merged.exists):
-        save_merged(folder.merged, open_run(folder.path).loaded, result.peft)
+        save_merged(folder.merged, load_run(folder.path, model=config.model).loaded, result.peft)
     return result
 
 
