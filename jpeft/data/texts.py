@@ -7,8 +7,8 @@ from jpeft.data.tables import Table
 
 
 def texts_table(
-    texts: Iterable[Any],
-    pairs: Iterable[str] | None = None,
+    texts: Any,
+    pairs: Any = None,
     *,
     needs_pairs: bool = False,
     takes_words: bool = False,

@@ -91,7 +91,7 @@ class Run:
             return self.answers(self.table([texts], None if pairs is None else [pairs]), **options)[0]
         return self.answers(self.table(texts, pairs), **options)
 
-    def table(self, texts: Iterable[Any], pairs: Any = None, *, names: tuple[str, str] = ("texts", "pairs")) -> Table:
+    def table(self, texts: Any, pairs: Any = None, *, names: tuple[str, str] = ("texts", "pairs")) -> Table:
         """Return texts as the table of rows to be predicted that the task reads; see `jpeft.data.texts.texts_table`."""
         words = "tags" in self.task.columns
         return texts_table(texts, pairs, needs_pairs=self.config.pair is not None, takes_words=words, names=names)
