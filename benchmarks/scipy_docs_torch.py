@@ -3,12 +3,14 @@
     python benchmarks/scipy_docs_torch.py --seeds 0 1 2
     python benchmarks/scipy_docs_torch.py --rows freeze full --seeds 0
 
-Encoder, texts, splits, batches of 16 × 64 tokens, 5 epochs, AdamW, warmup, schedule, clipping and learning rates are
-those of `make compare`; the model is transformers' `BertForSequenceClassification`, LoRA is peft's. Results are written to
-results/scipy_docs_torch.json and results/scipy_docs_torch.md. Rows that are in the JSON file already are not run again.
+Encoder, texts, splits, batches of 16 × 64 tokens, 5 epochs, AdamW without decay of biases and LayerNorms, warmup, schedule, clipping and
+learning rates are those of `make compare`; the model is transformers' `BertForSequenceClassification`. LoRA, prompt tuning (20 rows, drawn
+from the vocabulary) and the network of prefix-tuning (10 rows, width 512) are peft's, of the sizes that jpeft has by default. Results are
+written to results/scipy_docs_torch.json and results/scipy_docs_torch.md. Rows that are in the JSON file already are not run again.
 """
 
 import argparse
+import functools
 import json
 import statistics
 import time
@@ -19,9 +21,10 @@ from typing import Any, NamedTuple
 import numpy as np
 import peft
 import torch
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, PrefixTuningConfig, PromptTuningConfig, get_peft_model
+from peft.tuners.prefix_tuning import PrefixEncoder
 from scipy_docs import minilm
-from transformers import AutoModelForSequenceClassification, AutoTokenizer
+from transformers import AttentionInterface, AttentionMaskInterface, AutoModelForSequenceClassification, AutoTokenizer
 
 import jpeft
 from jpeft.checkpoint.files import write_atomically
@@ -57,6 +60,57 @@ def lora(*targets: str) -> Callable[[Any], Any]:
     return lambda model: get_peft_model(model, config)
 
 
+def prompt(length: int) -> Callable[[Any], Any]:
+    """HF PEFT's prompt tuning, begun with embeddings drawn from the vocabulary."""
+    config = PromptTuningConfig(task_type="SEQ_CLS", num_virtual_tokens=length, prompt_tuning_init="SAMPLE_VOCAB")
+    return lambda model: get_peft_model(model, config)
+
+
+class Prefix(torch.nn.Module):
+    """Prefix-tuning of a BERT classifier: peft's network makes the keys and values that stand in front of every layer's own.
+
+    peft itself refuses encoders whose attention keeps no cache, which are all of transformers 5. So attention is a function of
+    transformers' registry here, which prepends the layer's rows and calls scaled dot-product attention.
+    """
+
+    def __init__(self, model: Any, length: int, inner: int):
+        super().__init__()
+        config = model.config
+        sizes = {"token_dim": config.hidden_size, "num_layers": config.num_hidden_layers, "encoder_hidden_size": inner}
+        self.network = PrefixEncoder(PrefixTuningConfig(num_virtual_tokens=length, prefix_projection=True, **sizes))
+        self.model, self.length = model, length
+        AttentionInterface.register("prefixed", self._attend)
+        AttentionMaskInterface.register("prefixed", AttentionMaskInterface()["sdpa"])
+        model.set_attn_implementation("prefixed")
+
+    def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor, **inputs: torch.Tensor) -> Any:
+        """Run the model, the text's positions counted from the prefix's length on."""
+        rows = self.network(torch.arange(self.length))  # [length, 2 * layers * width]
+        heads = self.model.config.num_attention_heads
+        self.rows = rows.view(1, self.length, -1, heads, rows.shape[-1] // len(self.model.bert.encoder.layer) // 2 // heads)
+        positions = torch.arange(self.length, self.length + input_ids.shape[1])[None]
+        return self.model(input_ids=input_ids, attention_mask=attention_mask, position_ids=positions, **inputs)
+
+    def _attend(self, layer: Any, query: Any, key: Any, value: Any, mask: Any, **options: Any) -> tuple[torch.Tensor, None]:
+        index = layer.layer_idx if layer.layer_idx is not None else self._index[layer]
+        batch = query.shape[0]
+        begin = self.rows[:, :, 2 * index : 2 * index + 2].permute(2, 0, 3, 1, 4)  # [2, 1, heads, length, head_dim]
+        key = torch.cat([begin[0].expand(batch, -1, -1, -1), key], dim=2)
+        value = torch.cat([begin[1].expand(batch, -1, -1, -1), value], dim=2)
+        if mask is not None:
+            mask = torch.nn.functional.pad(mask, (self.length, 0), value=True if mask.dtype == torch.bool else 0.0)
+        return AttentionInterface()["sdpa"](layer, query, key, value, mask, **options)
+
+    @functools.cached_property
+    def _index(self) -> dict[Any, int]:
+        return {block.attention.self: i for i, block in enumerate(self.model.bert.encoder.layer)}
+
+
+def prefix(length: int, inner: int) -> Callable[[Any], Any]:
+    """Prefix-tuning, with the head."""
+    return lambda model: Prefix(only()(model), length, inner)
+
+
 USUAL = jpeft.methods()
 
 
@@ -78,8 +132,15 @@ ROWS = {
     "freeze": row("freeze", only("layer.4.", "layer.5.", "pooler")),
     "bitfit": row("bitfit", bitfit),
     "lora": row("lora", lora(*KERNELS)),
+    "prompt_tuning": row("prompt_tuning", prompt(20)),
+    "prefix_tuning": row("prefix_tuning", prefix(10, 512)),
     "full": row("freeze", only(""), BASELINES["full"].learning_rate),
 }
+
+
+def decays(path: str) -> bool:
+    """Whether weight decay acts on a parameter: neither a bias nor a LayerNorm's gain."""
+    return not (path.endswith(".bias") or "LayerNorm" in path)
 
 
 def run(name: str, seed: int) -> dict[str, Any]:
@@ -97,10 +158,15 @@ def run(name: str, seed: int) -> dict[str, Any]:
     model = how.prepare(AutoModelForSequenceClassification.from_pretrained(minilm(), num_labels=len(names)))
     trained = [(path, leaf) for path, leaf in model.named_parameters() if leaf.requires_grad]
     groups = [
-        {"params": [leaf for path, leaf in trained if "classifier" not in path], "lr": how.rate},
-        {"params": [leaf for path, leaf in trained if "classifier" in path], "lr": how.head_lr_scale * how.rate},
+        {
+            "params": [leaf for path, leaf in trained if ("classifier" in path) is head and decays(path) is decayed],
+            "lr": how.rate * (how.head_lr_scale if head else 1.0),
+            "weight_decay": DECAY if decayed else 0.0,
+        }
+        for head in (False, True)
+        for decayed in (False, True)
     ]
-    optimizer = torch.optim.AdamW([group for group in groups if group["params"]], weight_decay=DECAY)
+    optimizer = torch.optim.AdamW([group for group in groups if group["params"]])
     inputs, labels = encode("train")
     steps = EPOCHS * (len(labels) // BATCH)
     warm = max(1, round(WARMUP * steps))

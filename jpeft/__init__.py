@@ -19,6 +19,7 @@ from jpeft.additive.prompts.nearest_tokens import nearest_tokens as nearest_toke
 from jpeft.checkpoint.adapter import load as load
 from jpeft.checkpoint.adapter import save as save
 from jpeft.core.chain import chain as chain
+from jpeft.core.decay import decay_mask as decay_mask
 from jpeft.core.ensemble import ensemble as ensemble
 from jpeft.core.ensemble import majority as majority
 from jpeft.core.ensemble import stack as stack

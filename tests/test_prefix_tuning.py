@@ -408,3 +408,17 @@ def test_merge_says_why_not():
         with pytest.raises(ValueError, match="lengthens the keys and values"):
             jpeft.merge(jpeft.apply(params, method=method))
     assert dataclasses.replace(jpeft.prefix_tuning()) == jpeft.prefix_tuning()
+
+
+def test_the_network_of_p_tuning_v2_begins_as_in_the_authors_code():
+    """transformers draws missing weights again, N(0, 0.02²) with biases of zero; the network of prefix-tuning begins as torch's layers."""
+    params = BertForSequenceClassification(tiny(), num_labels=2).init(KEY, IDS)["params"]
+    begun = {}
+    for name in ("p_tuning_v2", "prefix_tuning"):
+        peft = jpeft.apply(params, method=name, length=40, mlp=64, key=KEY)
+        begun[name] = {path: np.asarray(leaf) for path, leaf in jpeft.flatten(peft.adapter["+"]).items()}
+    for path, leaf in begun["p_tuning_v2"].items():
+        assert np.all(leaf == 0) if path.endswith("bias") else abs(leaf.std() - 0.02) < 0.002, path
+    assert abs(begun["prefix_tuning"]["embedding"].std() - 1) < 0.1
+    assert np.abs(begun["prefix_tuning"]["up/kernel"]).max() <= 1 / 8
+    assert begun["prefix_tuning"]["up/bias"].std() > 0.05

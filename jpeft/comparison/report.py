@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import os
 import statistics
 from collections.abc import Mapping, Sequence
@@ -14,6 +15,7 @@ import jpeft
 from jpeft.checkpoint.files import write_atomically, write_json
 from jpeft.comparison.rows import Row
 from jpeft.comparison.scatter import Line, Point, plot_scatter
+from jpeft.comparison.stages import stages_table
 from jpeft.core.summary import readable_bytes
 from jpeft.tasks.task import Task, find_task
 from jpeft.training.config import TrainConfig, changed_fields, from_json, to_json
@@ -160,19 +162,41 @@ class Comparison:
         kinds = sorted({str(result["device"]) for entry in self.entries for result in entry.results.values() if result.get("device")})
         mean = f"mean ± standard deviation over seeds {seeds}" if len(self.seeds) > 1 else f"seed {seeds}"
         length = f"{self.config.steps} steps" if self.config.steps else f"{self.config.epochs} epochs"
+        several = "; of a method that trains in stages, those of the costliest stage" if self.stages else ""
         return (
             f"{self.title}, {length}, batches of {self.config.batch_size} × {self.config.max_length} tokens; {mean}. Trained: "
             "scalars that the optimizer moves; stored: scalars of the adapter; changed: scalars of the base that take another value; "
-            f"times ({', '.join(kinds) or 'unknown device'}), FLOPs and temporary memory are those of one training step."
+            f"times ({', '.join(kinds) or 'unknown device'}), FLOPs and temporary memory are those of one training step{several}."
+            f"{self._uncertainty()}"
         )
 
+    def _uncertainty(self) -> str:
+        """Return how many examples the metric is of, and how uncertain it is for that reason alone."""
+        counts = {result["examples"].get(self.split) for entry in self.entries for result in entry.results.values()} - {None}
+        if len(counts) != 1:
+            return ""
+        (count,) = counts
+        text = f" The {self.split} split has {count:,} examples"
+        scores = [statistics.mean(found) for entry in self.entries if (found := entry.scores(self.split, self.task.metric))]
+        if self.task.metric != "accuracy" or not scores:
+            return f"{text}."
+        share = statistics.median(scores)
+        # Of a share p of n independent examples: sqrt(p (1 - p) / n).
+        return f"{text}: an accuracy of {share:.3f} has a standard error of {math.sqrt(share * (1 - share) / count):.3f}."
+
+    @property
+    def stages(self) -> str:
+        """The Markdown table of the rows that train in stages; empty without any."""
+        return stages_table({entry.label.replace("|", r"\|"): entry.results.values() for entry in self.entries})
+
     def markdown(self, columns: Sequence[str] | None = None) -> str:
-        """Return table, caption and notes as Markdown."""
+        """Return table, caption and notes as Markdown, and with all columns the table of stages."""
         head, body = self.table(columns)
         rule = ["---", *["---:"] * (len(head) - 1)]
         escaped = [[cell.replace("|", r"\|") for cell in row] for row in (head, rule, *body)]
         lines = ["| " + " | ".join(row) + " |" for row in escaped]
-        return "\n".join([*lines, "", self.caption(), *(f"\n- {note}" for note in self.notes)]) + "\n"
+        stages = ["", self.stages] if self.stages and columns is None else []
+        return "\n".join([*lines, "", self.caption(), *(f"\n- {note}" for note in self.notes), *stages]) + "\n"
 
     def to_json(self) -> dict[str, Any]:
         """Return everything as JSON values."""
@@ -273,7 +297,9 @@ def collect(
         row = Row(config.method, config.options, about["learning_rate"])
         if config.seed in results.setdefault(row, {}):
             raise ValueError(f"{folder.path} and {names[row][config.seed]} are the same run: {row.label}, seed {config.seed}.")
-        results[row][config.seed] = json.loads(folder.result.read_text()) | {"data": about["data"]}
+        # Runs of earlier versions do not record the number of examples.
+        shared = {"data": about["data"], "examples": about.get("examples", {})}
+        results[row][config.seed] = json.loads(folder.result.read_text()) | shared
         names.setdefault(row, {})[config.seed] = folder.path.name
     failed = [failure.row for failure in failures]
     rows = list(dict.fromkeys([*(row for row in order if row in results or row in failed), *sorted(results, key=lambda row: row.rank)]))

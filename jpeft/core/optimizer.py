@@ -1,11 +1,13 @@
 """Optimizers for adapters: labels -> `optax.multi_transform`."""
 
 from collections.abc import Mapping
+from typing import Any
 
 import jax
 import optax
 
 from jpeft.core.groups import Group
+from jpeft.core.lr_scale import scale_by_path
 from jpeft.core.method import FREEZE, TRAIN
 from jpeft.core.peft import Peft, check_peft
 
@@ -15,11 +17,13 @@ def optimizer(
     peft: Peft,
     *,
     over: str = "adapter",
+    lr_scale: Mapping[Any, float | int] | None = None,
 ) -> optax.GradientTransformation:
     """An optax optimizer that moves what a method trains and nothing else.
 
     It is `optax.multi_transform` over the method's labels: the *updates* of frozen leaves are set to zero, so neither weight decay nor
     momentum can move them, and they have no optimizer state. Clipping by the global norm inside `tx` counts the leaves of one label only.
+    To keep weight decay off biases and normalisations, give optax the mask `jpeft.decay_mask`.
 
     A method may have parameter groups, such as the gates of DiffPruning, and says in `Method.groups` how each is optimised: at a multiple
     of `tx`'s learning rate, or at a constant one of its own by Adam without weight decay.
@@ -30,16 +34,18 @@ def optimizer(
       peft: What is trained.
       over: "adapter" for loops that differentiate `Peft.adapter` (the cheap way); "variables" for loops whose TrainState holds
         `Peft.variables`, base included. There the gradients of the base are still formed unless XLA finds them unused.
+      lr_scale: Learning rates of some leaves as multiples of the others': ``{rule: factor}``, where a rule is a role, ``"@head"``, a regex
+        that must match the whole path of a leaf in the adapter, ``".*/b"``, or a tuple of names. The first rule that chooses a leaf counts.
 
     Returns:
       A gradient transformation over that tree.
 
     Raises:
-      ValueError: if a label has no optimizer, or an optimizer no label.
+      ValueError: if a label has no optimizer, or an optimizer no label; if a rule of `lr_scale` chooses nothing.
 
     >>> import jax.numpy as jnp, optax, jpeft
     >>> peft = jpeft.apply({"dense": {"kernel": jnp.ones((4, 4)), "bias": jnp.zeros(4)}}, method="bitfit")
-    >>> tx = jpeft.optimizer(optax.adamw(1e-3), peft)
+    >>> tx = jpeft.optimizer(optax.adamw(1e-3, mask=jpeft.decay_mask), peft, lr_scale={("bias",): 2.0})
     >>> updates, _ = tx.update(peft.adapter, tx.init(peft.adapter), peft.adapter)
     >>> jnp.shape(updates["dense"]["bias"])
     (4,)
@@ -62,7 +68,8 @@ def optimizer(
             f"The optimizers are for the labels {sorted(groups)}, but {peft.method!r} uses {sorted(used)}: "
             f"{'no optimizer for ' + str(sorted(missing)) if missing else 'no leaf is labelled ' + str(sorted(idle))}."
         )
-    return optax.multi_transform({**groups, FREEZE: optax.set_to_zero()}, labels)
+    chosen = optax.multi_transform({**groups, FREEZE: optax.set_to_zero()}, labels)
+    return scale_by_path(chosen, labels, lr_scale, peft.params) if lr_scale else chosen
 
 
 def _of_group(group: Group, common: optax.GradientTransformation | None) -> optax.GradientTransformation | None:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from jpeft.tasks.registry import TASKS
 from jpeft.training.options import parse_options as parse_options
-from jpeft.training.setting import check_ranges, configuration, names_where, renamed, setting
+from jpeft.training.setting import check_ranges, configuration, names_where, renamed, setting, unrecorded
 
 # The names of all tasks, so that the command line lists them.
 if TYPE_CHECKING:
@@ -66,6 +66,7 @@ class Settings:
     )
     warmup: float = setting("Share of all steps over which the learning rate rises linearly.", default=0.06, at_least=0, at_most=1)
     weight_decay: float = setting("Decoupled weight decay of the trained parameters; frozen ones never decay.", default=0.01, at_least=0)
+    decay_biases: bool = setting("Let weight decay act on biases and normalisations, too.", default=False, unrecorded=True)
     label_smoothing: float = setting(
         "Share of the target probability that the training loss spreads evenly over all classes (all tokens of the vocabulary, for "
         "generation).",
@@ -187,7 +188,7 @@ def to_json(config: TrainConfig) -> dict[str, Any]:
 
 
 def from_json(values: Mapping[str, Any]) -> TrainConfig:
-    """Read what `to_json` wrote, also by an earlier version: fields that are newer have their defaults.
+    """Read what `to_json` wrote, also by an earlier version: fields that are newer have the values that it behaved by.
 
     Raises:
       ValueError: for fields that this version does not know.
@@ -197,7 +198,7 @@ def from_json(values: Mapping[str, Any]) -> TrainConfig:
     known = {field.name for field in dataclasses.fields(TrainConfig)}
     if unknown := sorted(set(values) - known):
         raise ValueError(f"The run's configuration has unknown fields {unknown}: it was written by another version of jpeft.")
-    return TrainConfig(**{**values, "options": tuple(values.get("options", ()))})
+    return TrainConfig(**{**unrecorded(TrainConfig), **values, "options": tuple(values.get("options", ()))})
 
 
 def check_values(config: TrainConfig) -> None:

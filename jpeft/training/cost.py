@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 
@@ -15,6 +16,35 @@ class Cost(NamedTuple):
 
     flops: float | None
     temporary_bytes: int | None
+
+
+class StageCost(NamedTuple):
+    """What one stage of a run did, and what its step cost.
+
+    Attributes:
+      name: Name of the stage; empty for the first.
+      begin: Steps done before it.
+      end: Steps done after it.
+      trained: Scalars that the optimizer moved.
+      flops: Floating point operations of a step. None with grad_accum or scan, because XLA counts the body of a loop once.
+      temporary_bytes: Peak of a step's temporary memory.
+    """
+
+    name: str
+    begin: int
+    end: int
+    trained: int
+    flops: float | None
+    temporary_bytes: int | None
+
+
+def largest(stages: Iterable[StageCost], number: str) -> Any:
+    """Return the largest value of a number over the stages that have it; None if none has.
+
+    >>> largest([StageCost("", 0, 5, 40, None, 9), StageCost("fixed", 5, 10, 2, None, 7)], "trained")
+    40
+    """
+    return max((value for stage in stages if (value := getattr(stage, number)) is not None), default=None)
 
 
 def cost(compiled: Any) -> Cost:

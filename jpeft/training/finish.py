@@ -6,6 +6,7 @@ import numpy as np
 import jpeft
 from jpeft.checkpoint.files import size_on_disk, write_json
 from jpeft.distributed import on_first_process
+from jpeft.training.cost import StageCost, largest
 from jpeft.training.loop import Loop
 from jpeft.training.plot import plot_run
 from jpeft.training.result import Result
@@ -19,7 +20,7 @@ def finish(loop: Loop) -> Result:
     seconds = loop.seconds()
     kept = state.kept
     metrics = {name: state.evaluator.metrics(kept, setup.splits[name]) if name in setup.splits else {} for name in ("validation", "test")}
-    trained = jpeft.summary(kept).trained
+    stages = (*(StageCost(**stage) for stage in progress.finished), state.summary(config, progress.step))
     # Parts that only training needs, such as a prompt encoder, are kept in checkpoints but not in the saved adapter.
     kept = jpeft.fold(kept)
     jpeft.save(folder.adapter, kept, overwrite=True)
@@ -29,7 +30,7 @@ def finish(loop: Loop) -> Result:
         best=progress.best,
         best_step=progress.best_step,
         steps=progress.step,
-        trained=trained,
+        trained=largest(stages, "trained"),
         seconds=round(seconds, 3),
         compile_seconds=round(loop.compile_seconds, 3),
         path=folder.path,
@@ -38,8 +39,9 @@ def finish(loop: Loop) -> Result:
         changed=summary.changed,
         adapter_bytes=on_first_process(lambda: size_on_disk(folder.adapter)),
         step_seconds=on_first_process(lambda: _step_seconds(folder, config.batch_size)),
-        flops=None if config.scan or config.grad_accum > 1 else state.cost.flops,
-        temporary_bytes=state.cost.temporary_bytes,
+        flops=largest(stages, "flops"),
+        temporary_bytes=largest(stages, "temporary_bytes"),
+        stages=[stage._asdict() for stage in stages],
         device=jax.devices()[0].device_kind,
     )
     if config.export:

@@ -13,11 +13,13 @@ from pathlib import Path
 
 from jpeft.training.config import TrainConfig
 
+Place = str | os.PathLike[str]
+
 # The settings that name a place. A run may be continued with another one if the fingerprints agree.
 PLACES = ("model", "data")
 
 
-def find_places(config: TrainConfig, run: str | os.PathLike[str], *, model: str | None = None, data: str | None = None) -> TrainConfig:
+def find_places(config: TrainConfig, run: Place, *, model: Place | None = None, data: Place | None = None) -> TrainConfig:
     """Return the configuration of a run with the places where its base and its data are now.
 
     Args:
@@ -29,21 +31,19 @@ def find_places(config: TrainConfig, run: str | os.PathLike[str], *, model: str 
     Raises:
       ValueError: if the recorded base is a folder that is not there.
     """
-    found = {"model": None if model is None else os.fspath(model), "data": None if data is None else os.fspath(data)}
-    for name in PLACES:
-        if found[name] is None:
-            recorded = getattr(config, name)
-            found[name] = next((place for place in _candidates(recorded, config.output, run) if os.path.exists(place)), None)
-            if found[name] is None and name == "model" and _names_a_folder(recorded):
-                raise ValueError(
-                    f"The base of the run in {run} was in {recorded}, and there is nothing now: say where it is with --model (in Python "
-                    "model=...). The same base is accepted anywhere."
-                )
-            found[name] = found[name] or recorded
-    return dataclasses.replace(config, **found)
+    here = {name: os.fspath(given) for name, given in (("model", model), ("data", data)) if given is not None}
+    for name in (name for name in PLACES if name not in here):
+        recorded = getattr(config, name)
+        here[name] = next((place for place in _candidates(recorded, config.output, run) if os.path.exists(place)), recorded)
+        if name == "model" and not os.path.exists(here[name]) and _names_a_folder(recorded):
+            raise ValueError(
+                f"The base of the run in {run} was in {recorded}, and there is nothing now: say where it is with --model (in Python "
+                "model=...). The same base is accepted anywhere."
+            )
+    return dataclasses.replace(config, **here)
 
 
-def _candidates(recorded: str, output: str, run: str | os.PathLike[str]) -> Iterator[str]:
+def _candidates(recorded: str, output: str, run: Place) -> Iterator[str]:
     """Where something may be that a run of the recorded folder `output` found at `recorded`, the likeliest first."""
     beside = None
     # What lay in the recorded folders alike lies to the run as before, if the two moved together.

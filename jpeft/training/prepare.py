@@ -89,6 +89,7 @@ class Setup:
             # Without what each seed initialises, so that runs of several seeds can be compared.
             "pretrained": fingerprint(self.loaded.params, skip=self.loaded.initialised),
             "data": {name: fingerprint(arrays) for name, arrays in self.splits.items()},
+            "examples": {name: len(next(iter(arrays.values()))) for name, arrays in self.splits.items()},
         }
 
 

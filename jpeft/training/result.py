@@ -20,7 +20,7 @@ class Result:
       best: Best validation metric; None without evaluations.
       best_step: Step of the best evaluation; 0 without evaluations.
       steps: Finished steps; fewer than planned after early stopping.
-      trained: Scalars that are trained; see `jpeft.Summary`.
+      trained: Scalars that the optimizer moves, in the stage that moves the most; see `jpeft.Summary`.
       seconds: Wall time of the training loop with its evaluations, without compiling. If the run was continued, all its parts up to their
         newest checkpoints count.
       compile_seconds: Time of compiling the steps of all stages, in this process.
@@ -30,10 +30,11 @@ class Result:
       changed: Scalars of the base that take another value.
       adapter_bytes: Size of the saved adapter's files.
       step_seconds: Seconds per step: the median over the lines of metrics.jsonl, without evaluations and checkpoints.
-      flops: Floating point operations of a compiled step, of the last stage. None with grad_accum or scan, because XLA counts the body of a
-        loop once.
-      temporary_bytes: Peak of a step's temporary memory, of the last stage.
+      flops: Floating point operations of a compiled step, of the costliest stage. None with grad_accum or scan, because XLA counts the body
+        of a loop once.
+      temporary_bytes: Peak of a step's temporary memory, of the stage that takes the most.
       device: Name of the device.
+      stages: What each stage did and cost; the fields are those of `jpeft.training.cost.StageCost`.
     """
 
     validation: dict[str, float]
@@ -53,6 +54,7 @@ class Result:
     flops: float | None = None
     temporary_bytes: int | None = None
     device: str | None = None
+    stages: list[dict[str, Any]] = dataclasses.field(default_factory=list)
 
     def to_json(self) -> dict[str, Any]:
         """Return all but the arrays and the folder."""

@@ -174,7 +174,7 @@ def load_run(
         _check_shareable(base, recorded, labels, folder)
         model = model or base.config.model
     config = find_places(recorded, folder.path, model=model, data=data)
-    loaded = load_base(config, labels) if base is None else dataclasses.replace(base.loaded, labels=labels)
+    loaded = _load_base(config, labels, named=model is not None) if base is None else dataclasses.replace(base.loaded, labels=labels)
     try:
         peft = jpeft.fold(jpeft.load(folder.adapter, base.peft.params if base is not None else loaded.params))
     except WrongBaseError as error:
@@ -189,6 +189,17 @@ def load_run(
 
 # The name of earlier versions.
 open_run = load_run
+
+
+def _load_base(config: TrainConfig, labels: tuple[str, ...], *, named: bool) -> models.Loaded:
+    """Load the base; if it is not there and the caller has not named it, say how to."""
+    try:
+        return load_base(config, labels)
+    except ValueError as error:
+        if named or os.path.exists(config.model):
+            raise
+        message = f"{error} If the base is elsewhere now, say where with --model (in Python model=...)."
+        raise ValueError(message) from error
 
 
 def _check_shareable(base: Run, config: TrainConfig, labels: Sequence[str], folder: RunFolder) -> None:

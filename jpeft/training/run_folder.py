@@ -9,6 +9,7 @@ RUN/merged/            with `export`: a Hugging Face folder
 RUN/result.json        written last: the run is finished if it exists
 """
 
+import dataclasses
 import json
 import os
 import shutil
@@ -20,6 +21,7 @@ from jpeft.checkpoint.files import write_atomically, write_json
 from jpeft.deprecation import renamed_fields
 from jpeft.training.config import TrainConfig, changed_fields, from_json, to_json
 from jpeft.training.places import PLACES
+from jpeft.training.setting import unrecorded
 
 
 @renamed_fields(about="read_config")
@@ -57,6 +59,13 @@ class RunFolder:
             raise ValueError(f"{self.config} is not the configuration of a training run; was a model's folder given?")
         return about
 
+    def as_recorded(self, config: TrainConfig) -> TrainConfig:
+        """Return the configuration with settings that the run was begun without, because they are newer, as the run behaved."""
+        if not self.in_use:
+            return config
+        record = self.read_config()["run"]
+        return dataclasses.replace(config, **{name: value for name, value in unrecorded(TrainConfig).items() if name not in record})
+
     def check(self, config: TrainConfig) -> None:
         """Raise an error if the folder is in use, or holds a run of another configuration than the one to be continued.
 
@@ -66,7 +75,7 @@ class RunFolder:
         if not self.in_use:
             return
         if config.resume:
-            # `from_json` gives fields that are newer than the run their defaults.
+            # `from_json` gives fields that are newer than the run the values that it behaved by.
             changed = changed_fields(to_json(from_json(self.read_config()["run"])), to_json(config))
             # Base and data may be elsewhere now: their fingerprints tell whether they are the same.
             changed = {name: values for name, values in changed.items() if name not in PLACES}

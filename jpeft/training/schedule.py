@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
-
-import jax
 import optax
 
+from jpeft.core.decay import decay_mask
 from jpeft.deprecation import renamed_members
-from jpeft.tree.adapters import Adapter
-from jpeft.tree.paths import path_str
 
 SHAPES = ("constant", "linear", "cosine")
 
@@ -45,30 +41,19 @@ def learning_rate_schedule(shape: str, peak: float, steps: int, warmup: float = 
     return optax.join_schedules([optax.linear_schedule(peak / (rising + 1), peak, rising), shapes[shape]()], [rising])
 
 
-def clipped_adamw(schedule: optax.Schedule, *, weight_decay: float = 0.0, clip: float | None = None) -> optax.GradientTransformation:
+def clipped_adamw(
+    schedule: optax.Schedule, *, weight_decay: float = 0.0, decay_biases: bool = True, clip: float | None = None
+) -> optax.GradientTransformation:
     """Return AdamW after clipping by the global norm; `jpeft.optimizer` confines it to the trained leaves.
 
     Args:
       schedule: Step -> learning rate.
       weight_decay: Decoupled weight decay.
+      decay_biases: Whether weight decay acts on biases and normalisations, too; see `jpeft.decay_mask`.
       clip: Largest global norm of the gradient; None for no clipping.
     """
-    adamw = optax.adamw(schedule, weight_decay=weight_decay)
+    adamw = optax.adamw(schedule, weight_decay=weight_decay, mask=None if decay_biases else decay_mask)
     return adamw if clip is None else optax.chain(optax.clip_by_global_norm(clip), adamw)
 
 
-def scale_updates(tx: optax.GradientTransformation, adapter: Adapter, paths: Collection[str], scale: float) -> optax.GradientTransformation:
-    """Return an optimizer whose updates of some leaves are multiplied, such as those of a newly initialised head.
-
-    Args:
-      tx: The optimizer of the whole adapter.
-      adapter: The adapter.
-      paths: Paths of the leaves in the base. In the adapter of a chain, the name of the part precedes them.
-      scale: The factor.
-    """
-    chosen = lambda keys, _: any(f"/{path_str(keys)}".endswith(f"/{path}") for path in paths)
-    mask = jax.tree_util.tree_map_with_path(chosen, adapter)
-    return optax.chain(tx, optax.masked(optax.scale(scale), mask))
-
-
-__getattr__ = renamed_members(__name__, optimizer="clipped_adamw", faster="scale_updates")
+__getattr__ = renamed_members(__name__, optimizer="clipped_adamw")

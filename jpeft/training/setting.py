@@ -32,6 +32,7 @@ class Setting:
       resume_safe: Whether a run may be continued with another value, because the value does not change what is trained.
       per_row: Whether the runs of one comparison may have different values.
       old_names: Former names of the field, which still work with a warning.
+      unrecorded: What a configuration without the field means, which was recorded before there was one; by default the default.
       positional: Whether the command line takes the value without the flag's name.
       metavar: What the help shows in place of the value; by default the type.
     """
@@ -43,6 +44,7 @@ class Setting:
     resume_safe: bool = False
     per_row: bool = False
     old_names: tuple[str, ...] = ()
+    unrecorded: Any = None
     positional: bool = False
     metavar: str | None = None
 
@@ -119,6 +121,16 @@ def names_where(cls: type, rule: Callable[[Setting], Any]) -> frozenset[str]:
     ['learning_rate', 'method', 'options', 'seed']
     """
     return frozenset(name for name, about in settings_of(cls).items() if rule(about))
+
+
+def unrecorded(cls: type) -> dict[str, Any]:
+    """Return the value of each field that means something else than its default where it was not recorded.
+
+    >>> from jpeft.training.config import TrainConfig
+    >>> unrecorded(TrainConfig)["decay_biases"]
+    True
+    """
+    return {name: about.unrecorded for name, about in settings_of(cls).items() if about.unrecorded is not None}
 
 
 def optional_fields(cls: type) -> frozenset[str]:

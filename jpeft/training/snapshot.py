@@ -49,6 +49,7 @@ class Progress:
       stage: Number of the stage of training, from 0.
       method: Configuration of the method, in stages after the first.
       leaves: Shape and dtype of each leaf of the adapter, in stages after the first.
+      finished: What each stage before the present one did and what its step cost; see `StageCost`.
     """
 
     step: int = 0
@@ -61,6 +62,7 @@ class Progress:
     stage: int = 0
     method: dict[str, Any] = dataclasses.field(default_factory=dict)
     leaves: dict[str, Any] = dataclasses.field(default_factory=dict)
+    finished: tuple[dict[str, Any], ...] = ()
 
 
 class Snapshots:
@@ -96,7 +98,7 @@ class Snapshots:
             return
         if jax.process_count() == 1:
             arrays = jax.device_get(arrays)
-        about = dataclasses.asdict(progress) | {"losses": list(progress.losses)}
+        about = dataclasses.asdict(progress) | {"losses": list(progress.losses), "finished": list(progress.finished)}
         items = ocp.args.Composite(arrays=ocp.args.StandardSave(arrays), progress=ocp.args.JsonSave(about))
         # Orbax copies the arrays before it returns.
         self._checkpointer.save(self._folder(step), args=items)
@@ -198,7 +200,7 @@ class Snapshots:
     def progress(self, step: int) -> Progress:
         """Return where the run stood at a snapshot, which must be whole."""
         read = self._checkpointer.restore(self._folder(step), args=ocp.args.Composite(progress=ocp.args.JsonRestore()))["progress"]
-        return Progress(**read | {"losses": tuple(read["losses"])})
+        return Progress(**read | {"losses": tuple(read["losses"]), "finished": tuple(read.get("finished", ()))})
 
     def _find(self) -> list[int]:
         """Remove half-written snapshots, and return the steps of all others in order."""

@@ -12,13 +12,15 @@ import optax
 from jaxtyping import PyTree
 
 import jpeft
+from jpeft.core.lr_scale import scale_leaves
 from jpeft.core.peft import Peft
 from jpeft.core.stages import Segment
-from jpeft.training.cost import Cost, cost
+from jpeft.training.config import TrainConfig
+from jpeft.training.cost import Cost, StageCost, cost
 from jpeft.training.evaluate import Evaluator
 from jpeft.training.keys import keys
 from jpeft.training.prepare import Setup
-from jpeft.training.schedule import clipped_adamw, learning_rate_schedule, scale_updates
+from jpeft.training.schedule import clipped_adamw, learning_rate_schedule
 from jpeft.training.snapshot import Progress
 from jpeft.training.step import make_step
 
@@ -63,6 +65,18 @@ class StageState:
         """The base with the adapter that the run would keep if it ended now."""
         return self.current if self.best_adapter is None else self.peft.replace(adapter=self.best_adapter)
 
+    def summary(self, config: TrainConfig, end: int) -> StageCost:
+        """Return what the stage did until step `end`, and what its step cost."""
+        countable = not config.scan and config.grad_accum == 1
+        return StageCost(
+            name=self.segment.name,
+            begin=self.segment.begin,
+            end=end,
+            trained=jpeft.summary(self.current).trained,
+            flops=self.cost.flops if countable else None,
+            temporary_bytes=self.cost.temporary_bytes,
+        )
+
     def arrays(self) -> dict[str, PyTree]:
         """Return the arrays that a checkpoint holds."""
         best = {} if self.best_adapter is None else {"best_adapter": self.best_adapter}
@@ -85,8 +99,8 @@ def begin_stage(setup: Setup, peft: Peft, stage: int) -> StageState:
     config, devices, segment = setup.config, setup.devices, setup.segments[stage]
     peft = devices.put(peft)
     schedule = _schedule(setup, segment)
-    tx = jpeft.optimizer(clipped_adamw(schedule, weight_decay=config.weight_decay, clip=config.clip), peft)
-    tx = scale_updates(tx, peft.adapter, setup.loaded.initialised, setup.head_lr_scale)
+    adamw = clipped_adamw(schedule, weight_decay=config.weight_decay, decay_biases=config.decay_biases, clip=config.clip)
+    tx = scale_leaves(jpeft.optimizer(adamw, peft), peft.adapter, setup.loaded.initialised, setup.head_lr_scale)
     forward = devices.forward(jpeft.wrap(setup.loaded.model.apply, peft.method))
     # A copy, because the step overwrites its arguments, and the caller still needs its own adapter.
     adapter = jax.tree.map(jnp.copy, peft.adapter)

@@ -45,6 +45,8 @@ def train(config: TrainConfig, *, report: Reporter | None = None) -> Result:
     config = resolved(config)
     check_equal({"version of jpeft": jpeft.__version__, "configuration": to_json(config)})
     folder = RunFolder(config.output)
+    if config.resume:
+        config = on_first_process(lambda: folder.as_recorded(config))
     on_first_process(lambda: folder.check(config))
     if config.resume and on_first_process(folder.result.exists):
         return _read_finished(config, folder)

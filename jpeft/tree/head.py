@@ -90,7 +90,7 @@ def _is_kernel(path: Path) -> bool:
 def _read(path: Path, shape: tuple[int, ...]) -> set[int]:
     """The widths that a leaf takes: the inputs of a kernel, the width of a normalisation, both sizes of a table of embeddings."""
     if not _is_kernel(path) or len(shape) < 2:
-        return set(shape[-2:]) if path.endswith("embedding") else {shape[-1]}
+        return set(shape[-2:]) if path.endswith("embedding") else set(shape[-1:])
     try:
         inputs = axes_of(path, shape).inputs
     except ValueError:

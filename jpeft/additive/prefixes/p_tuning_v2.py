@@ -15,7 +15,7 @@ class PTuningV2(PrefixMethod):
       init: As in `jpeft.prefix_tuning`.
       tokens: As in `jpeft.prefix_tuning`.
       mlp: Inner width of a network that makes the prompt (the paper's is 512), which helps on some tasks; None trains P.
-      std: Standard deviation of P.
+      std: Standard deviation of P; with `mlp` that of P' and of the network's kernels.
       dropout: Probability with which a scalar of P is dropped, for each example, where the model uses dropout.
       shift: As in `jpeft.prefix_tuning`.
       target: As in `jpeft.prefix_tuning`.
@@ -38,7 +38,8 @@ class PTuningV2(PrefixMethod):
     https://arxiv.org/abs/2110.07602.
 
     The dropout is that of the authors' code (THUDM/P-tuning-v2). The default deviation is 0.02: their code declares the embedding as
-    N(0, 1), but transformers then initialises it again with the deviation 0.02.
+    N(0, 1), but transformers then initialises it again with the deviation 0.02. The same holds for the network of `mlp`: its kernels begin
+    as N(0, 0.02²) and its biases at zero.
     """
 
     dropout: Probability = 0.1
@@ -51,6 +52,11 @@ class PTuningV2(PrefixMethod):
     def default_length(self) -> int:
         """20."""
         return 20
+
+    @property
+    def network_std(self) -> float:
+        """That of P."""
+        return self.std
 
 
 p_tuning_v2 = PTuningV2

@@ -58,6 +58,11 @@ class PrefixMethod(Method):
     )
 
     @property
+    def network_std(self) -> float | None:
+        """Standard deviation of the network's kernels and of P'; None where they begin as torch's layers do."""
+        return None
+
+    @property
     @abc.abstractmethod
     def default_length(self) -> int:
         """L of a prefix that is given neither a length nor tokens."""
@@ -99,7 +104,7 @@ class PrefixMethod(Method):
                 "stats=jpeft.stats.key_values(model, params, [tokens])."
             )
         if self.mlp is not None:
-            adapter = {ADDED: init_network(key, sites, length=self.rows, inner=self.mlp, start=start)}
+            adapter = {ADDED: init_network(key, sites, length=self.rows, inner=self.mlp, start=start, std=self.network_std)}
         else:
             adapter = to_adapter(sites, start or self._random(key, sites))
         return with_head(adapter, params, self.head)

@@ -16,8 +16,10 @@ from jpeft.core.initializers import kaiming_uniform
 from jpeft.tree.paths import key_for
 
 
-def init_network(key: jax.Array, sites: list[AttentionSite], *, length: int, inner: int, start: Prefix | None) -> dict[str, Any]:
-    """The network's leaves: P' is N(0, 1), the rest begins as torch's linear layers.
+def init_network(
+    key: jax.Array, sites: list[AttentionSite], *, length: int, inner: int, start: Prefix | None, std: float | None = None
+) -> dict[str, Any]:
+    """The network's leaves: by default P' is N(0, 1), and the rest begins as torch's linear layers.
 
     Args:
       key: A random key.
@@ -26,15 +28,18 @@ def init_network(key: jax.Array, sites: list[AttentionSite], *, length: int, inn
       inner: m.
       start: A prefix that the network is to make at the start, or None. The paper fits the whole network to it by 500 steps of Adam. Least
         squares in the last layer alone fit it exactly, if l <= m.
+      std: Standard deviation of P', W_1 and W_2, with biases of zero; None for the default.
     """
     d, outputs = sites[0].inputs, 2 * sum(site.layers * site.width for site in sites)
 
     def linear(name: str, inputs: int, outputs: int) -> dict[str, jax.Array]:
         shapes = {"kernel": (inputs, outputs), "bias": (outputs,)}
+        if std is not None:
+            return {"kernel": std * jax.random.normal(key_for(key, f"{name}/kernel"), shapes["kernel"]), "bias": jnp.zeros(outputs)}
         return {leaf: kaiming_uniform(key_for(key, f"{name}/{leaf}"), shape, fan_in=inputs) for leaf, shape in shapes.items()}
 
     leaves: dict[str, Any] = {
-        "embedding": jax.random.normal(key_for(key, "embedding"), (length, d)),
+        "embedding": (1.0 if std is None else std) * jax.random.normal(key_for(key, "embedding"), (length, d)),
         "down": linear("down", d, inner),
     }
     if start is None:
