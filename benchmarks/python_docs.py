@@ -57,7 +57,7 @@ def main() -> None:
             comparison = collect(run_folders(folder))
         else:
             length, batch_size = DATA[name]
-            same = {"model": model, "data": name, "task": "generation", "max_length": length, "batch_size": batch_size}
+            same = {"model": model, "data": name, "task": "generation", "max_length": length, "batch_size": batch_size, "overlong": "cut"}
             methods = tuple(args.methods or (*ROWS, f"hard_prompt tokens={WORDS[name]!r}"))
             rest = {"output": str(folder), "methods": methods, "seeds": tuple(args.seeds), "epochs": args.epochs}
             comparison = compare(CompareConfig(**same, **rest, keep_best=True, progress="none"))

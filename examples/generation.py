@@ -13,7 +13,8 @@ from pathlib import Path
 
 import jpeft
 from jpeft import data, models
-from jpeft.tasks.task import Decoding, find_task
+from jpeft.tasks.generation import Generation
+from jpeft.tasks.task import Decoding
 from jpeft.training.config import TrainConfig
 from jpeft.training.evaluate import Evaluator
 from jpeft.training.small_decoder import decoder
@@ -47,12 +48,13 @@ result = train(
         steps=args.steps,
         batch_size=args.batch_size,
         max_length=args.max_length,
+        overlong="cut",
     )
 )
 
 # --- before and after: the same test rows, the same metrics ---------------------------------------------------------------------------
 
-task = find_task("generation")
+task = Generation(overlong="cut")
 loaded = models.load(args.model or decoder(), task=task.model)
 test = data.splits(args.data, label=None, target=args.target)["test"]
 rows = task.encode(test, loaded.tokenizer, labels=(), max_length=args.max_length)

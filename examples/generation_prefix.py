@@ -39,7 +39,7 @@ pairs = data.splits("builtin:summaries")
 def encode(table: data.Table, rows: int) -> dict[str, np.ndarray]:
     """Rows [text target EOS], and for each position the token that it predicts: targets only, -100 elsewhere."""
     few = data.Table(text=table.text[:rows], target=(table.target or [])[:rows])
-    return generation.encode(few, tokenizer, labels=(), max_length=args.max_length)
+    return generation.encode(few, tokenizer, labels=(), max_length=args.max_length, overlong="cut")
 
 
 train, test = encode(pairs["train"], args.rows), encode(pairs["test"], 128)
@@ -91,7 +91,7 @@ for name, apply, variables in (("base", loaded.model.apply, base), ("with prefix
 # --- generated text -------------------------------------------------------------------------------------------------------------------
 
 heads = data.Table(text=pairs["test"].text[:3])
-prompts = generation.encode(heads, tokenizer, labels=None, max_length=args.max_length)
+prompts = generation.encode(heads, tokenizer, labels=None, max_length=args.max_length, overlong="cut")
 for name, apply, variables in (("base", loaded.model.apply, base), ("with prefix", forward, folded.variables)):
     new = models.generate(apply, variables, prompts["input_ids"], prompts["attention_mask"], max_new_tokens=16, stop=tokenizer.eos_token_id)
     for head, tokens, length in zip(heads.text, np.asarray(new.tokens), np.asarray(new.lengths), strict=True):

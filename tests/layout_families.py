@@ -3,6 +3,7 @@
 from layout_families_hf import (
     BART,
     BERT,
+    CAMEMBERT,
     DISTILBERT,
     ELECTRA,
     FALCON,
@@ -16,6 +17,7 @@ from layout_families_hf import (
     ROBERTA,
     T5,
     WHISPER,
+    XLM_ROBERTA,
 )
 from layout_families_jax import (
     BONSAI_GEMMA3,
@@ -32,7 +34,8 @@ from layout_families_vit import BIG_VISION, VISION_TRANSFORMER, VIT, VIT5
 FAMILIES = {
     family.name: family
     for family in (
-        BERT, ROBERTA, DISTILBERT, ELECTRA, GPT2, NEOX, OPT, BART, T5, *LLAMAS, PHI, FALCON, MIXTRAL, MIXTRAL5, WHISPER, VIT, VIT5,
+        BERT, ROBERTA, XLM_ROBERTA, CAMEMBERT, DISTILBERT, ELECTRA,
+        GPT2, NEOX, OPT, BART, T5, *LLAMAS, PHI, FALCON, MIXTRAL, MIXTRAL5, WHISPER, VIT, VIT5,
         VISION_TRANSFORMER, BIG_VISION, *GEMMAS, MAXTEXT, T5X, EASYLM, FLAX_BLOCK, BONSAI_VIT, BONSAI_QWEN3, BONSAI_GEMMA3,
     )
 }  # fmt: skip

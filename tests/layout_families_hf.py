@@ -64,6 +64,8 @@ ROBERTA = Family(
         "@norms": "roberta/embeddings/LayerNorm/{scale,bias} lm_head/layer_norm/{scale,bias}",
     },
 )  # fmt: skip
+XLM_ROBERTA = dataclasses.replace(ROBERTA, name="XLM-RoBERTa")
+CAMEMBERT = dataclasses.replace(ROBERTA, name="CamemBERT")
 ELECTRA = Family(
     "ELECTRA", "bert", (_renamed(_BERT, "bert", "electra"),), _BERT_TABLES.replace("bert/", "electra/") + """
     electra/embeddings_project D>D

@@ -20,6 +20,10 @@ from jpeft.models import (
 )
 
 FAMILIES = ("bert", "roberta", "distilbert")
+# The same modules under other names: compared with torch once for each task.
+TWINS = ("xlm-roberta", "camembert", "electra")
+PREFIXES = {"bert": "Bert", "roberta": "Roberta", "distilbert": "DistilBert"}
+PREFIXES |= {"xlm-roberta": "XLMRoberta", "camembert": "Camembert", "electra": "Electra"}
 TORCH = {
     "encoder": "Model",
     "sequence-classification": "ForSequenceClassification",
@@ -40,6 +44,9 @@ def tiny(family, **overrides):
         "bert": {"type_vocab_size": 2, "pad_token_id": 0},
         "roberta": {"type_vocab_size": 1, "pad_token_id": 1},
         "distilbert": {"type_vocab_size": 0, "pad_token_id": 0},
+        "xlm-roberta": {"type_vocab_size": 1, "pad_token_id": 1},
+        "camembert": {"type_vocab_size": 1, "pad_token_id": 1},
+        "electra": {"type_vocab_size": 2, "pad_token_id": 0, "embedding_size": 12},
     }
     sizes = {"vocab_size": 50, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 4}
     sizes |= {"intermediate_size": 24, "max_position_embeddings": 20}
@@ -78,7 +85,7 @@ def checkpoint(tmp_path_factory):
 
     def make(family, task):
         if (family, task) not in done:
-            prefix = {"bert": "Bert", "roberta": "Roberta", "distilbert": "DistilBert"}[family]
+            prefix = PREFIXES[family]
             config = tiny(family)
             hf = transformers.AutoConfig.for_model(family, **config.to_hf(), num_labels=3)
             torch.manual_seed(0)
@@ -102,13 +109,17 @@ def checkpoint(tmp_path_factory):
     return make
 
 
+# Heads do not know of scan and remat: every variant of the encoder, and heads on the plainest and the most lifted.
+CELLS = [("encoder", variant) for variant in VARIANTS]
+CELLS += [(task, variant) for task in TORCH if task != "encoder" for variant in ("plain", "scan-remat")]
+
+
 @pytest.mark.parametrize(
-    ("task", "variant"),
-    # Heads do not know of scan and remat: every variant of the encoder, and heads on the plainest and the most lifted.
-    [("encoder", variant) for variant in VARIANTS]
-    + [(task, variant) for task in TORCH if task != "encoder" for variant in ("plain", "scan-remat")],
+    ("family", "task", "variant"),
+    [(family, *cell) for family in FAMILIES for cell in CELLS]
+    + [(family, task, "plain") for family in TWINS for task in TORCH]
+    + [("electra", "sequence-classification", "scan-remat")],
 )
-@pytest.mark.parametrize("family", FAMILIES)
 def test_equals_torch(checkpoint, family, task, variant):
     folder, expected, expected_states, expected_pooled = checkpoint(family, task)
     loaded = load(folder, task=task, **VARIANTS[variant])
@@ -124,7 +135,7 @@ def test_equals_torch(checkpoint, family, task, variant):
         assert len(output.hidden_states) == loaded.config.num_hidden_layers + 1
         for got, want in zip((*output.hidden_states, output.last_hidden_state), (*expected_states, expected)):
             np.testing.assert_allclose(got[real], want[real], atol=1e-4)
-        if family == "distilbert":
+        if family in ("distilbert", "electra"):
             assert output.pooled is None
         else:
             np.testing.assert_allclose(output.pooled, expected_pooled, atol=1e-4)

@@ -11,7 +11,7 @@ import pytest
 from tables import noised
 
 import jpeft
-from jpeft.checkpoint.fingerprint import fingerprint
+from jpeft.checkpoint.fingerprint import file_checksums, fingerprint
 
 PARAMS = {
     "dense": {"kernel": jnp.arange(32.0).reshape(8, 4), "bias": jnp.zeros(4)},
@@ -37,6 +37,87 @@ def test_round_trip_keeps_every_bit_and_dtype(saved):
     restored = jpeft.load(path.parent / "half", PARAMS)
     chex.assert_trees_all_equal_shapes_and_dtypes(restored.adapter, half.adapter)
     chex.assert_trees_all_equal(restored.adapter, half.adapter)
+
+
+ODD = (
+    "a[b]",
+    "a*",
+    "what?",
+    "back\\slash",
+    "sp ace\n",
+    "é 日本",
+    "gs:",
+    "%20",
+    "x" * 255,
+    "d[0]/e/f",
+    "not-utf8-\udcff",
+    "5.orbax-checkpoint-tmp",
+)
+
+
+@pytest.mark.parametrize("name", ODD)
+def test_any_path_will_do(tmp_path, name):
+    peft = jpeft.apply(PARAMS, method=jpeft.lora(rank=2))
+    peft = peft.replace(adapter=noised(peft.adapter))
+    jpeft.save(tmp_path / name, peft)
+    jpeft.save(tmp_path / name, peft, overwrite=True)
+    chex.assert_trees_all_equal(jpeft.load(tmp_path / name, PARAMS).adapter, peft.adapter)
+    assert len(list(tmp_path.iterdir())) == 1
+
+
+def test_a_pattern_finds_no_other_adapter(tmp_path):
+    """`a*` must not read what is in `ab`."""
+    one, two = (jpeft.apply({"dense": {"kernel": jnp.full((8, 4), x)}}, method="freeze", target=".*") for x in (1.0, 2.0))
+    jpeft.save(tmp_path / "ab" / "out", one)
+    jpeft.save(tmp_path / "a*" / "out", two)
+    chex.assert_trees_all_equal(jpeft.load(tmp_path / "a*" / "out", two.params).adapter, two.adapter)
+
+
+def test_an_adapter_that_an_earlier_version_lost_is_found(saved):
+    """Under a path with brackets it left out the index of the arrays, which are all there."""
+    path, peft = saved
+    shutil.rmtree(path / "adapter" / "d")
+    (path / "adapter" / "manifest.ocdbt").unlink()
+    record = json.loads((path / "jpeft.json").read_text())
+    del record["checksum"]
+    record["files"] = file_checksums(path / "adapter")
+    (path / "jpeft.json").write_text(json.dumps(record))
+    chex.assert_trees_all_equal(jpeft.load(path, PARAMS).adapter, peft.adapter)
+    shutil.rmtree(path / "adapter" / "ocdbt.process_0")
+    record["files"] = file_checksums(path / "adapter")
+    (path / "jpeft.json").write_text(json.dumps(record))
+    with pytest.raises(ValueError, match="damaged or incomplete.*0 of 4 arrays"):
+        jpeft.load(path, PARAMS)
+
+
+def test_what_is_saved_is_read_back(tmp_path, monkeypatch):
+    import orbax.checkpoint as ocp
+
+    restore = ocp.StandardCheckpointer.restore
+    wrong = lambda *args, **more: jax.tree.map(lambda x: x + 1, restore(*args, **more))
+    monkeypatch.setattr(ocp.StandardCheckpointer, "restore", wrong)
+    with pytest.raises(OSError, match="is not what is read from there"):
+        jpeft.save(tmp_path / "out", jpeft.apply(PARAMS, method="lora"))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_changed_record_is_named(saved):
+    path, _ = saved
+    record = json.loads((path / "jpeft.json").read_text())
+    record["method"]["options"] = {**record["method"].get("options", {}), "alpha": 4.0}
+    (path / "jpeft.json").write_text(json.dumps(record))
+    with pytest.raises(ValueError, match=r"jpeft.json was changed after jpeft wrote it"):
+        jpeft.load(path, PARAMS)
+
+
+def test_only_an_adapter_is_replaced(tmp_path):
+    (tmp_path / "thesis.tex").write_text("")
+    with pytest.raises(ValueError, match="holds no adapter but thesis.tex, so it is not replaced"):
+        jpeft.save(tmp_path, jpeft.apply(PARAMS, method="lora"), overwrite=True)
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ValueError, match="cannot be written: Not a directory: .*file"):
+        jpeft.save(tmp_path / "file" / "out", jpeft.apply(PARAMS, method="lora"))
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["file", "thesis.tex"]
 
 
 def test_an_adapter_without_leaves(tmp_path):

@@ -240,9 +240,9 @@ def test_summary_of_a_run_and_of_a_method(world, capfd):
 def test_overwrite_starts_anew(world, tmp_path):
     flags = train_flags(world, tmp_path / "run")
     assert main(flags) == 0
-    (tmp_path / "run" / "leftover").write_text("")
+    (tmp_path / "run" / "merged").mkdir()
     assert main([*flags, "--overwrite"]) == 0
-    assert not (tmp_path / "run" / "leftover").exists()
+    assert not (tmp_path / "run" / "merged").exists()
     assert (tmp_path / "run" / "result.json").exists()
 
 

@@ -70,7 +70,8 @@ def test_encodes_around_a_mask(masked):
 def test_encodes_pairs(masked):
     """Of two texts the longer is cut."""
     cloze = Cloze("{text} ? {mask} , {pair}", MOODS)
-    arrays = cloze.encode(masked, ["rain rain rain rain"], ["hot hot hot hot hot hot"], max_length=10)
+    with pytest.warns(UserWarning, match="1 of 1 texts are longer than max_length=10 tokens with the template and were cut"):
+        arrays = cloze.encode(masked, ["rain rain rain rain"], ["hot hot hot hot hot hot"], max_length=10)
     assert decoded(masked, arrays) == ["[CLS] rain rain [UNK] [MASK] [UNK] hot hot hot [SEP]"]
 
 

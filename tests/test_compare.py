@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import os
+import re
 import signal
 import statistics
 import subprocess
@@ -18,6 +19,7 @@ from tiny_text import make_decoder, make_model, make_rows, write_csv
 import jpeft.comparison.compare
 from jpeft import registry
 from jpeft.cli import main
+from jpeft.comparison.compare import _run_config
 from jpeft.comparison.report import collect, run_folders
 from jpeft.comparison.rows import BASELINES, Row, parse_row, parse_rows
 from jpeft.comparison.scatter import Line, Point, plot_scatter
@@ -77,7 +79,18 @@ def test_folders_of_different_rows_differ():
     texts = ("lora", "lora rank=4", "lora target=.*query/kernel", "lora target=.*query.kernel", "lora learning_rate=1e-5")
     names = [parse_row(text).folder(seed) for text in texts for seed in (0, 1)]
     assert len(set(names)) == len(names)
-    assert not any("/" in name for name in names)
+    # A program that takes brackets for a pattern must not be able to lose a run.
+    names.append(parse_row("lora rank=4 target=['query','value'] dropout=0.1").folder(0))
+    assert all(re.fullmatch(r"[A-Za-z0-9=.,+_-]+", name) for name in names)
+
+
+def test_the_folder_of_an_earlier_version_is_continued(tmp_path):
+    row = parse_row("lora target=['query','value']")
+    config = CompareConfig(model="m", data="d", output=str(tmp_path))
+    assert Path(_run_config(config, row, 1).output).name == row.folder(1)
+    (tmp_path / row.former_folder(1)).mkdir()
+    assert row.former_folder(1) == "lora-target=['query','value']-0.003-1"
+    assert Path(_run_config(config, row, 1).output).name == row.former_folder(1)
 
 
 # --- runs -------------------------------------------------------------------------------------------------------------

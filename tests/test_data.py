@@ -74,21 +74,23 @@ def test_read_skips_byte_order_marks_and_blank_lines_and_takes_any_case_of_suffi
 
 
 def test_a_quoted_text_may_hold_separators_and_line_ends(tmp_path):
-    assert read(write(tmp_path / "x.csv", 'text,label\n"a,\nb",c\n')).text == ["a,\nb"]
+    with pytest.warns(UserWarning, match=r"x\.csv: 1 quoted field holds both line ends and separators \(lines 2-3\)"):
+        assert read(write(tmp_path / "x.csv", 'text,label\n"a,\nb",c\n')).text == ["a,\nb"]
+    assert read(write(tmp_path / "y.csv", 'text,label\n"a\nb",c\n"a, b",c\n')).text == ["a\nb", "a, b"]
 
 
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
         ("x.csv", None, "x.csv: no such file; data files in that folder: beside.csv"),
-        ("x.xlsx", "", "x.xlsx: cannot read files ending in '.xlsx'; give one of .csv, .tsv, .jsonl, .parquet"),
+        ("x.xlsx", "", "x.xlsx: cannot read files ending in '.xlsx'; give one of .csv, .tsv, .jsonl, .json, .parquet"),
         ("x.csv", "", "x.csv: no rows"),
         ("x.csv", "text,label\n", "x.csv: no rows"),
         ("x.jsonl", "\n", "x.jsonl: no rows"),
         ("x.csv", "review,label\na,b\n", "no column 'text'; it has 'review', 'label'. Name the right one with `text`"),
         ("x.csv", "text,stars\na,b\n", "no column 'label'; it has 'text', 'stars'. Name the right one with `label`"),
-        ("x.csv", "text,label\na,b\nc,\nd, \n", "no label in column 'label' of rows 2, 3"),
-        ("x.csv", "text,label\na,b\n ,c\n", "no text in column 'text' of row 2;"),
+        ("x.csv", "text,label\na,b\nc,\nd, \n", "no label in column 'label' of rows 2, 3 (lines 3, 4)"),
+        ("x.csv", "text,label\na,b\n ,c\n", "no text in column 'text' of row 2 (line 3);"),
         ("x.csv", "text,label\na,b\nc, d,e\n", "x.csv, line 3: 3 fields under a header of 2 (text, label)"),
         ("x.csv", "text,label\na\n", "x.csv, line 2: 1 fields under a header of 2"),
         ("x.csv", 'text,label\n"a" b,c\n', "x.csv, line 2: ',' expected after '\"'"),
@@ -96,10 +98,10 @@ def test_a_quoted_text_may_hold_separators_and_line_ends(tmp_path):
         ("x.csv", "text,text\na,b\n", "two columns of the same name in text, text"),
         ("x.jsonl", '{"text": "a", "label": "b"}\n\n{"text": \n', "x.jsonl, line 3: not JSON"),
         ("x.jsonl", '["a"]\n', "x.jsonl, line 1: expected an object"),
-        ("x.jsonl", '{"text": "a", "label": 1}\n{"text": "b"}\n', "no label in column 'label' of row 2;"),
+        ("x.jsonl", '{"text": "a", "label": 1}\n{"text": "b"}\n', "no label in column 'label' of row 2 (line 2);"),
         ("x.jsonl", '{"text": "a", "label": 0.5}\n', "must be a string or a whole number, got 0.5 in row 1"),
         ("x.jsonl", '{"text": "a", "label": Infinity}\n', "must be a string or a whole number, got inf in row 1"),
-        ("x.jsonl", '{"text": 3, "label": 1}\n', "column 'text' holds int instead of text in row 1"),
+        ("x.jsonl", '{"text": {"a": 3}, "label": 1}\n', "column 'text' holds dict instead of text in row 1 (line 1)"),
         ("x.parquet", "text", "x.parquet: not a readable .parquet file"),
     ],
 )

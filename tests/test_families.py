@@ -4,8 +4,7 @@ import dataclasses
 
 import flax.linen as nn
 import pytest
-from test_bert import FAMILIES as ENCODERS
-from test_bert import tiny
+from test_bert import FAMILIES, TWINS, tiny
 from test_decoders import CASES
 from test_decoders import FAMILIES as DECODERS
 
@@ -15,7 +14,7 @@ from jpeft.models.common.attention import AttentionCore
 from jpeft.models.common.contract import check_model
 from jpeft.models.common.family import BlockStack, Roles
 
-CONFIGS = {name: tiny(name) for name in ENCODERS} | {name: CASES[name][0] for name in DECODERS}
+CONFIGS = {name: tiny(name) for name in (*FAMILIES, *TWINS)} | {name: CASES[name][0] for name in DECODERS}
 
 
 def models_of(config):

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+import re
 
 import jax
 import numpy as np
@@ -69,13 +70,14 @@ def tokenizer(template="$A", **special):
 
 @pytest.mark.parametrize("template", ["$A", "$A </s>"])  # an end that the template adds is no beginning
 def test_pairs_predict_the_target_and_its_end_alone(template):
-    table = Table(text=["a b", "c", "a b c d"], target=["d", "d e", "e e e"])
-    arrays = generation.encode(table, tokenizer(template), labels=(), max_length=5)
-    assert arrays["input_ids"].tolist() == [[2, 3, 5, 1, 1], [4, 5, 6, 1, 1], [2, 3, 4, 5, 6]]
+    table = Table(text=["a b", "c", "a b c d"], target=["d", "d e", "e e e e"])
+    with pytest.warns(UserWarning, match=r"1 of 3 texts with .*max_length=5 .*: 1 lost the beginning of the text, 1 the end of the target"):
+        arrays = generation.encode(table, tokenizer(template), labels=(), max_length=5, overlong="cut")
+    assert arrays["input_ids"].tolist() == [[2, 3, 5, 1, 1], [4, 5, 6, 1, 1], [4, 5, 6, 6, 6]]
     assert arrays["attention_mask"].tolist() == [[1, 1, 1, 0, 0], [1, 1, 1, 0, 0], [1, 1, 1, 1, 1]]
     i = IGNORE
-    assert arrays["label"].tolist() == [[i, 5, 1, i, i], [5, 6, 1, i, i], [i, i, i, 6, 6]]
-    assert arrays["complete"].tolist() == [1, 1, 0]  # the last one lost "e" and its end
+    assert arrays["label"].tolist() == [[i, 5, 1, i, i], [5, 6, 1, i, i], [i, 6, 6, 6, 6]]
+    assert arrays["complete"].tolist() == [1, 1, 0]  # the last one lost "a b" and its end
     assert all(column.dtype == np.int32 for column in arrays.values())
 
 
@@ -103,15 +105,47 @@ def test_prompts_are_as_wide_as_the_longest():
     assert arrays["attention_mask"].tolist() == [[1, 1, 1], [1, 1, 0]]
 
 
-def test_texts_that_leave_no_room_are_named():
+def encoded(text, target, max_length, overlong, template="<s> $A"):
+    """`input_ids` and `complete` of one pair beside another that fits any row."""
+    table = Table(text=["a", text], target=["b", target])
+    arrays = generation.encode(table, tokenizer(template), labels=(), max_length=max_length, overlong=overlong)
+    return arrays["input_ids"].tolist()[1:], arrays["complete"].tolist()[1:]
+
+
+def test_rows_that_are_too_long():
+    """A row fits if all but its last token do; BOS is never cut, and neither text nor target is lost."""
     table = Table(text=["a", "b c d e", "a b c d e"], target=["b", "b", "b"])
-    with pytest.raises(ValueError, match=r"2 of 3 texts are longer than max_length=3 tokens.*nothing of the target.*'a b c d e'.* has 5"):
-        generation.encode(table, tokenizer(), labels=(), max_length=3)
-    with pytest.raises(ValueError, match=r"1 of 3 .*nothing to continue"):
-        generation.encode(table, tokenizer(), labels=None, max_length=4)
-    assert generation.encode(table, tokenizer(), labels=(), max_length=5)["label"].shape == (3, 5)
+    long = r"2 of 3 texts with their targets are longer than max_length=4 tokens: rows 2, 3\. The longest, 'a b c d e'\.\.\., has 6"
+    with pytest.raises(ValueError, match=long):
+        generation.encode(table, tokenizer(), labels=(), max_length=4)
+    assert generation.encode(table, tokenizer(), labels=(), max_length=6)["complete"].tolist() == [1, 1, 1]
+    assert encoded("a b c", "d", 5, "error") == ([[0, 2, 3, 4, 5]], [1])
+    assert encoded("a b c", "d", 4, "cut") == ([[0, 3, 4, 5]], [1])
+    assert encoded("a b c", "d e", 4, "cut") == ([[0, 4, 5, 6]], [1])
+    assert encoded("a b c", "d e d e", 4, "cut") == ([[0, 4, 5, 6]], [0])
+    assert encoded("a b c", "d e d e", 4, "drop") == ([], [])
+    assert encoded("a b c", "d e d e", 1, "cut", template="$A") == ([[4]], [0])
+    with pytest.warns(UserWarning, match=r"train: 2 of 3 texts with their targets are .* and were dropped"):
+        kept = generation.encode(table.named("train"), tokenizer(), labels=(), max_length=4, overlong="drop")
+    assert kept["input_ids"].shape == (1, 4)
+    with pytest.raises(ValueError, match="2 of 2 texts"):
+        generation.encode(table.take([1, 2]), tokenizer(), labels=(), max_length=4, overlong="drop")
     with pytest.raises(ValueError, match=r"no end-of-text token: set one"):
         generation.encode(table, tokenizer(eos_token=None), labels=(), max_length=9)
+
+
+def test_prompts_that_are_too_long():
+    table = Table(text=["a", "b c d e", "a b c d e"])
+    with pytest.raises(ValueError, match=r"1 of 3 texts are longer than max_length=4 tokens: row 3\."):
+        generation.encode(table, tokenizer(), labels=None, max_length=4)
+    with pytest.warns(UserWarning, match="2 of 3 texts are .* lost their beginning"):
+        cut = generation.encode(table, tokenizer("<s> $A"), labels=None, max_length=4, overlong="cut")
+    assert cut["input_ids"].tolist() == [[0, 2, 1, 1], [0, 4, 5, 6], [0, 4, 5, 6]]
+    dropped = generation.encode(table, tokenizer(), labels=None, max_length=4, overlong="drop")
+    assert dropped["complete"].tolist() == [1, 1, 0]
+    answers = {"tokens": np.array([[2], [3], [4]]), "lengths": np.array([1, 1, 1]), "complete": dropped["complete"]}
+    made = generation.Generation("drop").predictions(answers, (), tokenizer())
+    assert made == [{"generated": "a"}, {"generated": "b"}, {"generated": None}]
 
 
 # --- loss and metrics -------------------------------------------------------------------------------------------------
@@ -269,6 +303,25 @@ def test_predict_continues_texts(world, tmp_path, capfd):
     assert drawn(*random) == lines
 
 
+@pytest.mark.filterwarnings("always:.* of [0-9]+ texts:UserWarning")
+def test_overlong_in_eval_and_predict(world, tmp_path, capfd):
+    rows = [{"text": "the " * count, "target": "some fruit"} for count in (2, 20)]
+    (tmp_path / "in.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    capfd.readouterr()
+    assert main(["eval", str(world / "pairs"), "--data", str(tmp_path / "in.jsonl")]) == 2
+    assert "longer than max_length=12 tokens" in capfd.readouterr().err
+    for overlong, said in (("cut", "were cut: 1 lost the beginning of the text, 0 the end of the target"), ("drop", "were dropped")):
+        assert main(["eval", str(world / "pairs"), "--data", str(tmp_path / "in.jsonl"), "--overlong", overlong]) == 0
+        assert said in capfd.readouterr().err
+    again = ["predict", str(world / "pairs"), "--input", str(tmp_path / "in.jsonl"), "--max-new-tokens", "4", "--overlong"]
+    capfd.readouterr()
+    assert main([*again, "drop"]) == 0
+    assert main([*again, "cut"]) == 0
+    made = [json.loads(line)["generated"] for line in capfd.readouterr().out.splitlines()]
+    assert made[1] is None
+    assert None not in (made[0], made[2], made[3])
+
+
 def test_merged_model_gives_the_same_logits(world, tmp_path):
     assert main(["merge", str(world / "pairs"), str(tmp_path / "merged")]) == 0
     merged, run = jpeft.models.load(tmp_path / "merged", task="causal-lm"), open_run(world / "pairs")
@@ -290,7 +343,9 @@ def test_summary(world, capfd):
 def test_bad_input_leaves_nothing(world, tmp_path, fails):  # noqa: F811
     pairs = [*flags(world, "pairs.jsonl", tmp_path / "run"), "--steps", "1"]
     assert "no column 'answer'" in fails(*pairs, "--target", "answer")
-    assert "longer than max_length=3 tokens, which leaves nothing of the target" in fails(*pairs, "--target", "target", "--max-length", "3")
+    assert "120 of 120 texts" not in (said := fails(*pairs, "--target", "target", "--max-length", "3"))
+    assert re.search(r"texts with their targets are longer than max_length=3 tokens: .*pairs\.jsonl, rows 1, .* \(lines 1, ", said)
+    assert "no use for overlong='cut'" in fails(*pairs, "--overlong", "cut", "--task", "sequence-classification")
     assert "The task generation has no use for pair='x'; it reads text, target" in fails(*pairs, "--pair", "x")
     assert "no use for target='x'" in fails(*pairs, "--target", "x", "--task", "sequence-classification")
     assert "max_length=33 is more than the model's 32" in fails(*pairs, "--target", "target", "--max-length", "33")
@@ -302,6 +357,6 @@ def test_bad_input_leaves_nothing(world, tmp_path, fails):  # noqa: F811
 
 def test_bad_predictions(world, fails):  # noqa: F811
     run = world / "pairs"
-    assert "longer than max_length=12 tokens, which leaves nothing to continue" in fails("predict", run, "--text", "a " * 13)
+    assert "1 of 1 texts are longer than max_length=12 tokens: --text, row 1." in fails("predict", run, "--text", "a " * 13)
     assert "position" in fails("predict", run, "--text", "a " * 12, "--max-new-tokens", "40")
     assert "temperature: only for tokens drawn at random, with --seed" in fails("predict", run, "--text", "a", "--temperature", "2")

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from flax.traverse_util import flatten_dict
 from safetensors.numpy import load_file, save_file
-from test_bert import FAMILIES, TORCH, batch, random_params, run, tiny
+from test_bert import FAMILIES, PREFIXES, TORCH, TWINS, batch, random_params, run, tiny
 from tiny_text import shard
 
 from jpeft.models import (
@@ -92,9 +92,11 @@ def test_round_trip(tmp_path, family, task, scan):
     assert loaded.labels == (("LABEL_0", "LABEL_1", "LABEL_2") if task.endswith("classification") else ())
 
 
-@pytest.mark.parametrize("scan", [False, True])
-@pytest.mark.parametrize("task", CLASSES)
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(
+    ("family", "task", "scan"),
+    [(family, task, scan) for family in FAMILIES for task in CLASSES for scan in (False, True)]
+    + [(family, task, True) for family in TWINS for task in ("sequence-classification", "masked-lm")],
+)
 def test_torch_opens_what_is_saved(tmp_path, family, task, scan):
     import torch
     import transformers
@@ -102,8 +104,7 @@ def test_torch_opens_what_is_saved(tmp_path, family, task, scan):
     model = CLASSES[task](tiny(family, scan=scan))
     params = random_params(model)
     save(tmp_path / "out", model, params, labels=("x", "y", "z") if task.endswith("classification") else None)
-    prefix = {"bert": "Bert", "roberta": "Roberta", "distilbert": "DistilBert"}[family]
-    cls = getattr(transformers, prefix + TORCH[task])
+    cls = getattr(transformers, PREFIXES[family] + TORCH[task])
     hf, info = cls.from_pretrained(tmp_path / "out", output_loading_info=True)
     assert not any(info[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"))
     assert hf.config.architectures == [cls.__name__]
@@ -247,8 +248,12 @@ def test_two_unnamed_labels_are_the_default(tmp_path):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"labels": ("a", "b")}, r"model.safetensors: classifier.(weight|bias) has shape \(3.*\), the model needs \(2"),
-        ({"labels": ("a", "b")}, "fresh_head=True"),
+        (
+            {"labels": ("a", "b"), "keep_head": True},
+            "keep_head .--keep-head.: the checkpoint's head has 3 outputs, and there are 2 labels: a, b",
+        ),
+        ({"fresh_head": True, "keep_head": True}, "fresh_head leaves out the checkpoint's head and keep_head keeps it: give one"),
+        ({"task": "encoder", "fresh_head": True}, "about a head with labels, and a model for the task 'encoder' has none"),
         ({"labels": ("a", "a", "b")}, "labels must be distinct"),
         ({"labels": "abc"}, "labels must be distinct"),
         ({"labels": ()}, "at least one"),

@@ -52,6 +52,18 @@ def test_a_model_and_a_data_set_of_the_hub(served, tmp_path):
     assert values == ["test", *(f"{test[name]:.4f}" for name in names[1:])]
 
 
+def test_a_revision_of_the_hub_is_part_of_the_run(served, tmp_path):
+    run, requests, _ = served
+    flags = ("--model", "acme/tiny", "--data", "hub:acme/reviews", "--output", tmp_path / "run", *FLAGS)
+    done = run("train", *flags, "--revision", "v1.0")
+    assert done.returncode == 0, done.stderr
+    assert any("models/acme/tiny/revision/v1.0" in request for request in requests)
+    assert json.loads((tmp_path / "run" / "config.json").read_text())["run"]["revision"] == "v1.0"
+    again = run("train", *flags, "--revision", "v2.0", "--resume")
+    assert again.returncode == 2
+    assert "revision ('v1.0' before, 'v2.0' now)" in again.stderr
+
+
 @pytest.mark.parametrize(
     ("model", "data", "message"),
     [

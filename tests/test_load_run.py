@@ -14,7 +14,6 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
-from test_cli import fails  # noqa: F401
 from tiny_text import make_decoder, make_model, make_rows, write_csv
 
 import jpeft
@@ -51,6 +50,23 @@ def run(world):
     return jpeft.load_run(world / "run-0")
 
 
+@pytest.fixture
+def fails(capfd):
+    """Runs the command and returns its error line, the last one: what the base lacks may be noted before."""
+
+    def run(*arguments):
+        capfd.readouterr()
+        assert main([str(argument) for argument in arguments]) == 2
+        out, err = capfd.readouterr()
+        *notes, error = err.splitlines()
+        assert out == ""
+        assert all(note.startswith("note: ") for note in notes)
+        assert error.startswith("error: ")
+        return error
+
+    return run
+
+
 # --- predict ----------------------------------------------------------------------------------------------------------
 
 TEXTS = ["the apple here", "old iron", "some rain now", "the plum " * 8]
@@ -82,7 +98,7 @@ def test_a_shape_is_compiled_once(world):
     run = jpeft.load_run(world / "run-0", batch_size=4)
     before = classify._cache_size()
     for count in range(1, 10):
-        run.predict([" ".join(["the"] * length) for length in range(count)])
+        run.predict([" ".join(["the"] * length) for length in range(1, count + 1)])
     # One or four rows, 16 or 24 tokens.
     assert classify._cache_size() - before <= 4
     again = classify._cache_size()
@@ -204,7 +220,7 @@ def unmoved(world):
     return [f"{value:.4f}" for value in result.values()]
 
 
-def test_a_base_elsewhere_is_found_with_a_flag(world, moved, tmp_path, capfd, fails):  # noqa: F811
+def test_a_base_elsewhere_is_found_with_a_flag(world, moved, tmp_path, capfd, fails):
     run, model, source = moved["run-0"], moved["model"], moved["data.csv"]
     out = str(tmp_path / "merged")
     commands = (["eval", run, "--data", source, "--split", "test"], ["predict", run, "--text", "a"], ["merge", run, out], ["summary", run])
@@ -226,7 +242,7 @@ def test_a_base_elsewhere_is_found_with_a_flag(world, moved, tmp_path, capfd, fa
 
 
 @pytest.mark.filterwarnings("default::UserWarning")
-def test_data_elsewhere(world, moved, tmp_path, capfd, fails):  # noqa: F811
+def test_data_elsewhere(world, moved, tmp_path, capfd, fails):
     run, source = ["--model", moved["model"], moved["run-0"]], moved["data.csv"]
     assert "was in" in (message := fails("eval", *run))
     assert "--data" in message
@@ -282,7 +298,7 @@ def test_a_project_moves_as_a_whole(world, tmp_path, capfd, relative, monkeypatc
     assert capfd.readouterr().out.splitlines()[1].split()[1:] == unmoved(world)
 
 
-def test_a_run_is_continued_from_elsewhere(world, moved, tmp_path, capfd, fails):  # noqa: F811
+def test_a_run_is_continued_from_elsewhere(world, moved, tmp_path, capfd, fails):
     def flags(**places):
         places = {"model": moved["model"], "data": moved["data.csv"], "output": moved["run-0"]} | places
         named = [f"--{name}={place}" for name, place in places.items()]
@@ -316,7 +332,7 @@ def test_a_run_is_continued_from_elsewhere(world, moved, tmp_path, capfd, fails)
     assert jpeft.load_run(moved["run-0"], model=moved["model"]).predict("a") == jpeft.load_run(world / "run-0").predict("a")
 
 
-def test_a_report_of_runs_with_one_base_in_two_places(world, moved, tmp_path, fails):  # noqa: F811
+def test_a_report_of_runs_with_one_base_in_two_places(world, moved, tmp_path, fails):
     shutil.copytree(world / "run-1", tmp_path / "runs" / "1")
     shutil.copytree(moved["run-0"], tmp_path / "runs" / "0")
     assert main(["report", str(tmp_path / "runs")]) == 0

@@ -17,8 +17,10 @@ import pytest
 from test_train import bits, records
 from tiny_text import make_model, make_rows, write_csv
 
+from jpeft.checkpoint.records import sealed
 from jpeft.cli import main
 from jpeft.training.run import open_run
+from jpeft.training.run_folder import config_checksum
 
 ROOT = Path(__file__).parents[1]
 STEPS = 120
@@ -192,10 +194,10 @@ def test_resume_on_other_data_or_base_is_refused(base, tmp_path, capfd):
     run = tmp_path / "run"
     copy_unfinished(unbroken, run)
     about = json.loads((run / "config.json").read_text())
-    about["data"]["train"] = about["base"] = "0"
-    (run / "config.json").write_text(json.dumps(about))
+    about["data"]["train"] = about["base"] = about["base_files"]["tokenizer.json"] = "0"
+    (run / "config.json").write_text(json.dumps(sealed(about, config_checksum)))
     assert main([*flags, "--output", str(run), "--resume"]) == 2
-    assert "since it began, its base, data changed" in capfd.readouterr().err
+    assert "since it began, its base, data, tokenizer.json changed" in capfd.readouterr().err
 
 
 def copy_unfinished(source, target):

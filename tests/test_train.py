@@ -17,6 +17,7 @@ import pytest
 from tiny_text import make_base, make_model
 
 import jpeft
+import jpeft.checkpoint.files
 import jpeft.training.snapshot
 import jpeft.training.stage
 from jpeft.checkpoint.files import replace_folder
@@ -461,16 +462,18 @@ def test_a_folder_takes_anothers_place_or_leaves_it(tmp_path, monkeypatch):
     for name in ("old", "new"):
         (tmp_path / name).mkdir()
         (tmp_path / name / "name").write_text(name)
-    replace, calls = os.replace, []
+    rename, calls = os.rename, []
 
     def second_fails(a, b):
         calls.append(a)
         if len(calls) == 2:
             raise OSError
-        replace(a, b)
+        rename(a, b)
 
+    # Where the system cannot exchange two names in one step.
+    monkeypatch.setattr(jpeft.checkpoint.files, "_renameat2", lambda *args: False)
     with monkeypatch.context() as patch, pytest.raises(OSError):
-        patch.setattr(os, "replace", second_fails)
+        patch.setattr(os, "rename", second_fails)
         replace_folder(tmp_path / "new", tmp_path / "old")
     assert (tmp_path / "old" / "name").read_text() == "old"
     replace_folder(tmp_path / "new", tmp_path / "old")

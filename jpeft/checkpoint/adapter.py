@@ -6,17 +6,21 @@ files, and a fingerprint of the base. It is written beside its place and moved t
 
 import json
 import os
-import shutil
-import uuid
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from jpeft import registry, tree
-from jpeft.checkpoint.files import replace_folder
+from jpeft.checkpoint.arrays import check_arrays, indexed
+from jpeft.checkpoint.background import QuietOrbax, in_short
+from jpeft.checkpoint.files import check_output, replace_folder
 from jpeft.checkpoint.fingerprint import damaged_files, file_checksums, fingerprint, leaf_table
+from jpeft.checkpoint.plain_paths import PlainPath, check_path
+from jpeft.checkpoint.records import check_record, sealed
+from jpeft.checkpoint.temporary import Temporary, remove_leftovers
 from jpeft.core.method import Method
 from jpeft.core.peft import Peft, check_peft
 from jpeft.distributed import gather_to_host, on_first_process
@@ -47,36 +51,89 @@ def save(path: str | os.PathLike[str], peft: Peft, *, overwrite: bool = False) -
     >>> jpeft.load(folder, params).method
     jpeft.lora(alpha=16.0, axes=None, dropout=0.0, head='auto', init='kaiming', rank=2, rslora=False, target='(.*/)?kernel', view='auto')
     """
-    import orbax.checkpoint as ocp
+    save_adapter(path, peft, overwrite=overwrite)
 
+
+def save_adapter(path: str | os.PathLike[str], peft: Peft, *, overwrite: bool = False, run: str | None = None) -> None:
+    """Do what `save` does.
+
+    Args:
+      path: As for `save`.
+      peft: As for `save`.
+      overwrite: As for `save`.
+      run: Checksum of the configuration of the run that the adapter belongs to.
+
+    Raises:
+      ValueError: as `save`.
+      OSError: if it could not be written; what was at `path` is still there.
+    """
     check_peft(peft, "save")
     target = Path(path).absolute()
-    if on_first_process(target.exists) and not overwrite:
-        raise ValueError(f"'{path}' exists already. Choose another place, or replace it: jpeft.save(..., overwrite=True).")
+    on_first_process(lambda: _check_target(path, target, overwrite=overwrite))
     record = {
         "format": _FORMAT,
         "method": _config(peft.method),
         "base": fingerprint(peft.params, skip=_replaced(peft.params, peft.adapter, peft.method)),
         "leaves": leaf_table(peft.adapter),
-    }
-    partial = target.parent / f".{target.name}.{on_first_process(lambda: uuid.uuid4().hex)}.partial"
+    } | ({} if run is None else {"run": run})
+    temporary = Temporary(target)
 
     def finish() -> None:
         record["files"] = file_checksums(partial / _LEAVES)
-        (partial / _RECORD).write_text(json.dumps(record, indent=1))
-        replace_folder(partial, target)
+        (partial / _RECORD).write_text(json.dumps(sealed(record), indent=1, allow_nan=False))
+        try:
+            replace_folder(partial, target, overwrite=overwrite)
+        except FileExistsError as error:
+            raise ValueError(_exists(path)) from error
 
     try:
-        on_first_process(lambda: partial.mkdir(parents=True))
+        partial = Path(on_first_process(lambda: str(temporary.make_folder())))
         if record["leaves"]:
-            with ocp.StandardCheckpointer() as checkpointer:
-                # Whole from several processes: it will be opened by one that has not all their devices.
-                checkpointer.save(partial / _LEAVES, gather_to_host(peft.adapter))
+            # Whole from several processes: it will be opened by one that has not all their devices. A part of a chain without leaves, an
+            # empty dict, is left out: `load` knows only leaves.
+            with PlainPath(partial) as plain:
+                try:
+                    _write_arrays(plain / _LEAVES, gather_to_host(tree.unflatten(tree.flatten(peft.adapter))))
+                except Exception as error:  # Orbax and the library below it raise errors of many types
+                    raise OSError(f"The adapter could not be written to '{path}': {in_short(error)}.") from error
         else:  # which Orbax would refuse: a frozen base without a head
             on_first_process((partial / _LEAVES).mkdir)
         on_first_process(finish)
     finally:
-        shutil.rmtree(partial, ignore_errors=True)
+        temporary.remove()
+
+
+def _write_arrays(folder: Path, adapter: tree.Adapter) -> None:
+    """Write arrays with Orbax, and read them back.
+
+    Raises:
+      OSError: if they are not what was written.
+    """
+    import orbax.checkpoint as ocp
+
+    with QuietOrbax(), ocp.StandardCheckpointer() as checkpointer:
+        checkpointer.save(folder, adapter)
+        checkpointer.wait_until_finished()
+        on_first_process(lambda: check_arrays(folder, len(jax.tree.leaves(adapter))))
+        written = jax.device_get(adapter)
+        read = checkpointer.restore(folder, target=written)
+    same = jax.tree.map(lambda one, two: np.asarray(one).tobytes() == np.asarray(two).tobytes(), written, read)
+    if not all(jax.tree.leaves(same)):
+        raise OSError(f"The adapter that was written to {folder} is not what is read from there.")
+
+
+def _check_target(path: str | os.PathLike[str], target: Path, *, overwrite: bool) -> None:
+    """Raise a ValueError if an adapter cannot be written to `target`, or something else would be lost."""
+    check_path(target)
+    if os.path.lexists(target) and not overwrite:
+        raise ValueError(_exists(path))
+    if target.is_dir() and not target.is_symlink() and (there := {p.name for p in target.iterdir()}) and not there & {_RECORD, _LEAVES}:
+        raise ValueError(f"'{path}' holds no adapter but {', '.join(sorted(there)[:3])}, so it is not replaced. Choose another place.")
+    check_output(target, folder=True)
+
+
+def _exists(path: str | os.PathLike[str]) -> str:
+    return f"'{path}' exists already. Choose another place, or replace it: jpeft.save(..., overwrite=True)."
 
 
 def load(path: str | os.PathLike[str], params: tree.Params, *, method: Method | None = None, check_base: bool = True) -> Peft:
@@ -98,30 +155,16 @@ def load(path: str | os.PathLike[str], params: tree.Params, *, method: Method | 
     >>> jpeft.load(folder, params).adapter["dense"]["bias"].shape
     (4,)
     """
-    import orbax.checkpoint as ocp
-
     params = unwrap(params)
     source = Path(path).absolute()
-    if not (source / _RECORD).is_file():
-        there = sorted(p.name for p in source.iterdir()) if source.is_dir() else "nothing"
-        raise ValueError(f"'{path}' holds no adapter: {_RECORD} is missing; there is {there}.")
-    try:
-        record = json.loads((source / _RECORD).read_text())
-        leaves, files, config = record["leaves"], record["files"], record["method"]
-    except (ValueError, KeyError, TypeError) as e:
-        raise ValueError(f"'{source / _RECORD}' is damaged ({type(e).__name__}: {e}); save the adapter again.") from e
-    if record.get("format") != _FORMAT:
-        raise ValueError(f"'{path}' has format {record.get('format')}, this jpeft reads format {_FORMAT}; update jpeft.")
-    method = _method(config, method, path)
+    remove_leftovers(source)
+    record = read_record(path)
+    method = _method(record["method"], method, path)
     # Looked at before Orbax opens anything: its other reads go on in the background when one fails.
-    if damaged := damaged_files(source / _LEAVES, files):
-        raise ValueError(f"The adapter in '{path}' is damaged: {damaged[0]} is not as it was saved ({len(damaged)} such files).")
-    shapes = {name: jax.ShapeDtypeStruct(tuple(shape), jnp.dtype(dtype)) for name, (shape, dtype) in leaves.items()}
-    try:
-        with ocp.StandardCheckpointer() as checkpointer:
-            adapter = checkpointer.restore(source / _LEAVES, target=tree.unflatten(shapes)) if shapes else {}
-    except Exception as e:
-        raise ValueError(f"The adapter in '{path}' is damaged or incomplete, Orbax says: {type(e).__name__}: {str(e)[:300]}") from e
+    if damaged := damaged_files(source / _LEAVES, record["files"]):
+        which = f"{len(damaged)} such files; {source / _RECORD} lists {len(record['files'])}"
+        raise ValueError(f"The adapter in '{path}' is damaged: {source / _LEAVES / damaged[0]} is not as it was saved ({which}).")
+    adapter = {name: {} for name, _ in method.parts} | _read_arrays(path, source / _LEAVES, record["leaves"])
     _check_fit(params, adapter, method, path)
     if check_base and fingerprint(params, skip=_replaced(params, adapter, method)) != record["base"]:
         raise WrongBaseError(
@@ -129,6 +172,65 @@ def load(path: str | os.PathLike[str], params: tree.Params, *, method: Method | 
             "not. Load the checkpoint that it was trained on, in the same dtype; or, if you know better, jpeft.load(..., check_base=False)."
         )
     return Peft(params, adapter, method)
+
+
+def read_record(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """Return the contents of an adapter's jpeft.json.
+
+    Raises:
+      ValueError: if there is none, it is damaged, or was changed after it was written.
+    """
+    source = Path(path).absolute()
+    file = source / _RECORD
+    if not file.is_file():
+        there = sorted(p.name for p in source.iterdir()) if source.is_dir() else "nothing"
+        raise ValueError(f"'{path}' holds no adapter: {_RECORD} is missing; there is {there}.")
+    try:
+        record = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as e:
+        raise ValueError(f"'{file}' is damaged ({type(e).__name__}: {e}); save the adapter again.") from e
+    if isinstance(record, dict) and record.get("format", _FORMAT) != _FORMAT:
+        raise ValueError(f"'{path}' has format {record.get('format')}, this jpeft reads format {_FORMAT}; update jpeft.")
+    if damage := _damage_of_record(record):
+        raise ValueError(f"'{file}' is damaged ({damage}); save the adapter again.")
+    check_record(record, file)
+    return record
+
+
+def _damage_of_record(record: Any) -> str:
+    """Return what a record lacks, or holds as another type than it should; an empty string if nothing."""
+    if not isinstance(record, dict):
+        return "it holds no JSON object"
+    kinds = {"format": int, "method": dict, "base": str, "leaves": dict, "files": dict}
+    for name, kind in kinds.items():
+        if not isinstance(record.get(name), kind):
+            return f"it has no {name!r}" if name not in record else f"{name!r} is {str(record[name])[:40]!r}"
+    for path, about in record["leaves"].items():
+        try:
+            shape, dtype = about
+            jax.ShapeDtypeStruct(tuple(shape), jnp.dtype(dtype)).size  # noqa: B018
+        except (TypeError, ValueError):
+            return f"the shape and type of {path!r} are {str(about)[:40]!r}"
+    return ""
+
+
+def _read_arrays(path: str | os.PathLike[str], folder: Path, leaves: dict[str, Any]) -> tree.Adapter:
+    """Return the arrays in the files, which are as they were saved.
+
+    Raises:
+      ValueError: if they are not the arrays of the record.
+    """
+    import orbax.checkpoint as ocp
+
+    if not leaves:
+        return {}
+    shapes = {name: jax.ShapeDtypeStruct(tuple(shape), jnp.dtype(dtype)) for name, (shape, dtype) in leaves.items()}
+    try:
+        with QuietOrbax(), indexed(folder) as whole, PlainPath(whole) as plain, ocp.StandardCheckpointer() as checkpointer:
+            check_arrays(plain, len(shapes))
+            return checkpointer.restore(plain, target=tree.unflatten(shapes))
+    except Exception as e:
+        raise ValueError(f"The adapter in '{path}' is damaged or incomplete, Orbax says: {in_short(e)}.") from e
 
 
 def _config(method: Method) -> dict[str, Any]:

@@ -16,8 +16,10 @@ from jpeft.cli.predictions import check_output, write_predictions
 from jpeft.cli.tables import print_metrics
 from jpeft.cli.texts import check_one_source, read_file_or_split
 from jpeft.data.texts import texts_table
+from jpeft.data.values import as_label
 from jpeft.tasks.cloze import Cloze
 from jpeft.tasks.sequence_classification import SequenceClassification
+from jpeft.tasks.token_ids import check_token_ids
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,6 +35,8 @@ class ClozeArgs:
     template: str
     # The words of each label, each a single token: positive=great,good negative=terrible,bad
     words: Annotated[tuple[str, ...], tyro.conf.arg(metavar="LABEL=WORD,WORD ...")]
+    # Branch, tag or commit of the model on the hub; none for its main branch.
+    revision: str | None = None
     # Data to classify: a file (all of its rows), a folder, "builtin[:name]" or "hub:name[/config]".
     data: str | None = None
     # Texts, each an argument, instead of data.
@@ -68,6 +72,7 @@ def _run(args: ClozeArgs) -> None:
         raise ValueError(f"--words has none for the label {unknown[0]!r} of the data; it has words for {', '.join(cloze.labels)}.")
     loaded = _load_language_model(args)
     arrays = cloze.encode(loaded.tokenizer, table.text, table.pair, max_length=args.max_length)
+    check_token_ids(arrays, loaded)
     batch_size = min(args.batch_size, len(table))
     scores = cloze.classify(loaded.model.apply, {"params": loaded.params}, loaded.tokenizer, arrays, batch_size=batch_size)
     if args.data is not None and table.label is not None:
@@ -83,6 +88,7 @@ def _parse_words(words: Sequence[str]) -> dict[str, tuple[str, ...]]:
     out: dict[str, tuple[str, ...]] = {}
     for argument in words:
         label, equals, listed = argument.partition("=")
+        label = as_label(label) or label  # spelled as the labels of data are
         if not equals or not label:
             raise ValueError(f"{argument!r} in --words is not of the form LABEL=WORD,WORD, such as positive=great,good.")
         if label in out:
@@ -103,7 +109,7 @@ def _read_table(args: ClozeArgs, *, pairs: bool) -> data.Table:
 
 
 def _load_language_model(args: ClozeArgs) -> models.Loaded:
-    loaded = models.load(args.model, task="language-model")
+    loaded = models.load(args.model, task="language-model", revision=args.revision)
     if args.max_length > loaded.config.max_length:
         raise ValueError(f"max_length={args.max_length} is more than the model's {loaded.config.max_length} positions.")
     if loaded.initialised:

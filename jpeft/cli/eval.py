@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import warnings
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import tyro
 
@@ -32,10 +32,14 @@ class EvalArgs:
     split: str | None = None
     # Examples per batch.
     batch_size: int = 64
+    # Generation: rows longer than the run's max_length, as in `jpeft train`; none for the run's own setting.
+    overlong: Literal["error", "cut", "drop"] | None = None
 
 
 def _run(args: EvalArgs) -> None:
     run = load_run(args.run, model=args.model, batch_size=args.batch_size)
+    if args.overlong is not None:
+        run = run.configured(overlong=args.overlong)
     table = read_run_split(run, args.split or "test") if args.data is None else _read_other(run, args.data, args.split)
     print_metrics({args.split or args.data or "test": run.metrics(table)})
 

@@ -19,6 +19,7 @@ import jpeft
 from jpeft.cli import cloze, compare, eval, merge, methods, predict, report, summary, train
 from jpeft.cli.command import Command
 from jpeft.cli.flags import parse_none, rename_old_flags
+from jpeft.models.checkpoints.notes import CheckpointNote
 from jpeft.training.interrupt import InterruptedRun
 
 # A new command is one file with a `COMMAND`, and its name here. The help lists the commands in this order.
@@ -56,6 +57,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         with warnings.catch_warnings():
             warnings.showwarning = _show_warning
+            warnings.simplefilter("default", CheckpointNote)
             return command.run(args) or 0
     except InterruptedRun as stop:
         again = [argument for argument in arguments if argument not in ("--overwrite", "--resume")]
@@ -90,5 +92,5 @@ def _parse(arguments: list[str]) -> Any:
 def _show_warning(message: Any, category: Any, filename: Any, lineno: Any, file: Any = None, line: Any = None) -> None:
     del filename, lineno, file, line
     # Warnings of jpeft are for the user. Other categories come from the libraries below and are for their developers.
-    if category is UserWarning:
-        print(f"warning: {message}", file=sys.stderr)
+    if category in (UserWarning, CheckpointNote):
+        print(f"{'note' if category is CheckpointNote else 'warning'}: {message}", file=sys.stderr)

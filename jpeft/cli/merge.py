@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 from pathlib import Path
 from typing import Annotated
 
 import tyro
 
+from jpeft.checkpoint.files import check_output
 from jpeft.cli.command import Command
 from jpeft.training.run import load_run
 from jpeft.training.run_data import check_run_data
@@ -29,8 +31,9 @@ class MergeArgs:
 
 def _run(args: MergeArgs) -> None:
     out = Path(args.out)
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+    if os.path.lexists(out) and (not out.is_dir() or any(out.iterdir())):
         raise ValueError(f"The output folder {out} is in use: choose another.")
+    check_output(out, folder=True)
     run = load_run(args.run, model=args.model, data=args.data)
     if args.data is not None:
         check_run_data(run)

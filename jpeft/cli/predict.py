@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import tyro
 
@@ -30,7 +30,7 @@ class PredictArgs:
     text: tuple[str, ...] = ()
     # Second texts, for a model of pairs: one for each text.
     pair: tuple[str, ...] = ()
-    # A CSV, TSV, JSONL or Parquet file with the run's text column; labels in the file are ignored.
+    # A CSV, TSV, JSONL, JSON or Parquet file with the run's text column; labels in the file are ignored.
     input: str | None = None
     # The same for any data: a file (all of its rows), a folder, "builtin[:name]" or "hub:name[/config]".
     data: str | None = None
@@ -44,6 +44,8 @@ class PredictArgs:
     batch_size: int = 64
     # Most tokens to generate for a text; none for 64. Only for a model that generates text, like the flags below.
     max_new_tokens: int | None = None
+    # Texts longer than the run's max_length: error, cut (the last tokens are kept) or drop (no answer); none for the run's own setting.
+    overlong: Literal["error", "cut", "drop"] | None = None
     # Draw tokens at random with this seed; none takes the most likely token each time.
     seed: int | None = None
     # Temperature of the draw: above 1 the probabilities become more even, below 1 sharper.
@@ -61,6 +63,8 @@ def _run(args: PredictArgs) -> None:
     check_one_source(args.text, source, "a file with --input, data with --data, or a split of the run's data with --split")
     check_output(args.output, overwrite=args.overwrite)
     run = load_run(args.run, model=args.model, batch_size=args.batch_size)
+    if args.overlong is not None:
+        run = run.configured(overlong=args.overlong)
     table = run.table(args.text, args.pair, names=("--text", "--pair")) if source is None else _read(args, run)
     answers = run.answers(table, **{name: getattr(args, name) for name in OPTIONS})
     write_predictions(args.output, table, answers)

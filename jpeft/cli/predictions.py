@@ -8,17 +8,20 @@ from pathlib import Path
 from typing import Any
 
 from jpeft import data
-from jpeft.checkpoint.files import write_atomically
+from jpeft.checkpoint import files
 
 
 def check_output(output: str | None, *, overwrite: bool) -> None:
-    """Check that the output file is new or may be replaced.
+    """Check that the output file is new or may be replaced, and can be written.
 
     Raises:
-      ValueError: if the file exists and `overwrite` is False.
+      ValueError: if the file exists and `overwrite` is False, or it cannot be written.
     """
-    if output is not None and Path(output).exists() and not overwrite:
+    if output is None:
+        return
+    if Path(output).exists() and not overwrite:
         raise ValueError(f"The output file {output} is there already: choose another, or replace it with --overwrite.")
+    files.check_output(output, folder=False)
 
 
 def write_predictions(output: str | None, table: data.Table, predictions: Sequence[Mapping[str, Any]]) -> None:
@@ -26,9 +29,9 @@ def write_predictions(output: str | None, table: data.Table, predictions: Sequen
     lines = []
     for row, prediction in enumerate(predictions):
         pair = {} if table.pair is None else {"pair": table.pair[row]}
-        lines.append(json.dumps({"text": table.text[row], **pair, **prediction}, ensure_ascii=False) + "\n")
+        lines.append(json.dumps({"text": table.text[row], **pair, **prediction}, ensure_ascii=False, allow_nan=False) + "\n")
     if output is None:
         print("".join(lines), end="")
     else:
-        write_atomically(output, "".join(lines))
+        files.write_atomically(output, "".join(lines))
         print(f"{len(lines)} predictions in {output}")

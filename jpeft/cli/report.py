@@ -9,6 +9,7 @@ from typing import Annotated, Literal
 
 import tyro
 
+from jpeft.checkpoint.files import check_output
 from jpeft.cli.command import Command
 from jpeft.cli.tables import print_table
 from jpeft.comparison.report import Comparison, collect, run_folders
@@ -27,8 +28,9 @@ class ReportArgs:
 
 
 def _run(args: ReportArgs) -> None:
-    comparison = collect(run_folders(args.runs), parameters=args.parameters)
     output = Path(args.output or args.runs)
+    check_output(output / "results.json", folder=True)
+    comparison = collect(run_folders(args.runs), parameters=args.parameters)
     output.mkdir(parents=True, exist_ok=True)
     comparison.write(output)
     print_comparison(comparison, output)

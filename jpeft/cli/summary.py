@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Annotated
+from typing import Annotated, Any
 
 import tyro
 
@@ -23,9 +23,11 @@ class SummaryArgs:
     what: Annotated[tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="RUN|NAME=VALUE")] = ()
     # Folder or hub id of a model; of a run's base, where it has moved.
     model: str | None = None
-    # Count only if this is the data that the run was trained on; none needs no data.
+    # Branch, tag or commit of the model on the hub; none for its main branch. Not for a run, like the flags below.
+    revision: str | None = None
+    # Count only if this is the data that the run was trained on; none needs no data. Only for a run.
     data: str | None = None
-    # Name of the method; none for lora. Not for a run, like the flags below.
+    # Name of the method; none for lora.
     method: str | None = None
     # Task of the model; none for sequence-classification.
     task: TaskName | None = None
@@ -36,7 +38,7 @@ class SummaryArgs:
 def _run(args: SummaryArgs) -> None:
     options = tuple(argument for argument in args.what if "=" in argument)
     runs = [argument for argument in args.what if "=" not in argument]
-    of_method = [name for name in ("method", "task", "labels") if getattr(args, name) is not None]
+    of_method = [name for name in ("revision", "method", "task", "labels") if getattr(args, name) is not None]
     if len(runs) == 1 and not options:
         if of_method:
             raise ValueError(f"--{of_method[0]} is for a model without a run; {runs[0]} is a run, which has its own.")
@@ -45,8 +47,8 @@ def _run(args: SummaryArgs) -> None:
             check_run_data(run)
         peft = run.peft
     elif args.model is not None and args.data is None and not runs:
-        task, method = args.task or "sequence-classification", args.method or "lora"
-        config = TrainConfig(model=args.model, data="", output="", task=task, method=method, options=options, max_length=1)
+        about: dict[str, Any] = {"task": args.task or "sequence-classification", "method": args.method or "lora"}
+        config = TrainConfig(**about, model=args.model, revision=args.revision, data="", output="", options=options, max_length=1)
         count = 2 if args.labels is None else args.labels
         peft = attach(config, load_base(config, tuple(f"LABEL_{i}" for i in range(count))))
     else:

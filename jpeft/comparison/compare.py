@@ -8,10 +8,12 @@ import traceback
 from collections.abc import Callable
 from pathlib import Path
 
+from jpeft.checkpoint.files import check_output
 from jpeft.comparison.report import Comparison, Failure, collect
 from jpeft.comparison.rows import ALL, Row, parse_rows
 from jpeft.training.config import CompareConfig, Settings, TrainConfig, check_values, resolved
 from jpeft.training.run_folder import RunFolder
+from jpeft.training.run_lock import RunInUseError
 from jpeft.training.train import train
 
 # One run of a row.
@@ -37,6 +39,7 @@ def compare(config: CompareConfig, *, say: Callable[[str], None] = print) -> Com
         raise ValueError(f"seeds={list(config.seeds)} must be one or more different numbers.")
     # Seed by seed, so that all rows have a result early.
     runs = [(row, _run_config(config, row, seed)) for seed in config.seeds for row in rows]
+    check_output(Path(config.output, "results.json"), folder=True)
     for _, run in runs:
         check_values(run)
         RunFolder(run.output).check(run)
@@ -45,7 +48,7 @@ def compare(config: CompareConfig, *, say: Callable[[str], None] = print) -> Com
         for number, (row, run) in enumerate(runs, 1):
             folder = RunFolder(run.output)
             # A finished run is read back without its model, unless that must show that base and data are those of the run, elsewhere.
-            if (not folder.result.exists() or folder.moved(run)) and row not in outcome.refused:
+            if (not folder.finished or folder.moved(run)) and row not in outcome.refused:
                 say(f"[{number}/{len(runs)}] {row.label}, seed {run.seed}")
                 say(_train(row, run, rows, outcome))
     except KeyboardInterrupt:
@@ -82,7 +85,7 @@ def _train(row: Row, run: TrainConfig, rows: list[Row], outcome: _Outcome) -> st
             # Not a user error: print the traceback.
             traceback.print_exception(error)
             message = f"{type(error).__name__}: {message}"
-        if not isinstance(error, ValueError) or RunFolder(run.output).in_use:
+        if not isinstance(error, ValueError) or isinstance(error, RunInUseError) or RunFolder(run.output).in_use:
             outcome.failures.append(Failure(row, run.seed, message))
             return f"{row.label}: {message}"
         outcome.refused[row] = message
@@ -96,12 +99,15 @@ def _train(row: Row, run: TrainConfig, rows: list[Row], outcome: _Outcome) -> st
 
 def _run_config(config: CompareConfig, row: Row, seed: int) -> TrainConfig:
     shared = {field.name: getattr(config, field.name) for field in dataclasses.fields(Settings)}
-    of_row = {"output": str(Path(config.output) / row.folder(seed)), "learning_rate": row.learning_rate}
+    folder, former = Path(config.output, row.folder(seed)), Path(config.output, row.former_folder(seed))
+    if former.exists() and not folder.exists():
+        folder = former
+    of_row = {"output": str(folder), "learning_rate": row.learning_rate}
     return resolved(TrainConfig(**shared | of_row, method=row.method, options=row.options, seed=seed, resume=True))
 
 
 def _collect(config: CompareConfig, runs: list[RowRun], failures: list[Failure], left_out: dict[Row, str]) -> Comparison:
     """Return the comparison of the runs that are finished."""
-    folders = [Path(run.output) for _, run in runs if RunFolder(run.output).result.exists()]
+    folders = [Path(run.output) for _, run in runs if RunFolder(run.output).finished]
     order = list(dict.fromkeys(row for row, _ in runs))
     return collect(folders, order=order, failures=failures, left_out=left_out, parameters=config.parameters)

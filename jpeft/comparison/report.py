@@ -299,7 +299,7 @@ def collect(
             raise ValueError(f"{folder.path} and {names[row][config.seed]} are the same run: {row.label}, seed {config.seed}.")
         # Runs of earlier versions do not record the number of examples.
         shared = {"data": about["data"], "examples": about.get("examples", {})}
-        results[row][config.seed] = json.loads(folder.result.read_text()) | shared
+        results[row][config.seed] = _result(folder) | shared
         names.setdefault(row, {})[config.seed] = folder.path.name
     failed = [failure.row for failure in failures]
     rows = list(dict.fromkeys([*(row for row in order if row in results or row in failed), *sorted(results, key=lambda row: row.rank)]))
@@ -319,13 +319,22 @@ def _only_moved(name: str, one: Mapping[str, Any], other: Mapping[str, Any]) -> 
     return digest is not None and one.get(digest) is not None and one[digest] == other.get(digest)
 
 
+def _result(folder: RunFolder) -> dict[str, Any]:
+    """Return the contents of a finished run's result.json."""
+    result = folder.read_result()
+    if result is None:
+        raise ValueError(f"The run in {folder.path} is not finished: it has no result.json.")
+    return result
+
+
 def run_folders(folder: str | os.PathLike[str]) -> list[Path]:
     """Return the folders of finished runs directly below a folder.
 
     Raises:
       ValueError: if there are none.
     """
-    found = sorted(path.parent for path in Path(folder).glob("*/result.json"))
+    # A damaged result is named in a warning, and the others are reported without it.
+    found = [path.parent for path in sorted(Path(folder).glob("*/result.json")) if RunFolder(path.parent).finished]
     if not found:
         raise ValueError(f"There are no finished runs in {folder}: give the folder that contains the folders of runs.")
     return found

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import jpeft
@@ -59,11 +59,22 @@ class Row(NamedTuple):
     def folder(self, seed: int) -> str:
         """Return the name of the run's folder, a readable one that differs for each method, options, learning rate and seed.
 
+        It has letters, digits and `=.,+-_` alone, so that no program takes it for a pattern.
+
         >>> Row("lora", ("rank=4",), 0.002).folder(1)
         'lora-rank=4-0.002-1'
+        >>> Row("lora", ("target=['query','value']",), 0.002).folder(1)
+        'lora-target=query,value-1c3609-0.002-1'
         """
+        return self._folder(seed, lambda text: re.sub(r"[^A-Za-z0-9=.,+_-]+", "_", re.sub(r"[][(){}'\"]", "", text)))
+
+    def former_folder(self, seed: int) -> str:
+        """Return the name that earlier versions gave the same folder."""
+        return self._folder(seed, lambda text: re.sub(r"[^\w=.,+\[\]'-]", "_", text))
+
+    def _folder(self, seed: int, plain: Callable[[str], str]) -> str:
         text = "-".join(self.options) or "default"
-        safe = re.sub(r"[^\w=.,+\[\]'-]", "_", text)[:100]
+        safe = plain(text)[:100]
         if safe != text:
             safe += f"-{hashlib.sha256(text.encode()).hexdigest()[:6]}"
         return f"{self.method}-{safe}-{self.learning_rate:g}-{seed}"

@@ -14,9 +14,9 @@ from jpeft.data.batching import batches as batches
 from jpeft.data.batching import eval_batches as eval_batches
 from jpeft.data.batching import steps_per_epoch as steps_per_epoch
 from jpeft.data.encoding import encode as encode
+from jpeft.data.reading import read as read
 from jpeft.data.sources import fingerprint as fingerprint
 from jpeft.data.sources import split_table as split_table
 from jpeft.data.sources import splits as splits
 from jpeft.data.tables import Table as Table
 from jpeft.data.tables import label_names as label_names
-from jpeft.data.tables import read as read

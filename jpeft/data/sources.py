@@ -7,10 +7,14 @@ import hashlib
 import math
 import re
 from collections import defaultdict
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from jpeft.data.tables import READERS, Table, from_columns, label_names, read
+from jpeft.data.columns import from_columns
+from jpeft.data.readers import READERS
+from jpeft.data.reading import read
+from jpeft.data.tables import Table, label_names
 
 # Names of the splits in files and hub data sets, the preferred one first.
 SPLIT_NAMES = {
@@ -28,6 +32,7 @@ def splits(
     label: str | None = "label",
     target: str | None = None,
     tags: str | None = None,
+    tag_names: Sequence[str] = (),
     validation: float = 0.1,
     test: float = 0.1,
 ) -> dict[str, Table]:
@@ -45,6 +50,7 @@ def splits(
       label: Column of the classes; None for data without classes.
       target: Column of the texts to generate; None for none.
       tags: Column of lists with a tag for each word; None for none.
+      tag_names: Names of the tags 0, 1, ..., if the tags are numbers. Without it, a data set of the hub has its own names.
       validation: Share of all texts for validation, if the data set has no such split.
       test: Share of all texts for the test, if the data set has no such split. A hub split with hidden labels (-1) counts as missing.
 
@@ -60,7 +66,7 @@ def splits(
     """
     if str(spec).partition(":")[0] == "builtin":
         return _builtin(str(spec))
-    columns: dict[str, Any] = {"text": text, "pair": pair, "label": label, "target": target, "tags": tags}
+    columns: dict[str, Any] = {"text": text, "pair": pair, "label": label, "target": target, "tags": tags, "tag_names": tag_names}
     if isinstance(spec, str) and spec.startswith("hub:"):
         found = _hub(spec, **columns)
     elif Path(spec).is_dir():
@@ -81,7 +87,7 @@ def splits(
     except ValueError as error:
         message = f"{spec}: {error}"
         raise ValueError(message) from error
-    return {name: found[name] if name != "train" and name in found else parts[name] for name in SPLIT_NAMES}
+    return {name: (found[name] if name != "train" and name in found else parts[name]).named(name) for name in SPLIT_NAMES}
 
 
 def split_table(table: Table, *, validation: float, test: float) -> dict[str, Table]:
@@ -137,7 +143,7 @@ def split_table(table: Table, *, validation: float, test: float) -> dict[str, Ta
                 f"The {part} split would be empty: {len(groups)} different texts, {part}={share}; "
                 f"give more rows, a larger share, or a {part} file of its own."
             )
-    return {part: table.take(sorted(rows)) for part, rows in parts.items()}
+    return {part: table.take(sorted(rows)).named(part) for part, rows in parts.items()}
 
 
 def fingerprint(text: str, pair: str | None = None) -> str:
@@ -175,7 +181,7 @@ def _folder(folder: Path, **columns: Any) -> dict[str, Table]:
     return {name: read(paths[0], **columns) for name, paths in found.items() if paths}
 
 
-def _hub(spec: str, *, label: str | None, **others: Any) -> dict[str, Table]:
+def _hub(spec: str, *, label: str | None, tags: str | None, tag_names: Sequence[str], **others: Any) -> dict[str, Table]:
     dataset = _load_hub(spec)
     found = {name: [alias for alias in aliases if alias in dataset] for name, aliases in SPLIT_NAMES.items()}
     if not found["train"]:
@@ -186,20 +192,30 @@ def _hub(spec: str, *, label: str | None, **others: Any) -> dict[str, Table]:
             continue
         rows = dataset[aliases[0]]
         # All other columns are only named and not read: they may hold images.
-        columns: dict[str, Any] = {c: rows[c][:] if c in (label, *others.values()) else () for c in rows.column_names}
+        columns: dict[str, Any] = {c: rows[c][:] if c in (label, tags, *others.values()) else () for c in rows.column_names}
+        # A ClassLabel: numbers in the table, their names in its features; -1 for a hidden label.
         names = getattr(rows.features.get(label), "names", None)
-        if (
-            label is not None and names is not None
-        ):  # a ClassLabel: numbers in the table, their names in its features; -1 for a hidden label
-            columns[label] = [None if i is None or i < 0 else names[i] for i in columns[label]]
+        if label is not None and names is not None:
+            columns[label] = [_class_name(i, names) for i in columns[label]]
             if name != "train" and not any(columns[label]):
                 continue
-        tags = others["tags"]
-        kinds = getattr(getattr(rows.features.get(tags), "feature", None), "names", None)
-        if tags is not None and kinds is not None:  # lists of a ClassLabel
-            columns[tags] = [[kinds[i] for i in row] for row in columns[tags]]
-        tables[name] = from_columns(columns, f"{spec} ({aliases[0]})", label=label, **others)
+        kinds = _names_of_lists(rows.features.get(tags))
+        if tags is not None and kinds is not None:
+            columns[tags] = [row and [_class_name(i, tag_names or kinds) for i in row] for row in columns[tags]]
+            if name != "train" and not any(tag for row in columns[tags] for tag in row or ()):
+                continue
+        tables[name] = from_columns(columns, f"{spec} ({aliases[0]})", label=label, tags=tags, tag_names=tag_names, **others)
     return tables
+
+
+def _class_name(number: int | None, names: Sequence[str]) -> str | None:
+    return None if number is None or not 0 <= number < len(names) else names[number]
+
+
+def _names_of_lists(feature: Any) -> Sequence[str] | None:
+    """Return the names of a feature of lists of a ClassLabel; None for any other feature."""
+    inner = feature[0] if isinstance(feature, list) and feature else getattr(feature, "feature", None)
+    return getattr(inner, "names", None)
 
 
 def _load_hub(spec: str) -> Any:

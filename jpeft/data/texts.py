@@ -3,6 +3,7 @@
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+from jpeft.data.origin import Origin
 from jpeft.data.tables import Table
 
 
@@ -26,7 +27,8 @@ def texts_table(
       names: What the caller calls `texts` and `pairs`.
 
     Raises:
-      ValueError: for what is not a text; if there is not one second text for each text, or if there are second texts where none are read.
+      ValueError: for what is not a text, or an empty one; if there is not one second text for each text, or if there are second texts
+        where none are read.
 
     >>> texts_table(["Ada sings", ["Bob", "reads"]], takes_words=True).words
     [['Ada', 'sings'], ['Bob', 'reads']]
@@ -40,10 +42,13 @@ def texts_table(
             listed = words and isinstance(row, Sequence) and not isinstance(row, str | bytes) and all(isinstance(word, str) for word in row)
             if not isinstance(row, str) and not listed:
                 raise ValueError(f"{name}[{i}] must be a text{' or a list of its words' if words else ''}, not {row!r:.60}.")
+    if empty := [number for number, row in enumerate(rows, 1) if not "".join(row).strip()]:
+        raise ValueError(f"No text in {names[0]} number {empty[0]} of {len(rows)}: remove it or fill it in.")
     split = [row.split() if isinstance(row, str) else list(row) for row in rows] if takes_words else None
     if split is not None and all(isinstance(row, str) for row in rows):
         split = None  # the task splits texts by itself
-    return Table([row if isinstance(row, str) else " ".join(row) for row in rows], seconds or None, None, words=split)
+    joined = [row if isinstance(row, str) else " ".join(row) for row in rows]
+    return Table(joined, seconds or None, words=split, origin=Origin(names[0], range(1, len(rows) + 1)))
 
 
 def _listed(values: Any, name: str) -> list[Any]:

@@ -16,7 +16,7 @@ LAYOUTS: tuple[Layout, ...] = (
     # --- Hugging Face, encoders ----------------------------------------------------------------------------------------------------------
     Layout(
         name="bert",
-        families="BERT, RoBERTa, ELECTRA",
+        families="BERT, RoBERTa, XLM-RoBERTa, CamemBERT, ELECTRA",
         query=r"attention/self/query|self/query",
         key=r"attention/self/key|self/key",
         value=r"attention/self/value|self/value",

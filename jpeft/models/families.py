@@ -62,7 +62,7 @@ def model_types(task: str) -> list[str]:
     """Return the model types that have a model for the task.
 
     >>> model_types("masked-lm")
-    ['bert', 'roberta', 'distilbert']
+    ['bert', 'roberta', 'distilbert', 'xlm-roberta', 'camembert', 'electra']
     """
     return [name for family in FAMILIES if resolve_task(family, task) for name in family.hf_classes]
 

@@ -8,6 +8,7 @@ scores = cloze.classify(model.apply, {"params": params}, tokenizer, arrays)     
 import dataclasses
 import functools
 import string
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -88,7 +89,7 @@ class Cloze:
         return tuple(out)
 
     def encode(self, tokenizer: Any, texts: Sequence[str], pairs: Sequence[str] | None = None, *, max_length: int) -> dict[str, np.ndarray]:
-        """Return texts in the pattern as token ids. Texts are cut to fit; the pattern is not.
+        """Return texts in the pattern as token ids. Texts are cut to fit, with a warning; the pattern is not.
 
         Args:
           tokenizer: A fast tokenizer of `transformers`, or any object with the same call.
@@ -109,13 +110,19 @@ class Cloze:
         if tokenizer.mask_token is None and not self.pattern.rstrip().endswith("{mask}"):
             raise ValueError(f"A model without a mask token only continues texts: the pattern {self.pattern!r} must end with {{mask}}.")
         rows = [self._row(tokenizer, text, pair, max_length) for text, pair in zip(texts, pairs or [""] * len(texts), strict=True)]
+        if cut := sum(was_cut for _, _, was_cut in rows):
+            warnings.warn(
+                f"{cut} of {len(rows)} texts are longer than max_length={max_length} tokens with the template and were cut.", stacklevel=2
+            )
         out: dict[str, np.ndarray] = {}
         for name in rows[0][0] if rows else ():
             fill = (tokenizer.pad_token_id or 0) if name == "input_ids" else 0  # any id will do where the mask is 0
-            out[name] = np.array([row[name] + [fill] * (max_length - len(row[name])) for row, _ in rows], np.int32)
-        return {**out, "gap": np.array([gap for _, gap in rows], np.int32)}
+            out[name] = np.array([row[name] + [fill] * (max_length - len(row[name])) for row, _, _ in rows], np.int32)
+        return {**out, "gap": np.array([gap for _, gap, _ in rows], np.int32)}
 
-    def _row(self, tokenizer: Any, text: str, pair: str, max_length: int) -> tuple[dict[str, list[int]], int]:
+    def _row(self, tokenizer: Any, text: str, pair: str, max_length: int) -> tuple[dict[str, list[int]], int, bool]:
+        """Return the columns of a row, the position of its gap, and whether a text was cut."""
+        whole = text, pair
         mask = tokenizer.mask_token
         if mask is not None and mask in text + pair:
             raise ValueError(f"A text contains {mask!r}, so there would be two gaps: {text!r}.")
@@ -128,7 +135,7 @@ class Cloze:
             excess = len(row["input_ids"]) - max_length
             if excess <= 0:
                 gap = len(row["input_ids"]) - 1 if mask is None else row["input_ids"].index(tokenizer.mask_token_id)
-                return row, gap
+                return row, gap, (text, pair) != whole
             if not text + pair:
                 raise ValueError(f"max_length={max_length} is less than the {excess + max_length} tokens of the pattern alone.")
             text, pair = _cut(tokenizer, text, pair, excess)
@@ -144,13 +151,23 @@ class Cloze:
           tokenizer: The model's tokenizer.
           arrays: From `encode`.
           batch_size: Texts per compiled call.
+
+        Raises:
+          ValueError: if the score of a text is not finite, or if the model scores no such word.
         """
         words = self.word_ids(tokenizer)
         out = []
         for batch in eval_batches(dict(arrays), batch_size):
             inputs = {name: batch[name] for name in ("input_ids", "attention_mask", "token_type_ids") if name in batch}
             out.append(np.asarray(_scores(forward, words, variables, inputs, batch["gap"]))[batch["weight"] > 0])
-        return np.concatenate(out)
+        scores = np.concatenate(out)
+        bad = np.flatnonzero(~np.isfinite(scores).all(-1))
+        if bad.size:
+            raise ValueError(
+                f"The model's scores for text {bad[0] + 1} are not finite numbers: its checkpoint is damaged, or the text holds a token "
+                "that it has no embedding for."
+            )
+        return scores
 
 
 @functools.partial(jax.jit, static_argnames=("forward", "words"))
@@ -163,10 +180,15 @@ def label_scores(
 ) -> Float[Array, "batch labels"]:
     """Return the mean log-probability of each label's words at the gap.
 
+    Raises:
+      ValueError: for a word that the model does not score.
+
     >>> logits = jnp.log(jnp.array([[[0.5, 0.2, 0.2, 0.1]]]))
     >>> jnp.exp(label_scores(logits, jnp.array([0]), ((0,), (1, 2)))).round(3)
     Array([[0.5, 0.2]], dtype=float32)
     """
+    if (last := max(token for ids in words for token in ids)) >= logits.shape[-1]:
+        raise ValueError(f"A word has the token {last}, and the model scores {logits.shape[-1]}: the tokenizer is not that of this model.")
     at_gap = jnp.take_along_axis(logits, jnp.asarray(gap)[:, None, None], axis=1)[:, 0]  # [batch, vocab]
     log_p = jax.nn.log_softmax(at_gap.astype(jnp.float32), axis=-1)
     return jnp.stack([log_p[:, jnp.array(ids)].mean(-1) for ids in words], axis=-1)

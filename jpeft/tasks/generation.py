@@ -10,66 +10,123 @@ There are two kinds of tables:
   Attention and positions run through a row, so a document sees the ends of the documents before it in its row, as in the training of GPT-2
   and GPT-3.
 
+A pair that is longer than a row may be is refused, cut or dropped (`overlong`). A cut pair loses tokens at the beginning of its text,
+behind BOS, down to half of a row, and then at the end of its target. So neither is lost whole.
+
 BOS is at the beginning if the tokenizer's own template puts it there. It is never predicted.
 
 ``label[t]`` is the token that position t predicts, which is the token at t + 1. The loss needs no shift.
 """
 
 import math
+import warnings
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
 from jpeft.data import Table
-from jpeft.models import generate
+from jpeft.models.generation.generate import continue_prompts
 from jpeft.tasks.cross_entropy import IGNORE, token_counts, token_losses
 from jpeft.tasks.task import Arrays, Batch, Decoding, Task
 from jpeft.training.config import Settings
 
+# What becomes of rows that are too long.
+Overlong = Literal["error", "cut", "drop"]
 
-def encode(table: Table, tokenizer: Any, *, labels: Sequence[str] | None, max_length: int) -> dict[str, np.ndarray]:
+
+def encode(
+    table: Table, tokenizer: Any, *, labels: Sequence[str] | None, max_length: int, overlong: Overlong = "error"
+) -> dict[str, np.ndarray]:
     """Return a table as rows of token ids.
+
+    Warns how many rows were cut or dropped.
 
     Args:
       table: N texts; a table with targets holds pairs.
       tokenizer: A tokenizer of `transformers`.
       labels: None for prompts, which need no target; anything else for rows to train on or to score.
       max_length: Length L of a row. For prompts: length of the longest one allowed.
+      overlong: What becomes of pairs and prompts that are longer: "error" refuses them; "cut" shortens them; "drop" leaves pairs out, and
+        keeps the place of a prompt, which has no answer then.
 
     Returns:
       int32 arrays `input_ids` and `attention_mask` [N, L], and `label` [N, L], `IGNORE` where nothing is predicted. Pairs also have
       `complete` [N], 0 where the end of a target was cut off. Plain text has as many rows as its tokens fill. Prompts have no labels and
-      are padded to the longest of them.
+      are padded to the longest of them; if some are dropped, `complete` is 0 there.
 
     Raises:
-      ValueError: for a tokenizer without an end-of-text token, or texts that leave no room for a prediction.
+      ValueError: for a tokenizer without an end-of-text token, and for rows that are too long, as `overlong` has it.
     """
     if tokenizer.eos_token_id is None:
         raise ValueError("The tokenizer has no end-of-text token: set one, e.g. tokenizer.eos_token = '</s>'.")
     if labels is None:
-        return _prompts(table, tokenizer, max_length)
-    return _packed(table, tokenizer, max_length) if table.target is None else _pairs(table, table.target, tokenizer, max_length)
+        return _prompts(table, tokenizer, max_length, overlong)
+    if table.target is None:
+        return _packed(table, tokenizer, max_length)
+    return _pairs(table, table.target, tokenizer, max_length, overlong)
 
 
-def _prompts(table: Table, tokenizer: Any, max_length: int) -> dict[str, np.ndarray]:
+def _prompts(table: Table, tokenizer: Any, max_length: int, overlong: Overlong) -> dict[str, np.ndarray]:
+    begin = _template(tokenizer)
     rows = _starts(table, tokenizer)
-    _check_room(rows, table, max_length, "to continue")
-    return _padded({"input_ids": rows}, tokenizer, max(map(len, rows), default=1))
+    long = [i for i, row in enumerate(rows) if len(row) > max_length]
+    if long and overlong == "error":
+        raise ValueError(_too_long(table, [len(row) for row in rows], long, "texts are", max_length))
+    if long:
+        what = "lost their beginning" if overlong == "cut" else "get no answer"
+        warnings.warn(
+            f"{table.title}{len(long)} of {len(table)} texts are longer than max_length={max_length} tokens and {what}.", stacklevel=3
+        )
+    if overlong == "cut":
+        return _padded({"input_ids": [_tail(row, begin, max_length) for row in rows]}, tokenizer, min(max_length, _longest(rows)))
+    # A dropped prompt keeps its place, so that answers stay beside their texts.
+    complete = np.asarray([len(row) <= max_length for row in rows], np.int32)
+    rows = [row if fits else [tokenizer.eos_token_id] for row, fits in zip(rows, complete)]
+    arrays = _padded({"input_ids": rows}, tokenizer, _longest(rows))
+    return arrays | ({"complete": complete} if long else {})
 
 
-def _pairs(table: Table, targets: list[str], tokenizer: Any, max_length: int) -> dict[str, np.ndarray]:
+def _pairs(table: Table, targets: list[str], tokenizer: Any, max_length: int, overlong: Overlong) -> dict[str, np.ndarray]:
+    begin = _template(tokenizer)
     prompts = _starts(table, tokenizer)
-    _check_room(prompts, table, max_length, "of the target")
     ends = [[*ids, tokenizer.eos_token_id] for ids in _tokens(tokenizer, targets)]
-    # One token more than max_length, because the last token is predicted and not an input.
-    whole = [(prompt + end)[: max_length + 1] for prompt, end in zip(prompts, ends)]
-    labels = [[IGNORE] * (len(prompt) - 1) + row[len(prompt) :] for prompt, row in zip(prompts, whole)]
+    # The last token is predicted and not an input.
+    lengths = [len(prompt) + len(end) - 1 for prompt, end in zip(prompts, ends)]
+    long = [i for i, length in enumerate(lengths) if length > max_length]
+    if long and (overlong == "error" or (overlong == "drop" and len(long) == len(table))):
+        raise ValueError(_too_long(table, lengths, long, "texts with their targets are", max_length))
+    if overlong == "drop":
+        prompts, ends = ([column[i] for i, length in enumerate(lengths) if length <= max_length] for column in (prompts, ends))
+    keep = [max(max_length + 1 - len(end), min(len(prompt), max(max_length // 2, 1))) for prompt, end in zip(prompts, ends)]
+    starts = [_tail(prompt, begin, count) for prompt, count in zip(prompts, keep)]
+    whole = [(start + end)[: max_length + 1] for start, end in zip(starts, ends)]
+    complete = [len(start) + len(end) <= max_length + 1 for start, end in zip(starts, ends)]
+    if long:
+        lost = sum(len(start) < len(prompt) for start, prompt in zip(starts, prompts))
+        what = f"were cut: {lost} lost the beginning of the text, {complete.count(False)} the end of the target"
+        warnings.warn(
+            f"{table.title}{len(long)} of {len(table)} texts with their targets are longer than max_length={max_length} tokens and "
+            f"{'were dropped' if overlong == 'drop' else what}.",
+            stacklevel=3,
+        )
+    labels = [[IGNORE] * (len(start) - 1) + row[len(start) :] for start, row in zip(starts, whole)]
     arrays = _padded({"input_ids": [row[:-1] for row in whole], "label": labels}, tokenizer, max_length)
-    complete = [len(prompt) + len(end) <= max_length + 1 for prompt, end in zip(prompts, ends)]
     return arrays | {"complete": np.asarray(complete, np.int32)}
+
+
+def _tail(row: list[int], begin: list[int], count: int) -> list[int]:
+    """Return so many tokens of a text: those that the tokenizer begins with, and the last ones."""
+    if len(row) <= count:
+        return row
+    kept = count - len(begin)
+    return [*begin, *row[-kept:]] if kept > 0 else row[-count:]
+
+
+def _longest(rows: list[list[int]]) -> int:
+    return max(map(len, rows), default=1)
 
 
 def _packed(table: Table, tokenizer: Any, max_length: int) -> dict[str, np.ndarray]:
@@ -103,14 +160,12 @@ def _template(tokenizer: Any) -> list[int]:
     return list(framed[: starts[0]]) if plain and starts else []
 
 
-def _check_room(rows: list[list[int]], table: Table, max_length: int, what: str) -> None:
-    full = [i for i, row in enumerate(rows) if len(row) > max_length]
-    if full:
-        worst = max(full, key=lambda i: len(rows[i]))
-        raise ValueError(
-            f"{len(full)} of {len(rows)} texts are longer than max_length={max_length} tokens, which leaves nothing {what}: the longest, "
-            f"{table.text[worst][:40]!r}..., has {len(rows[worst])}. Raise max_length, or shorten or remove these texts."
-        )
+def _too_long(table: Table, lengths: list[int], long: list[int], what: str, max_length: int) -> str:
+    worst = max(long, key=lambda i: lengths[i])
+    return (
+        f"{len(long)} of {len(table)} {what} longer than max_length={max_length} tokens: {table.where(long)}. The "
+        f"longest, {table.text[worst][:40]!r}..., has {lengths[worst]}. Raise max_length, or give overlong=cut or overlong=drop."
+    )
 
 
 def _padded(columns: dict[str, list[list[int]]], tokenizer: Any, width: int) -> dict[str, np.ndarray]:
@@ -158,7 +213,11 @@ def texts(tokens: Int[np.ndarray, "rows new"], lengths: Int[np.ndarray, " rows"]
 
 
 class Generation(Task):
-    """Continue texts."""
+    """Continue texts.
+
+    Args:
+      overlong: What becomes of rows that are too long; see `encode`.
+    """
 
     name = "generation"
     model = "causal-lm"
@@ -166,7 +225,15 @@ class Generation(Task):
     metric = "perplexity"
     higher_is_better = False
     targets = ("label", "complete")
+    token_columns = ("input_ids", "label")
     generates = True
+
+    def __init__(self, overlong: Overlong = "error"):
+        self.overlong: Overlong = overlong
+
+    def configured(self, settings: Settings) -> "Generation":
+        """Return the task with the configured treatment of long rows."""
+        return Generation(settings.overlong)
 
     def label_names(self, table: Table) -> tuple[str, ...]:
         """Return nothing: a language model has no classes."""
@@ -175,7 +242,7 @@ class Generation(Task):
 
     def encode(self, table: Table, tokenizer: Any, *, labels: Sequence[str] | None, max_length: int) -> Arrays:
         """Return rows of token ids and the tokens to predict; see `encode`."""
-        return encode(table, tokenizer, labels=labels, max_length=max_length)
+        return encode(table, tokenizer, labels=labels, max_length=max_length, overlong=self.overlong)
 
     def losses(self, logits: Array, batch: Batch, settings: Settings | None = None) -> Float[Array, " batch"]:
         """Return the cross entropy summed over the predicted tokens of each row."""
@@ -195,11 +262,14 @@ class Generation(Task):
         return metrics(scores, arrays)
 
     def answer(self, forward: Callable[..., Any], variables: Mapping[str, Any], batch: Batch, decoding: Decoding) -> dict[str, Array]:
-        """Return the generated tokens of each row and their number."""
-        generated = generate(forward, variables, batch["input_ids"], batch["attention_mask"], **decoding._asdict())
-        return {"tokens": generated.tokens, "lengths": generated.lengths}
+        """Return the generated tokens of each row, their number, and their log-likelihood."""
+        generated = continue_prompts(forward, variables, batch["input_ids"], batch["attention_mask"], **decoding._asdict())
+        dropped = {"complete": batch["complete"]} if "complete" in batch else {}
+        return {**generated._asdict(), **dropped}
 
     def predictions(self, answers: Mapping[str, np.ndarray], labels: Sequence[str], tokenizer: Any) -> list[dict[str, Any]]:
-        """Return the generated text of each row."""
+        """Return the generated text of each row, None for a prompt that was dropped."""
         del labels
-        return [{"generated": text} for text in texts(answers["tokens"], answers["lengths"], tokenizer)]
+        made = texts(answers["tokens"], answers["lengths"], tokenizer)
+        complete = answers.get("complete", np.ones(len(made)))
+        return [{"generated": text if fits else None} for text, fits in zip(made, complete)]

@@ -8,6 +8,7 @@ import os
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, Literal
 
+from jpeft.models.checkpoints.added_tokens import check_added_tokens
 from jpeft.tasks.registry import TASKS
 from jpeft.training.options import parse_options as parse_options
 from jpeft.training.setting import check_ranges, configuration, names_where, renamed, setting, unrecorded
@@ -33,6 +34,11 @@ class Settings:
     output: str = setting(
         "Folder of the run: configuration, metrics, curve, checkpoints, adapter, result. Must be new or empty.", resume_safe=True
     )
+    revision: str | None = setting("Branch, tag or commit of the model on the hub; none for its main branch.", default=None)
+    fresh_head: bool = setting("Make the head with labels anew, even if the checkpoint has one for the labels of the data.", default=False)
+    keep_head: bool = setting(
+        "Keep the checkpoint's head with labels, even if its labels have other names: its outputs are taken in their order.", default=False
+    )
     text: str = setting("Text column. For generation: the prompt if --target is given, otherwise the whole text.", default="text")
     pair: str | None = setting("Column of the second text of a pair; none for single texts.", default=None)
     label: str = setting("Label column.", default="label")
@@ -40,12 +46,27 @@ class Settings:
         "Column of the text to generate. Without it, generation learns to continue the texts of the text column.", default=None
     )
     tags: str = setting("For token classification: column of the lists of tags. The text column then holds lists of words.", default="tags")
+    tag_names: tuple[str, ...] = setting(
+        "Names of the tags 0, 1, ... in the data, if its tags are numbers: O B-PER I-PER ...", default=(), metavar="[NAME ...]"
+    )
     task: TaskName = setting("Task of the model.", default="sequence-classification")
+    add_tokens: tuple[str, ...] = setting(
+        "Tokens that the model does not have yet: each is added to the tokenizer, and as a row to the embedding, which is trained beside "
+        "whatever the method trains.",
+        default=(),
+        metavar="TOKEN ...",
+    )
     max_length: int = setting(
         "Tokens per text (or pair). Longer texts are cut; plain texts for generation are joined and cut into rows of this length. Every "
         "batch has this length.",
         default=128,
         at_least=1,
+    )
+
+    overlong: Literal["error", "cut", "drop"] = setting(
+        "Generation: rows longer than max_length. error refuses them; cut takes tokens from the beginning of the text, down to half of a "
+        "row, and then from the end of the target; drop leaves the rows out.",
+        default="error",
     )
 
     # --- optimisation -----------------------------------------------------------------------------
@@ -184,7 +205,8 @@ def changed_fields(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, 
 
 def to_json(config: TrainConfig) -> dict[str, Any]:
     """Return the configuration as JSON values."""
-    return dataclasses.asdict(config) | {"options": list(config.options)}
+    # Lists, as JSON reads them back.
+    return {name: list(value) if isinstance(value, tuple) else value for name, value in dataclasses.asdict(config).items()}
 
 
 def from_json(values: Mapping[str, Any]) -> TrainConfig:
@@ -198,7 +220,8 @@ def from_json(values: Mapping[str, Any]) -> TrainConfig:
     known = {field.name for field in dataclasses.fields(TrainConfig)}
     if unknown := sorted(set(values) - known):
         raise ValueError(f"The run's configuration has unknown fields {unknown}: it was written by another version of jpeft.")
-    return TrainConfig(**{**unrecorded(TrainConfig), **values, "options": tuple(values.get("options", ()))})
+    found: dict[str, Any] = {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
+    return TrainConfig(**unrecorded(TrainConfig) | found)
 
 
 def check_values(config: TrainConfig) -> None:
@@ -212,6 +235,11 @@ def check_values(config: TrainConfig) -> None:
     check_ranges(config)
     if config.batch_size % config.grad_accum:
         raise ValueError(f"grad_accum={config.grad_accum} does not divide batch_size={config.batch_size}.")
+    if config.fresh_head and config.keep_head:
+        raise ValueError("--fresh-head leaves out the checkpoint's head and --keep-head keeps it: give one of them.")
     if config.resume and config.overwrite:
         raise ValueError("--resume continues the run in the output folder and --overwrite deletes it: give one of them.")
+    if len(set(config.tag_names)) < len(config.tag_names):
+        raise ValueError(f"tag_names must be different names, got {', '.join(config.tag_names)}.")
     parse_options(config.options)
+    check_added_tokens(config.add_tokens)

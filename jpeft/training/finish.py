@@ -1,12 +1,16 @@
 """The end of a run: last evaluations, the adapter on disk, the picture, the result."""
 
+import warnings
+
 import jax
 import numpy as np
 
 import jpeft
+from jpeft.checkpoint.adapter import save_adapter
 from jpeft.checkpoint.files import size_on_disk, write_json
 from jpeft.distributed import on_first_process
 from jpeft.training.cost import StageCost, largest
+from jpeft.training.finite import check_adapter
 from jpeft.training.loop import Loop
 from jpeft.training.plot import plot_run
 from jpeft.training.result import Result
@@ -14,16 +18,22 @@ from jpeft.training.run import save_merged
 from jpeft.training.run_folder import RunFolder
 
 
-def finish(loop: Loop) -> Result:
-    """Evaluate and save the adapter that is kept, and write the result as the last file of the run."""
+def finish(loop: Loop, run: str) -> Result:
+    """Evaluate and save the adapter that is kept, and write the result as the last file of the run.
+
+    Args:
+      loop: The training, which is over.
+      run: Checksum of the run's configuration, which the adapter records.
+    """
     setup, config, folder, state, progress = loop.setup, loop.config, loop.folder, loop.state, loop.progress
     seconds = loop.seconds()
     kept = state.kept
+    check_adapter(kept, progress.step, setup.learning_rate)
     metrics = {name: state.evaluator.metrics(kept, setup.splits[name]) if name in setup.splits else {} for name in ("validation", "test")}
     stages = (*(StageCost(**stage) for stage in progress.finished), state.summary(config, progress.step))
     # Parts that only training needs, such as a prompt encoder, are kept in checkpoints but not in the saved adapter.
     kept = jpeft.fold(kept)
-    jpeft.save(folder.adapter, kept, overwrite=True)
+    save_adapter(folder.adapter, kept, overwrite=True, run=run)
     summary = jpeft.summary(kept)
     result = Result(
         **metrics,
@@ -48,7 +58,10 @@ def finish(loop: Loop) -> Result:
         save_merged(folder.merged, setup.loaded, kept)
 
     def write() -> None:
-        plot_run(folder, setup.task)
+        try:
+            plot_run(folder, config, setup.task)
+        except (OSError, ValueError) as error:
+            warnings.warn(f"{folder.curve} could not be drawn ({error})", stacklevel=2)
         write_json(folder.result, result.to_json())
 
     on_first_process(write)

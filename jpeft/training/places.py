@@ -40,7 +40,9 @@ def find_places(config: TrainConfig, run: Place, *, model: Place | None = None, 
                 f"The base of the run in {run} was in {recorded}, and there is nothing now: say where it is with --model (in Python "
                 "model=...). The same base is accepted anywhere."
             )
-    return dataclasses.replace(config, **here)
+    # A revision is one of the hub.
+    revision = None if os.path.exists(here["model"]) else config.revision
+    return dataclasses.replace(config, revision=revision, **here)
 
 
 def _candidates(recorded: str, output: str, run: Place) -> Iterator[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import itertools
 import os
 from collections.abc import Callable, Mapping, Sequence
@@ -13,7 +14,9 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
+from jpeft.checkpoint.files import write_atomically
 from jpeft.tasks.task import Task
+from jpeft.training.config import TrainConfig
 from jpeft.training.run_folder import RunFolder
 
 PALETTE = ("#9aa5b1", "#1f6fb2", "#d9822b", "#3a9a6b", "#8457b2", "#c0455e", "#6b7f2a", "#2f9c95")
@@ -62,12 +65,11 @@ def plot_curves(path: str | os.PathLike[str], runs: Mapping[str, Sequence[Mappin
     write_figure(figure, path)
 
 
-def plot_run(folder: RunFolder, task: Task) -> None:
+def plot_run(folder: RunFolder, config: TrainConfig, task: Task) -> None:
     """Draw a run's curve.png from its metrics.jsonl."""
-    run = folder.read_config()["run"]
     # Two parts of the path, because a folder is often just called "model", and a hub id has an owner.
-    model = "/".join(Path(run["model"]).parts[-2:])
-    title = f"{run['method']} on {model}"
+    model = "/".join(Path(config.model).parts[-2:])
+    title = f"{config.method} on {model}"
     plot_curve(folder.curve, folder.records(), task.metric, title, higher_is_better=task.higher_is_better)
 
 
@@ -98,10 +100,9 @@ def _finish(upper: Axes, lower: Axes, metric: str) -> None:
 
 def write_figure(figure: Figure, path: str | os.PathLike[str]) -> None:
     """Write a PNG, atomically."""
-    path = Path(path)
-    partial = path.with_name(f".{path.stem}.partial.png")
-    figure.savefig(partial)
-    os.replace(partial, path)
+    picture = io.BytesIO()
+    figure.savefig(picture, format="png")
+    write_atomically(path, picture.getvalue())
 
 
 def _draw(axes: Axes, lines: Sequence[Mapping[str, Any]], name: str, color: str, label: str, marker: str = "o") -> None:

@@ -15,7 +15,8 @@ from jpeft.checkpoint.fingerprint import fingerprint
 from jpeft.core.method import Method
 from jpeft.core.peft import Peft
 from jpeft.core.stages import Segment, plan
-from jpeft.tasks.task import Arrays, Task, find_task
+from jpeft.tasks.task import Arrays, Task, task_of
+from jpeft.training.base_files import base_files
 from jpeft.training.build import attach, load_base, read_columns
 from jpeft.training.config import TrainConfig, to_json
 from jpeft.training.devices import Devices, find_mesh
@@ -88,7 +89,8 @@ class Setup:
             "base": fingerprint(self.peft.params),
             # Without what each seed initialises, so that runs of several seeds can be compared.
             "pretrained": fingerprint(self.loaded.params, skip=self.loaded.initialised),
-            "data": {name: fingerprint(arrays) for name, arrays in self.splits.items()},
+            "base_files": base_files(self.loaded.folder),
+            "data": {name: fingerprint(self.task.identity(arrays)) for name, arrays in self.splits.items()},
             "examples": {name: len(next(iter(arrays.values()))) for name, arrays in self.splits.items()},
         }
 
@@ -103,12 +105,12 @@ def prepare(config: TrainConfig, recorded: dict[str, Any] | None = None) -> Setu
     Raises:
       ValueError: for anything wrong with them.
     """
-    task = find_task(config.task)
+    task = task_of(config)
     tables = data.splits(config.data, **read_columns(config, task))
     labels = task.label_names(tables["train"])
     mesh = find_mesh(config)
     loaded = load_base(config, labels, mesh)
-    splits = encode_splits(config, task, tables, labels, loaded.tokenizer)
+    splits = encode_splits(config, task, tables, labels, loaded)
     peft = _attach(config, task, labels, splits["train"], loaded, recorded)
     # A frozen base without a head has nothing to train and is evaluated as it is.
     steps = count_steps(config, splits["train"]) if jax.tree.leaves(peft.adapter) else 0
@@ -131,7 +133,7 @@ def prepare(config: TrainConfig, recorded: dict[str, Any] | None = None) -> Setu
 
 
 def encode_splits(
-    config: TrainConfig, task: Task, tables: dict[str, data.Table], labels: tuple[str, ...], tokenizer: Any
+    config: TrainConfig, task: Task, tables: dict[str, data.Table], labels: tuple[str, ...], loaded: models.Loaded
 ) -> dict[str, Arrays]:
     """Return the columns of each split that has rows.
 
@@ -139,10 +141,8 @@ def encode_splits(
       ValueError: from the task, or if the configuration needs a validation split and there is none.
     """
     splits = {
-        name: task.encode(table, tokenizer, labels=labels, max_length=config.max_length) for name, table in tables.items() if len(table)
+        name: task.encode_for(loaded, table, labels=labels, max_length=config.max_length) for name, table in tables.items() if len(table)
     }
-    for arrays in splits.values():
-        task.check_columns(arrays)
     if (config.patience or config.keep_best) and "validation" not in splits:
         raise ValueError("The settings patience and keep_best need a validation split, and the data has none.")
     return splits

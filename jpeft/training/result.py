@@ -1,7 +1,6 @@
 """What a run results in."""
 
 import dataclasses
-import json
 from pathlib import Path
 from typing import Any
 
@@ -62,6 +61,21 @@ class Result:
 
 
 def read_result(folder: RunFolder, *, model: str | None = None) -> Result:
-    """Return the result of a finished run, with its model loaded; `model` is where the base is now, None where the run found it."""
-    values = json.loads(folder.result.read_text())
-    return Result(**values, path=folder.path, peft=load_run(folder.path, model=model).peft)
+    """Return the result of a finished run, with its model loaded.
+
+    Args:
+      folder: The files of the run.
+      model: Where the base is now; None for where the run found it.
+
+    Raises:
+      ValueError: if it is not finished, or its result or adapter is damaged.
+    """
+    values = folder.read_result()
+    if values is None:
+        raise ValueError(f"The run in {folder.path} is not finished: it has no result.json.")
+    if unknown := sorted(values.keys() - {field.name for field in dataclasses.fields(Result)}):
+        raise ValueError(f"{folder.result} has the unknown fields {unknown}: another version of jpeft wrote it.")
+    try:
+        return Result(**values, path=folder.path, peft=load_run(folder.path, model=model).peft)
+    except TypeError as error:
+        raise ValueError(f"{folder.result} is damaged: {error}.") from error

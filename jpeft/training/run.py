@@ -4,24 +4,28 @@ import contextlib
 import dataclasses
 import os
 import threading
+import warnings
 from collections.abc import Iterable, Sequence
 from typing import Any
 
 import jpeft
 from jpeft import models
-from jpeft.checkpoint.adapter import WrongBaseError
+from jpeft.checkpoint.adapter import WrongBaseError, read_record
 from jpeft.core.peft import Peft
 from jpeft.data import Table
 from jpeft.data.texts import texts_table
 from jpeft.distributed import gather_to_host, on_first_process
-from jpeft.tasks.task import Arrays, Task, find_task
+from jpeft.tasks.task import Arrays, Task, task_of
+from jpeft.training.base_files import check_base_files
 from jpeft.training.build import load_base
 from jpeft.training.config import TrainConfig, from_json
 from jpeft.training.decoding import make_decoding
 from jpeft.training.evaluate import Evaluator
+from jpeft.training.finite import explain
 from jpeft.training.places import find_places
-from jpeft.training.run_folder import RunFolder
-from jpeft.tree.paths import Params
+from jpeft.training.run_folder import RunFolder, config_checksum
+from jpeft.tree.finite import not_finite
+from jpeft.tree.paths import Params, first_few
 
 
 @dataclasses.dataclass(frozen=True)
@@ -103,9 +107,21 @@ class Run:
         if not len(table):
             return []
         arrays = self.encode(table)
+        if self.task.generates:
+            self._warn_of_positions(arrays["input_ids"].shape[1] + decoding.max_new_tokens)
         answers = self.evaluator.answers(self.peft, arrays, decoding, longest=self.config.max_length if self.task.generates else None)
         with self._tokenizing:
             return self.task.predictions(answers, self.labels, self.loaded.tokenizer)
+
+    def _warn_of_positions(self, length: int) -> None:
+        """Say that a text may become longer than the model's positions; a model with a table of positions refuses it by itself."""
+        has_table = getattr(self.loaded.config, "position_rows", None) is not None
+        if not has_table and length > self.loaded.config.max_length:
+            warnings.warn(
+                f"Prompt and --max-new-tokens make up to {length} tokens, and the model has {self.loaded.config.max_length} positions: "
+                "what comes behind them may be of no use.",
+                stacklevel=3,
+            )
 
     def metrics(self, table: Table) -> dict[str, float]:
         """Return the task's metrics on a table of rows with labels, tags or targets."""
@@ -120,7 +136,18 @@ class Run:
         """
         # A tokenizer keeps how it cuts and pads, so two threads must not use it at once.
         with self._tokenizing:
-            return self.task.encode(table, self.loaded.tokenizer, labels=labels, max_length=self.config.max_length)
+            return self.task.encode_for(self.loaded, table, labels=labels, max_length=self.config.max_length)
+
+    def configured(self, **changes: Any) -> "Run":
+        """Return the run with other values of settings that do not change its model, such as `overlong`.
+
+        Raises:
+          ValueError: for a setting that the task has no use for.
+        """
+        config = dataclasses.replace(self.config, **changes)
+        task = task_of(config)
+        evaluator = Evaluator(self.evaluator.forward, task, self.evaluator.batch_size, self.labels)
+        return dataclasses.replace(self, config=config, task=task, evaluator=evaluator)
 
     def merged(self) -> Params:
         """Return the parameters with the adapter merged into them, for the plain model: `run.model.apply({"params": run.merged()}, ...)`.
@@ -165,6 +192,7 @@ def load_run(
     if batch_size < 1:
         raise ValueError(f"batch_size must be at least 1, got {batch_size}.")
     folder = RunFolder(path)
+    on_first_process(folder.tidy)
     about = folder.read_config()
     if not folder.adapter.exists():
         raise ValueError(f"The run in {folder.path} is not finished: continue it with --resume.")
@@ -173,15 +201,17 @@ def load_run(
     if base is not None:
         _check_shareable(base, recorded, labels, folder)
         model = model or base.config.model
+    check_belongs(folder, about)
     config = find_places(recorded, folder.path, model=model, data=data)
     loaded = _load_base(config, labels, named=model is not None) if base is None else dataclasses.replace(base.loaded, labels=labels)
     try:
+        check_base_files(about.get("base_files"), loaded.folder, folder.path)
         peft = jpeft.fold(jpeft.load(folder.adapter, base.peft.params if base is not None else loaded.params))
     except WrongBaseError as error:
-        raise ValueError(
+        raise WrongBaseError(
             f"{config.model} is not the base of the run in {folder.path}; say where that is with --model (in Python model=...). {error}"
         ) from error
-    task = find_task(config.task)
+    task = task_of(config)
     evaluator = Evaluator(jpeft.wrap(loaded.model.apply, peft.method), task, batch_size, labels)
     shared = {} if base is None else {"_tokenizing": base._tokenizing}
     return Run(folder, config, task, labels, loaded, peft, evaluator, **shared)
@@ -189,6 +219,17 @@ def load_run(
 
 # The name of earlier versions.
 open_run = load_run
+
+
+def check_belongs(folder: RunFolder, about: dict[str, Any]) -> None:
+    """Check that a run's adapter was trained with the run's configuration. Adapters of earlier versions do not say it, and pass.
+
+    Raises:
+      ValueError: if it was not, or its record is damaged.
+    """
+    run = read_record(folder.adapter).get("run")
+    if run is not None and run != config_checksum(about):
+        raise ValueError(f"The adapter in {folder.adapter} is not that of the run that {folder.config} records: one of them was replaced.")
 
 
 def _load_base(config: TrainConfig, labels: tuple[str, ...], *, named: bool) -> models.Loaded:
@@ -204,9 +245,10 @@ def _load_base(config: TrainConfig, labels: tuple[str, ...], *, named: bool) -> 
 
 def _check_shareable(base: Run, config: TrainConfig, labels: Sequence[str], folder: RunFolder) -> None:
     """Check that a run can take its base from another run: the model must be the same, its head included."""
-    mine = {"task": config.task, "number of labels": len(labels), "dtype": config.dtype, "scan": config.scan}
-    others = {"task": base.config.task, "number of labels": len(base.labels), "dtype": base.config.dtype, "scan": base.config.scan}
-    different = [f"{name} ({others[name]} and {value})" for name, value in mine.items() if others[name] != value]
+    names = ("task", "dtype", "scan", "add_tokens")
+    pairs = [(name, getattr(base.config, name), getattr(config, name)) for name in names]
+    pairs.append(("number of labels", len(base.labels), len(labels)))
+    different = [f"{name} ({one} and {other})" for name, one, other in pairs if one != other]
     if different:
         raise ValueError(f"{folder.path} cannot share the base of {base.folder.path}: they differ in {', '.join(different)}.")
 
@@ -217,8 +259,10 @@ def save_merged(folder: str | os.PathLike[str], loaded: models.Loaded, peft: Pef
     If there are several processes, all must call this, and each holds the whole model in its host's memory for a while.
 
     Raises:
-      ValueError: the method's reason, if it cannot merge.
+      ValueError: the method's reason, if it cannot merge; if the merged weights are not finite.
     """
     params = gather_to_host(jpeft.merge(peft))
+    if bad := not_finite(params):
+        raise ValueError(f"The merged weights are not finite, in {first_few(bad, 3)}. {explain(peft)}")
     write = lambda: models.save(folder, loaded.model, params, labels=loaded.labels, tokenizer=loaded.tokenizer, overwrite=True)
     on_first_process(write)

@@ -1,6 +1,7 @@
 """The data of a finished run, read again, and whether it is what the run was trained on."""
 
 import os
+import warnings
 from collections.abc import Mapping
 
 from jpeft import data
@@ -33,7 +34,9 @@ def _digest(run: Run, table: Table) -> str | None:
     if not len(table):
         return None
     try:
-        return fingerprint(run.encode(table, run.labels))
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)  # what `encode` says of the rows is said where they are used
+            return fingerprint(run.task.identity(run.encode(table, run.labels)))
     except ValueError:
         return ""
 

@@ -49,7 +49,8 @@ def make_step(
 
     def step(adapter: PyTree, opt_state: PyTree, params: PyTree, batch: Batch, key: Array, step: Array) -> Any:
         key = jax.random.fold_in(key, step)
-        count = task.counts(batch).sum()
+        # A batch may hold nothing to predict, such as words that give no token.
+        count = jnp.maximum(task.counts(batch).sum(), 1)
         # [batch, ...] -> [grad_accum, batch / grad_accum, ...]
         micro = jax.tree.map(lambda x: x.reshape(grad_accum, -1, *x.shape[1:]), batch)
 

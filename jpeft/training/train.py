@@ -9,11 +9,15 @@ first of them writes the files of the run.
 """
 
 import json
+import warnings
 from typing import Any
 
 import jpeft
+from jpeft.checkpoint.adapter import WrongBaseError
+from jpeft.checkpoint.plain_paths import check_path
 from jpeft.distributed import check_equal, is_first, on_first_process
-from jpeft.training.config import TrainConfig, check_values, resolved, to_json
+from jpeft.training.base_files import changed_files
+from jpeft.training.config import TrainConfig, check_values, from_json, resolved, to_json
 from jpeft.training.finish import finish
 from jpeft.training.interrupt import InterruptedRun, deferred_signals
 from jpeft.training.loop import Loop
@@ -22,7 +26,8 @@ from jpeft.training.progress import Reporter, reporter
 from jpeft.training.result import Result, read_result
 from jpeft.training.run import load_run, save_merged
 from jpeft.training.run_data import check_run_data
-from jpeft.training.run_folder import RunFolder
+from jpeft.training.run_folder import RunFolder, config_checksum
+from jpeft.training.run_lock import RunLock
 from jpeft.training.snapshot import Progress, Snapshots
 from jpeft.training.stage import StageState, begin_stage, begin_stage_of_checkpoint
 
@@ -44,28 +49,74 @@ def train(config: TrainConfig, *, report: Reporter | None = None) -> Result:
     check_values(config)
     config = resolved(config)
     check_equal({"version of jpeft": jpeft.__version__, "configuration": to_json(config)})
-    folder = RunFolder(config.output)
+    folder, lock = RunFolder(config.output), RunLock(config.output)
     if config.resume:
-        config = on_first_process(lambda: folder.as_recorded(config))
-    on_first_process(lambda: folder.check(config))
-    if config.resume and on_first_process(folder.result.exists):
-        return _read_finished(config, folder)
+        recorded = on_first_process(lambda: to_json(folder.as_recorded(config)))
+        config = from_json(recorded)
+    on_first_process(lambda: _check_folder(folder, config))
+    if (finished := _read_finished(config, folder)) is not None:
+        return finished
+    try:
+        # For the run's life. It also shows that the folder can be written, before the model is loaded.
+        on_first_process(lambda: _lock(folder, lock, config))
+        return _train(config, folder, lock, report or reporter(config.progress if is_first() else "none"))
+    finally:
+        lock.release()
+
+
+def _check_folder(folder: RunFolder, config: TrainConfig) -> None:
+    """Check that the run may be written to its folder, and remove what a killed process left there."""
+    check_path(folder.path)
+    try:
+        folder.tidy()
+        folder.check(config)
+    except OSError as error:  # such as a name that is too long
+        raise ValueError(f"The output folder {folder.path} cannot be written: {error.strerror or error}.") from error
+
+
+def _lock(folder: RunFolder, lock: RunLock, config: TrainConfig) -> None:
+    """Lock the folder, and check it again: another process may have used it in between."""
+    lock.acquire()
+    folder.check(config)
+    folder.check_places()
+
+
+def _train(config: TrainConfig, folder: RunFolder, lock: RunLock, report: Reporter) -> Result:
+    """Prepare the run, whose folder is locked, and train it."""
     recorded = on_first_process(lambda: folder.read_config().get("method") if config.resume and folder.in_use else None)
     setup = prepare(config, recorded)
     about = setup.to_json()
-    check_equal({name: about[name] for name in ("method", "labels", "base", "data")})
+    check_equal({name: about[name] for name in ("method", "labels", "base", "base_files", "data")})
     if config.resume:
         on_first_process(lambda: _check_same(folder, about))
-    return _run(setup, about, folder, report or reporter(config.progress if is_first() else "none"))
+    return _run(setup, about, folder, lock, report)
 
 
-def _read_finished(config: TrainConfig, folder: RunFolder) -> Result:
-    """Return the result of a finished run, and export its model if that is asked for only now."""
-    result = read_result(folder, model=config.model)
+def _read_finished(config: TrainConfig, folder: RunFolder) -> Result | None:
+    """Return the result of a finished run that is to be continued, and export its model if that is asked for only now.
+
+    None if it is not finished, or its result or adapter is damaged, which is said, and there are checkpoints to make them from.
+    """
+    if not config.resume or not on_first_process(lambda: folder.in_use and folder.finished):
+        return None
+    try:
+        result = read_result(folder, model=config.model)
+    except WrongBaseError:
+        raise
+    except ValueError as error:
+        if not on_first_process(lambda: any(folder.checkpoints.glob("*/checksums.json"))):
+            raise
+        warnings.warn(f"{error} The run is continued from its checkpoints, which makes the adapter again", stacklevel=2)
+        return None
     if on_first_process(lambda: "data" in folder.moved(config)):
         check_run_data(load_run(folder.path, model=config.model, data=config.data))
     if config.export and not on_first_process(folder.merged.exists):
-        save_merged(folder.merged, load_run(folder.path, model=config.model).loaded, result.peft)
+        lock = RunLock(folder.path)
+        on_first_process(lock.acquire)
+        try:
+            save_merged(folder.merged, load_run(folder.path, model=config.model).loaded, result.peft)
+        finally:
+            lock.release()
     return result
 
 
@@ -76,12 +127,15 @@ def _check_same(folder: RunFolder, about: dict[str, Any]) -> None:
     before, now = folder.read_config(), json.loads(json.dumps(about))
     # Earlier versions wrote the head's scale under another name.
     before.setdefault("head_lr_scale", before.get("head_rate"))
-    changed = [name for name in ("labels", "learning_rate", "head_lr_scale", "steps", "base", "data") if before[name] != now[name]]
+    names = ("labels", "learning_rate", "head_lr_scale", "steps", "base", "data")
+    changed = [name for name in names if before.get(name) != now[name]]
+    # Runs of earlier versions do not record the files beside the weights.
+    changed += changed_files(before.get("base_files"), now["base_files"])
     if changed:
         raise ValueError(f"Cannot resume {folder.path}: since it began, its {', '.join(changed)} changed.")
 
 
-def _run(setup: Setup, about: dict[str, Any], folder: RunFolder, report: Reporter) -> Result:
+def _run(setup: Setup, about: dict[str, Any], folder: RunFolder, lock: RunLock, report: Reporter) -> Result:
     """Train from the beginning or from the newest checkpoint, and finish the run."""
     config = setup.config
     snapshots = None
@@ -95,8 +149,9 @@ def _run(setup: Setup, about: dict[str, Any], folder: RunFolder, report: Reporte
         state, progress = begin_stage(setup, setup.peft, 0), Progress()
     with deferred_signals() as signals:
         if snapshots is None:
-            on_first_process(lambda: folder.begin(about, overwrite=config.overwrite))
+            on_first_process(lambda: folder.begin(about, lock, overwrite=config.overwrite))
             snapshots = Snapshots(folder.checkpoints, config.keep)
+        run = on_first_process(lambda: config_checksum(folder.read_config()))
         on_first_process(lambda: folder.rewind(progress.step))
         loop = Loop(setup, folder, snapshots, state, progress, report)
         report.start(setup.steps, progress.step)
@@ -106,7 +161,7 @@ def _run(setup: Setup, about: dict[str, Any], folder: RunFolder, report: Reporte
             report.stop()
             snapshots.close()
         # All steps are saved, so a signal from here on waits for the last evaluation and the result.
-        result = finish(loop)
+        result = finish(loop, run)
     if signals:
         raise InterruptedRun(signals[0], loop.progress.step, folder.path)
     return result

@@ -6,6 +6,7 @@ from jaxtyping import Array, Float
 
 from jpeft.models.bert.config import BertConfig
 from jpeft.models.bert.model import BertModel
+from jpeft.models.common.activations import ACTIVATIONS
 from jpeft.models.common.attention import Ids, Mask
 from jpeft.models.common.layers import dense
 
@@ -16,8 +17,8 @@ def _head_dropout(config: BertConfig) -> nn.Dropout:
     return nn.Dropout(rate)
 
 
-class RobertaClassificationHead(nn.Module):
-    """RoBERTa's classifier: two layers over the first position."""
+class TwoLayerHead(nn.Module):
+    """The classifier of RoBERTa (tanh) and ELECTRA (gelu): two layers over the first position."""
 
     config: BertConfig
     num_labels: int
@@ -27,7 +28,8 @@ class RobertaClassificationHead(nn.Module):
         """Return the unnormalised scores of the labels."""
         dropout = _head_dropout(self.config)
         hidden = dropout(hidden, deterministic=deterministic)
-        hidden = jnp.tanh(dense(self.config, self.config.hidden_size, "dense")(hidden))
+        activation = ACTIVATIONS["gelu" if self.config.architecture == "electra" else "tanh"]
+        hidden = activation(dense(self.config, self.config.hidden_size, "dense")(hidden))
         hidden = dropout(hidden, deterministic=deterministic)
         return dense(self.config, self.num_labels, "out_proj")(hidden)
 
@@ -48,13 +50,13 @@ class BertForSequenceClassification(nn.Module):
         deterministic: bool = True,
     ) -> Float[Array, "batch labels"]:
         """Return float32 logits; arguments as in `BertModel`."""
-        config, family = self.config, self.config.model_type
+        config, family = self.config, self.config.architecture
         body = BertModel(config, pooling=family == "bert", name=family)
         output = body(input_ids, attention_mask, token_type_ids, deterministic=deterministic)
         # Only BERT classifies the pooler's output; the others classify the first position. [batch, hidden]
         hidden = output.pooled if family == "bert" else output.last_hidden_state[:, 0]
-        if family == "roberta":
-            logits = RobertaClassificationHead(config, self.num_labels, name="classifier")(hidden, deterministic)
+        if family in ("roberta", "electra"):
+            logits = TwoLayerHead(config, self.num_labels, name="classifier")(hidden, deterministic)
         else:
             if family == "distilbert":
                 hidden = nn.relu(dense(config, config.hidden_size, "pre_classifier")(hidden))
@@ -79,7 +81,7 @@ class BertForTokenClassification(nn.Module):
         deterministic: bool = True,
     ) -> Float[Array, "batch length labels"]:
         """Return float32 logits; arguments as in `BertModel`."""
-        config, family = self.config, self.config.model_type
+        config, family = self.config, self.config.architecture
         body = BertModel(config, pooling=False, name=family)
         hidden = body(input_ids, attention_mask, token_type_ids, deterministic=deterministic).last_hidden_state
         # DistilBERT uses `classifier_dropout` only to classify sequences.

@@ -1,4 +1,4 @@
-"""The configuration of BERT, RoBERTa and DistilBERT."""
+"""The configuration of BERT, RoBERTa, DistilBERT, XLM-RoBERTa, CamemBERT and ELECTRA."""
 
 import dataclasses
 from typing import Any, ClassVar
@@ -22,6 +22,7 @@ _BERT_FIELDS = {
         "initializer_range",
         "layer_norm_eps",
         "pad_token_id",
+        "tie_word_embeddings",
     )
 }
 _DISTILBERT_FIELDS = {
@@ -37,7 +38,10 @@ _DISTILBERT_FIELDS = {
     "max_position_embeddings": "max_position_embeddings",
     "initializer_range": "initializer_range",
     "pad_token_id": "pad_token_id",
+    "tie_word_embeddings": "tie_word_embeddings",
 }
+# XLM-RoBERTa and CamemBERT are RoBERTa with other words.
+_ROBERTAS = ("roberta", "xlm-roberta", "camembert")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,15 +49,23 @@ class BertConfig(ModelConfig):
     """Shape and numerics of an encoder: the fields of `ModelConfig` and these, named as in Hugging Face's `BertConfig`.
 
     Raises:
-      ValueError: as `ModelConfig`, or if the number of heads does not divide the hidden size.
+      ValueError: as `ModelConfig`; if the number of heads does not divide the hidden size; or if a field is set that the `config.json` of
+        this model type does not have.
 
     >>> BertConfig.bert_base_cased(num_hidden_layers=2).hidden_size
     768
     """
 
-    HF_FIELDS: ClassVar[dict[str, dict[str, str]]] = {"bert": _BERT_FIELDS, "roberta": _BERT_FIELDS, "distilbert": _DISTILBERT_FIELDS}
+    HF_FIELDS: ClassVar[dict[str, dict[str, str]]] = {
+        "bert": _BERT_FIELDS,
+        "roberta": _BERT_FIELDS,
+        "distilbert": _DISTILBERT_FIELDS,
+        "xlm-roberta": _BERT_FIELDS,
+        "camembert": _BERT_FIELDS,
+        "electra": _BERT_FIELDS | {"embedding_size": "embedding_size"},
+    }
 
-    model_type: str = "bert"  # bert | roberta | distilbert: decides names, how positions are counted, and heads
+    model_type: str = "bert"  # decides names, how positions are counted, and heads
     vocab_size: int = 30522
     intermediate_size: int = 3072
     hidden_dropout_prob: float = 0.1
@@ -63,15 +75,36 @@ class BertConfig(ModelConfig):
     type_vocab_size: int = 2  # 0: no token-type embedding (DistilBERT)
     layer_norm_eps: float = 1e-12
     pad_token_id: int = 0
+    embedding_size: int | None = None  # width of the embeddings (ELECTRA); None: the hidden size
+    tie_word_embeddings: bool = True  # the head of a masked language model uses the word embedding a second time
 
     def __post_init__(self):
         super().__post_init__()
         check_divides(self, "hidden_size", "num_attention_heads")
+        if self.embedding_size is not None and self.model_type != "electra":
+            raise ValueError(
+                f"embedding_size={self.embedding_size}: the config.json of a {self.model_type} cannot say so; that of electra can."
+            )
+        if self.architecture == "roberta" and not 0 <= self.pad_token_id < self.max_position_embeddings - 1:
+            raise ValueError(
+                f"pad_token_id={self.pad_token_id}: a {self.model_type} counts positions from the next number on, and it has "
+                f"max_position_embeddings={self.max_position_embeddings}."
+            )
+
+    @property
+    def architecture(self) -> str:
+        """The model type whose modules and names this one has: bert, roberta, distilbert or electra."""
+        return "roberta" if self.model_type in _ROBERTAS else self.model_type
+
+    @property
+    def embedding_width(self) -> int:
+        """Width of the embeddings."""
+        return self.embedding_size or self.hidden_size
 
     @property
     def max_length(self) -> int:
         """Longest sequence that the position table has rows for."""
-        return self.max_position_embeddings - (self.pad_token_id + 1 if self.model_type == "roberta" else 0)
+        return self.max_position_embeddings - (self.pad_token_id + 1 if self.architecture == "roberta" else 0)
 
     @classmethod
     def _special_fields(cls, config: Any) -> dict[str, Any]:
@@ -81,12 +114,18 @@ class BertConfig(ModelConfig):
         positions = getattr(config, "position_embedding_type", "absolute")
         if positions != "absolute":
             raise ValueError(f"position_embedding_type {positions!r} is not supported, only 'absolute'.")
+        if config.model_type != "distilbert" and config.type_vocab_size == 0:
+            raise ValueError(f"type_vocab_size=0: a {config.model_type} needs token types, at least one.")
         fields: dict[str, Any] = {"type_vocab_size": 0, "layer_norm_eps": 1e-12} if config.model_type == "distilbert" else {}
+        if config.model_type == "electra" and config.embedding_size == config.hidden_size:
+            fields["embedding_size"] = None
         return fields if config.pad_token_id is not None else fields | {"pad_token_id": 0}
 
     def to_hf(self) -> dict[str, Any]:
         """Return the fields under the names of Hugging Face's configuration of this model type; the inverse of `from_hf`."""
         fields = super().to_hf()
+        if "embedding_size" in fields:
+            fields["embedding_size"] = self.embedding_width
         if fields.get("seq_classif_dropout", 0.0) is None:  # DistilBERT's configuration needs a number
             fields["seq_classif_dropout"] = self.hidden_dropout_prob
         return fields

@@ -13,6 +13,7 @@ from jpeft.models.common.activations import ACTIVATIONS
 from jpeft.models.common.attention import AttentionCore, Ids, Mask
 from jpeft.models.common.block_stack import Hidden, make_blocks, run_blocks
 from jpeft.models.common.layers import dense, embedding, layer_norm
+from jpeft.models.common.lookup import look_up
 from jpeft.models.common.positions import TokenPositions
 
 # --- embeddings ---
@@ -26,7 +27,7 @@ class BertPositions(nn.Module):
     def __call__(self, input_ids: Ids, attention_mask: Mask | None, token_type_ids: Ids | None) -> TokenPositions:
         """Count all positions from 0. RoBERTa counts from pad_token_id + 1, and only the ids that are not padding."""
         input_ids = jnp.asarray(input_ids)
-        if self.config.model_type == "roberta":
+        if self.config.architecture == "roberta":
             # RoBERTa was trained in fairseq, whose position table has a row for padding at pad_token_id. Padding keeps that row.
             is_token = (input_ids != self.config.pad_token_id).astype(jnp.int32)
             position_ids = jnp.cumsum(is_token, axis=1) * is_token + self.config.pad_token_id
@@ -46,21 +47,22 @@ class Embeddings(nn.Module):
     def setup(self):
         """Make the tables here, not in a compact method: the masked-LM head uses `word_embeddings` too."""
         config = self.config
-        self.word_embeddings = embedding(config, config.vocab_size)
-        self.position_embeddings = embedding(config, config.max_position_embeddings)
+        width = config.embedding_width
+        self.word_embeddings = embedding(config, config.vocab_size, width=width)
+        self.position_embeddings = embedding(config, config.max_position_embeddings, width=width)
         if config.type_vocab_size:
-            self.token_type_embeddings = embedding(config, config.type_vocab_size)
+            self.token_type_embeddings = embedding(config, config.type_vocab_size, width=width)
         self.LayerNorm = layer_norm(config)
         self.dropout = nn.Dropout(config.hidden_dropout_prob)
 
-    def __call__(self, input_ids: Ids, positions: TokenPositions, deterministic: bool) -> Float[Array, "batch positions hidden"]:
-        """Embed a batch; raise a ValueError if there are more positions than rows in the position table."""
+    def __call__(self, input_ids: Ids, positions: TokenPositions, deterministic: bool) -> Float[Array, "batch positions width"]:
+        """Embed a batch; raise a ValueError if there are more positions than rows in the position table, or for an id without a row."""
         length = positions.offset + positions.position_ids.shape[-1]
         if length > self.config.max_length:  # a lookup past the end of the table would return NaN without an error
             raise ValueError(f"{length} positions, but the position table holds {self.config.max_length}. Truncate the input.")
-        hidden = self.word_embeddings(jnp.asarray(input_ids)) + self.position_embeddings(positions.position_ids)
+        hidden = look_up(self.word_embeddings, input_ids) + self.position_embeddings(positions.position_ids)
         if self.config.type_vocab_size:
-            hidden += self.token_type_embeddings(positions.token_type_ids)
+            hidden += look_up(self.token_type_embeddings, jnp.asarray(positions.token_type_ids), "token_type_ids")
         return self.dropout(self.LayerNorm(hidden), deterministic=deterministic)
 
 
@@ -126,7 +128,7 @@ class Intermediate(nn.Module):
 
 
 class BertLayer(nn.Module):
-    """One block of BERT and RoBERTa."""
+    """One block of all but DistilBERT."""
 
     config: BertConfig
 
@@ -175,6 +177,6 @@ class Encoder(nn.Module):
         self, hidden: Hidden, mask: KeyMask, deterministic: bool, output_hidden_states: bool = False
     ) -> tuple[Hidden, tuple[Hidden, ...] | None]:
         """Return the last hidden state and, on request, the input and the output of every block."""
-        layer = make_blocks(self.config, DistilBertLayer if self.config.model_type == "distilbert" else BertLayer, "layer")
+        layer = make_blocks(self.config, DistilBertLayer if self.config.architecture == "distilbert" else BertLayer, "layer")
         hidden, states = run_blocks(layer, self.config, hidden, mask, deterministic, output_hidden_states=output_hidden_states)
         return hidden, (*states, hidden) if output_hidden_states else None

@@ -1,4 +1,7 @@
-"""BERT's head for masked language modelling: a transformation of the hidden states, the word embedding as the decoder, and a bias."""
+"""BERT's head for masked language modelling: a transformation of the hidden states, the word embedding as the decoder, and a bias.
+
+A checkpoint may hold a decoder of its own (`tie_word_embeddings` is false then).
+"""
 
 import flax.linen as nn
 import jax.numpy as jnp
@@ -11,8 +14,8 @@ from jpeft.models.common.attention import Ids, Mask
 from jpeft.models.common.block_stack import Hidden
 from jpeft.models.common.layers import dense, layer_norm
 
-# What a head returns: hidden states for the decoder, and the decoder's bias.
-Decodable = tuple[Hidden, Float[Array, " vocab"]]
+# What a head returns: hidden states for the word embedding to score, or the scores of an own decoder; and the decoder's bias.
+Decodable = tuple[Float[Array, "batch length features"], Float[Array, " vocab"]]
 
 
 def _vocab_bias(module: nn.Module) -> Float[Array, " vocab"]:
@@ -22,13 +25,19 @@ def _vocab_bias(module: nn.Module) -> Float[Array, " vocab"]:
 
 def _transform(config: BertConfig, hidden: Array, dense_name: str, norm_name: str) -> Array:
     """Return LayerNorm(act(W h + b)), with both layers in the calling module and under the given names."""
-    activation = "gelu" if config.model_type == "roberta" else config.hidden_act  # RoBERTa's head always uses gelu
-    hidden = ACTIVATIONS[activation](dense(config, config.hidden_size, dense_name)(hidden))
+    # The heads of RoBERTa and ELECTRA always use gelu.
+    activation = "gelu" if config.architecture in ("roberta", "electra") else config.hidden_act
+    hidden = ACTIVATIONS[activation](dense(config, config.embedding_width, dense_name)(hidden))
     return layer_norm(config, norm_name)(hidden)
 
 
+def _decode(config: BertConfig, hidden: Array) -> Array:
+    """Return the scores of the calling module's own `decoder`; the hidden states as they are if the word embedding decodes them."""
+    return hidden if config.tie_word_embeddings else dense(config, config.vocab_size, "decoder", bias=False)(hidden)
+
+
 class VocabBias(nn.Module):
-    """DistilBERT's `vocab_projector`, which holds only the bias of the decoder."""
+    """The last layer of DistilBERT and ELECTRA where the word embedding is the decoder: only the bias."""
 
     config: BertConfig
 
@@ -38,13 +47,21 @@ class VocabBias(nn.Module):
         return _vocab_bias(self)
 
 
+def _project(config: BertConfig, hidden: Array, name: str) -> Decodable:
+    """Return scores or hidden states, and the bias, of the calling module's last layer, under the given name."""
+    if config.tie_word_embeddings:
+        return hidden, VocabBias(config, name=name)()
+    scores = dense(config, config.vocab_size, name)(hidden)
+    return scores, jnp.zeros(config.vocab_size, scores.dtype)
+
+
 class Transform(nn.Module):
-    """BERT's `transform`."""
+    """BERT's `transform` and ELECTRA's `generator_predictions`."""
 
     config: BertConfig
 
     @nn.compact
-    def __call__(self, hidden: Hidden) -> Hidden:
+    def __call__(self, hidden: Hidden) -> Float[Array, "batch length width"]:
         """Return LayerNorm(act(W h + b))."""
         return _transform(self.config, hidden, "dense", "LayerNorm")
 
@@ -56,8 +73,9 @@ class Predictions(nn.Module):
 
     @nn.compact
     def __call__(self, hidden: Hidden) -> Decodable:
-        """Return the transformed hidden states and the bias."""
-        return Transform(self.config, name="transform")(hidden), _vocab_bias(self)
+        """Return scores or hidden states, and the bias."""
+        hidden = Transform(self.config, name="transform")(hidden)
+        return _decode(self.config, hidden), _vocab_bias(self)
 
 
 class BertHeads(nn.Module):
@@ -67,7 +85,7 @@ class BertHeads(nn.Module):
 
     @nn.compact
     def __call__(self, hidden: Hidden) -> Decodable:
-        """Return the transformed hidden states and the bias."""
+        """Return scores or hidden states, and the bias."""
         return Predictions(self.config, name="predictions")(hidden)
 
 
@@ -78,12 +96,13 @@ class RobertaLMHead(nn.Module):
 
     @nn.compact
     def __call__(self, hidden: Hidden) -> Decodable:
-        """Return the transformed hidden states and the bias."""
-        return _transform(self.config, hidden, "dense", "layer_norm"), _vocab_bias(self)
+        """Return scores or hidden states, and the bias."""
+        hidden = _transform(self.config, hidden, "dense", "layer_norm")
+        return _decode(self.config, hidden), _vocab_bias(self)
 
 
 class BertForMaskedLM(nn.Module):
-    """One word for each position. The decoder is the word embedding."""
+    """One word for each position. The decoder is the word embedding, or a layer of its own where the configuration says so."""
 
     config: BertConfig
 
@@ -97,15 +116,19 @@ class BertForMaskedLM(nn.Module):
         deterministic: bool = True,
     ) -> Float[Array, "batch length vocab"]:
         """Return float32 logits; arguments as in `BertModel`."""
-        config, family = self.config, self.config.model_type
+        config, family = self.config, self.config.architecture
         body = BertModel(config, pooling=False, name=family)
         hidden = body(input_ids, attention_mask, token_type_ids, deterministic=deterministic).last_hidden_state
         if family == "bert":
             hidden, bias = BertHeads(config, name="cls")(hidden)
         elif family == "roberta":
             hidden, bias = RobertaLMHead(config, name="lm_head")(hidden)
+        elif family == "electra":
+            hidden = Transform(config, name="generator_predictions")(hidden)
+            hidden, bias = _project(config, hidden, "generator_lm_head")
         else:
             hidden = _transform(config, hidden, "vocab_transform", "vocab_layer_norm")
-            bias = VocabBias(config, name="vocab_projector")()
-        # [batch, length, hidden] · [vocab, hidden]ᵀ -> [batch, length, vocab]; the bias is added in float32.
-        return body.attend(hidden).astype(jnp.float32) + bias.astype(jnp.float32)[None, None]
+            hidden, bias = _project(config, hidden, "vocab_projector")
+        # [batch, length, width] · [vocab, width]ᵀ -> [batch, length, vocab]; the bias is added in float32.
+        scores = body.attend(hidden) if config.tie_word_embeddings else hidden
+        return scores.astype(jnp.float32) + bias.astype(jnp.float32)[None, None]

@@ -44,16 +44,18 @@ class BertModel(nn.Module):
     """
 
     config: BertConfig
-    pooling: bool = True  # ignored for DistilBERT, which has no pooler
+    pooling: bool = True  # ignored for DistilBERT and ELECTRA, which have no pooler
 
     def setup(self):
         """Make the parts here, not in a compact method: `attend` needs the embeddings too."""
-        distilbert = self.config.model_type == "distilbert"
+        architecture, distilbert = self.config.architecture, self.config.architecture == "distilbert"
         self.positions = BertPositions(self.config)
         self.embeddings = Embeddings(self.config)
+        if self.config.embedding_width != self.config.hidden_size:
+            self.embeddings_project = dense(self.config, self.config.hidden_size)
         # The names are those of Hugging Face's checkpoints.
         self.encoder = Encoder(self.config, name="transformer" if distilbert else "encoder")
-        self.pooler = Pooler(self.config) if self.pooling and not distilbert else None
+        self.pooler = Pooler(self.config) if self.pooling and architecture in ("bert", "roberta") else None
 
     def __call__(
         self,
@@ -75,9 +77,11 @@ class BertModel(nn.Module):
         """
         positions = self.positions(input_ids, attention_mask, token_type_ids)
         hidden = self.embeddings(input_ids, positions, deterministic)
+        if self.config.embedding_width != self.config.hidden_size:
+            hidden = self.embeddings_project(hidden)
         hidden, states = self.encoder(hidden, positions.mask, deterministic, output_hidden_states)
         return BertOutput(hidden, None if self.pooler is None else self.pooler(hidden), states)
 
-    def attend(self, hidden: Hidden) -> Float[Array, "batch length vocab"]:
+    def attend(self, hidden: Float[Array, "batch length width"]) -> Float[Array, "batch length vocab"]:
         """Return the scores of every word of the vocabulary, with the word embedding as the decoder."""
         return self.embeddings.word_embeddings.attend(hidden)

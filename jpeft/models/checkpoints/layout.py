@@ -77,6 +77,6 @@ def checkpoint_layout(model: nn.Module) -> list[Entry]:
                 stacked = True
         names = tuple(".".join([*owner, _LEAVES[last]]) for owner in owners)
         if not family.names.prefixed:
-            names = tuple(name.removeprefix(f"{family.names.body}.") for name in names)
+            names = tuple(name.removeprefix(f"{family.names.body_of(config.model_type)}.") for name in names)
         entries.append(Entry(path, names, transposed, stacked, leaf.shape, leaf.dtype))
     return entries

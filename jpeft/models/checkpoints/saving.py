@@ -1,15 +1,16 @@
 """Writes a model as a Hugging Face folder."""
 
 import os
-import shutil
-import uuid
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import flax.linen as nn
+import numpy as np
 
-from jpeft.checkpoint.files import replace_folder
+from jpeft.checkpoint.files import replace_folder, use_umask
+from jpeft.checkpoint.temporary import Temporary
 from jpeft.models import families
 from jpeft.models.checkpoints.folder import config_class
 from jpeft.models.checkpoints.layout import Entry, checkpoint_layout
@@ -56,18 +57,28 @@ def save(
     config = _make_hf_config(model, labels)
 
     # Write into a folder beside it and rename that at the end: a rename is atomic, so no half-written folder is ever seen.
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    partial = folder.with_name(f".{folder.name}.{uuid.uuid4().hex}.partial")
+    temporary = Temporary(folder)
     try:
-        partial.mkdir()
+        partial = temporary.make_folder()
         tensors = {name: tensor for entry in layout for name, tensor in entry.split(leaves[entry.path]).items()}
-        save_file(tensors, partial / "model.safetensors", metadata={"format": "pt"})
+        save_file(tensors | _second_names(model, tensors), partial / "model.safetensors", metadata={"format": "pt"})
         config.save_pretrained(partial)
         if tokenizer is not None:
             tokenizer.save_pretrained(partial)
-        replace_folder(partial, folder)
+        use_umask(partial)
+        replace_folder(partial, folder, overwrite=overwrite)
     finally:
-        shutil.rmtree(partial, ignore_errors=True)
+        temporary.remove()
+
+
+def _second_names(model: nn.Module, tensors: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Return copies of tensors under their second names, which torch reads where nothing ties the two."""
+    config: Any = model.config  # pyright: ignore[reportAttributeAccessIssue]
+    if getattr(config, "tie_word_embeddings", True):
+        return {}
+    pairs = families.family_of(config.model_type).names.second_names
+    seconds = {name: re.sub(pattern, replacement, name) for pattern, replacement in pairs for name in tensors}
+    return {second: tensors[name].copy() for name, second in seconds.items() if second != name}
 
 
 def _check_params(layout: list[Entry], leaves: Mapping[str, Any]) -> None:

@@ -1,14 +1,28 @@
 """Reads the tensors of a folder's safetensors files by name."""
 
+import json
 import re
-from collections.abc import Iterable
+import struct
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from jpeft.models import families
 from jpeft.models.checkpoints.folder import read_json
+from jpeft.models.checkpoints.foreign import NEEDS_FLOATS, list_weights
+
+# The types of weights that are read, as safetensors writes them. Integers and floats of 8 bits or fewer are quantised weights.
+_FLOATS = ("F64", "F32", "F16", "BF16")
+
+
+class Header(NamedTuple):
+    """What a file says of one tensor."""
+
+    name: str  # in the file
+    file: Path
+    dtype: str
+    shape: tuple[int, ...]
 
 
 class Tensors:
@@ -17,22 +31,68 @@ class Tensors:
     The checkpoint of a model with a head has a prefix ("bert.", "transformer.", ...) in front of the tensors of the body; that of a body
     alone has none. Old checkpoints have old names. The family says which (`CheckpointNames`). A canonical name is the present name without
     the prefix.
+
+    Raises:
+      ValueError: if files are missing, damaged or at odds with their index, or hold one parameter twice.
     """
 
     def __init__(self, folder: Path, model_type: str):
         self._family = families.family_of(model_type)
-        self._prefix = f"{self._family.names.body or model_type}."
+        self._prefix = f"{self._family.names.body_of(model_type)}."
         self._files: dict[Path, Any] = {}
+        self._where: dict[str, Header] = {}  # by canonical name
+        self._read: set[str] = set()  # canonical names
+        for file in self._find_files(folder):
+            for header in self._headers(file):
+                self._add(header)
+
+    def _find_files(self, folder: Path) -> list[Path]:
+        """Return the files of the checkpoint, each opened once, so that those that are missing or damaged are found now."""
         single, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
         if single.is_file():
-            names: Iterable[tuple[str, Path]] = [(name, single) for name in self._names(single)]
-        else:
-            missing = f"{folder} has neither model.safetensors nor model.safetensors.index.json."
-            shards = read_json(index, missing).get("weight_map", {})
-            names = [(name, folder / shard) for name, shard in shards.items()]
-        # Canonical name -> the name in the file, and the file.
-        self._where = {self._canonical(name): (name, file) for name, file in names}
-        self._read: set[str] = set()  # canonical names
+            self._open(single)
+            return [single]
+        hint = list_weights(folder) or "Weights in other formats, such as pytorch_model.bin, are not read: write them as safetensors."
+        missing = f"{folder} has neither model.safetensors nor model.safetensors.index.json. {hint}"
+        shards = read_json(index, missing).get("weight_map")
+        if not isinstance(shards, dict) or not shards or not all(isinstance(shard, str) for shard in shards.values()):
+            raise ValueError(f"{index}: weight_map must be an object of names of tensors and files, and not empty.")
+        files = {shard: find_shard(index, shard) for shard in dict.fromkeys(shards.values())}
+        held = {shard: set(self._open(file).keys()) for shard, file in files.items()}
+        for name, shard in shards.items():
+            if name not in held[shard]:
+                raise ValueError(f"{files[shard]} does not hold {name}, though the index beside it says so.")
+        return list(files.values())
+
+    def _open(self, file: Path) -> Any:
+        """Return a file, opened once: opening reads the header, and tensors are mapped into memory when they are read."""
+        from safetensors import SafetensorError, safe_open
+
+        if file not in self._files:
+            if not file.is_file():
+                raise ValueError(f"{file} is missing, though the index beside it names it.")
+            try:
+                self._files[file] = safe_open(file, framework="numpy")
+            except (SafetensorError, OSError, ValueError) as error:
+                raise ValueError(f"{file} is damaged or not a safetensors file: {error}.") from error
+        return self._files[file]
+
+    def _headers(self, file: Path) -> list[Header]:
+        """Return what the file says of each of its tensors. It has been opened, so its header is whole."""
+        with open(file, "rb") as raw:
+            (size,) = struct.unpack("<Q", raw.read(8))
+            content = json.loads(raw.read(size))
+        content.pop("__metadata__", None)
+        return [Header(name, file, about["dtype"], tuple(about["shape"])) for name, about in content.items()]
+
+    def _add(self, header: Header) -> None:
+        """Note where a tensor is."""
+        canonical = self._canonical(header.name)
+        if (other := self._where.get(canonical)) is not None and not re.fullmatch(self._family.names.buffers, canonical):
+            where = header.file if other.file == header.file else f"{header.file} and {other.file}"
+            both = header.name if other.name == header.name else f"{other.name} and {header.name}, which are one parameter"
+            raise ValueError(f"{where}: the checkpoint holds twice {both}. Remove the wrong one.")
+        self._where[canonical] = header
 
     def _canonical(self, name: str) -> str:
         """Return the present name without the prefix."""
@@ -44,28 +104,53 @@ class Tensors:
     def _find(self, name: str) -> str | None:
         """Return the canonical name under which the files hold a tensor; None if they do not hold it."""
         name = self._canonical(name)
-        seconds = [re.sub(pattern, replacement, name) for pattern, replacement in self._family.names.second_names]
-        return next((candidate for candidate in (name, *seconds) if candidate in self._where), None)
-
-    def _open(self, file: Path) -> Any:
-        """Return a file, opened once: opening reads the header, and tensors are mapped into memory when they are read."""
-        from safetensors import SafetensorError, safe_open
-
-        if file not in self._files:
-            if not file.is_file():
-                raise ValueError(f"{file} is missing, though the index beside it names it.")
-            try:
-                self._files[file] = safe_open(file, framework="numpy")
-            except (SafetensorError, OSError) as error:
-                raise ValueError(f"{file} is damaged or not a safetensors file: {error}.") from error
-        return self._files[file]
-
-    def _names(self, file: Path) -> list[str]:
-        """Return the names of the tensors in a file."""
-        return list(self._open(file).keys())
+        seconds = [
+            second for pattern, replacement in self._family.names.second_names if (second := re.sub(pattern, replacement, name)) != name
+        ]
+        return next((candidate for candidate in (*seconds, name) if candidate in self._where), None)
 
     def __contains__(self, name: str) -> bool:
         return self._find(name) is not None
+
+    @property
+    def stored(self) -> list[str]:
+        """The names of all tensors, as in the files."""
+        return [header.name for header in self._where.values()]
+
+    def bare(self, name: str) -> str:
+        """Return a name without the prefix of the body."""
+        return self._canonical(name)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Return the shape of a tensor that is `in` these tensors."""
+        return self._header(name).shape
+
+    def file(self, name: str) -> Path:
+        """Return the file that holds a tensor that is `in` these tensors."""
+        return self._header(name).file
+
+    def has_tied_copies(self) -> bool:
+        """Return whether the files hold tensors that may be copies of the word embedding."""
+        return any(re.fullmatch(self._family.names.tied, name) for name in self._where)
+
+    def _header(self, name: str) -> Header:
+        canonical = self._find(name)
+        assert canonical is not None, f"{name} was not asked for with `in` first"
+        return self._where[canonical]
+
+    def check(self, name: str, shape: tuple[int, ...]) -> None:
+        """Check shape and type of a tensor that is `in` these tensors, without reading it.
+
+        Raises:
+          ValueError: naming the file and the tensor.
+        """
+        stored, file, dtype, found = self._header(name)
+        if dtype not in _FLOATS:
+            raise ValueError(f"{file}: {stored} holds numbers of the type {dtype}, which are no weights but quantised ones. {NEEDS_FLOATS}")
+        if found != shape:
+            in_head = self._family.roles.matches("head", name.replace(".", "/"))
+            hint = " Pass fresh_head=True (--fresh-head) to leave out the checkpoint's head." if in_head else ""
+            raise ValueError(f"{file}: {stored} has shape {found}, the model needs {shape}.{hint}")
 
     def read(self, name: str, shape: tuple[int, ...], part: tuple[slice, ...] | None = None) -> np.ndarray:
         """Return one tensor, or a part of it. Only that part is read from the file.
@@ -76,22 +161,27 @@ class Tensors:
           part: a slice for each axis; None for the whole tensor.
 
         Raises:
-          ValueError: if the file does not hold the tensor, or holds it with another shape.
+          ValueError: if the file holds the tensor with another shape, or not as floats.
         """
+        self.check(name, shape)
+        stored, file, *_ = self._header(name)
         canonical = self._find(name)
-        assert canonical is not None, f"{name} was not asked for with `in` first"
-        stored, file = self._where[canonical]
-        opened = self._open(file)
-        if stored not in self._names(file):
-            raise ValueError(f"{file} does not hold {stored}, though the index beside it says so.")
-        tensor = opened.get_slice(stored)
-        found = tuple(tensor.get_shape())
-        if found != shape:
-            in_head = self._family.roles.matches("head", name.replace(".", "/"))
-            hint = " Pass fresh_head=True to leave out the checkpoint's head." if in_head else ""
-            raise ValueError(f"{file}: {stored} has shape {found}, the model needs {shape}.{hint}")
+        assert canonical is not None
         self._read.add(canonical)
-        return opened.get_tensor(stored) if part is None else tensor[part]
+        return self._open(file).get_tensor(stored) if part is None else self._open(file).get_slice(stored)[part]
+
+    def equal(self, one: str, other: str, rows: int = 8192) -> bool:
+        """Return whether two tensors that are `in` these tensors hold the same numbers, comparing so many rows at a time."""
+        first, second = self._header(one), self._header(other)
+        if first.shape != second.shape:
+            return False
+        slices = [self._open(header.file).get_slice(header.name) for header in (first, second)]
+        for start in range(0, first.shape[0], rows):
+            stop = min(start + rows, first.shape[0])
+            left, right = (np.asarray(tensor[start:stop], np.float32) for tensor in slices)
+            if not np.array_equal(left, right):
+                return False
+        return True
 
     def unused(self, *, scores_words: bool) -> frozenset[str]:
         """Return the names, as in the files, of tensors that were not read.
@@ -100,5 +190,24 @@ class Tensors:
         """
         names = self._family.names
         ignored = f"{names.buffers}|{names.tied}" if scores_words else names.buffers
-        left = [name for name in self._where.keys() - self._read if not re.fullmatch(ignored, name)]
-        return frozenset(self._where[name][0] for name in left)
+        # A tensor that stands in the file under a second name too has been read under that.
+        left = [name for name in self._where.keys() - self._read if not re.fullmatch(ignored, name) and self._find(name) not in self._read]
+        return frozenset(self._where[name].name for name in left)
+
+
+def find_shard(index: Path, shard: str) -> Path:
+    """Return the file that an index names; it must be in the folder of the index.
+
+    Raises:
+      ValueError: for a path that leads out of the folder, by its name or by a symbolic link.
+    """
+    folder = index.parent
+    if not shard or "\0" in shard or Path(shard).is_absolute() or ".." in Path(shard).parts:
+        raise ValueError(f"{index}: weight_map names {shard!r}, which is no file in this folder.")
+    file, inside = folder / shard, folder.resolve()
+    # The hub's cache keeps the files of a repository in `blobs` and links to them from `snapshots/COMMIT`.
+    cached = inside.parent.name == "snapshots" and inside.parents[1].name.startswith("models--")
+    allowed = (inside, inside.parents[1] / "blobs") if cached else (inside,)
+    if not any(file.resolve().is_relative_to(root) for root in allowed):
+        raise ValueError(f"{index}: {shard} is a link to {file.resolve()}, outside of this folder: put the file itself here.")
+    return file

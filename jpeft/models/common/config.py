@@ -7,6 +7,7 @@ from typing import Any, ClassVar, Literal
 import jax.numpy as jnp
 
 from jpeft.models.common.activations import ACTIVATIONS
+from jpeft.models.common.checks import check_value
 
 
 @dataclasses.dataclass(frozen=True)
@@ -16,7 +17,7 @@ class ModelConfig:
     A family subclasses this, adds its fields, and says in `HF_FIELDS` how Hugging Face's configuration calls each field.
 
     Raises:
-      ValueError: if the model type, the activation or `remat` is unknown.
+      ValueError: if the model type, the activation or `remat` is unknown, or a number is none that a model can have.
     """
 
     # Model type -> our field -> the field of Hugging Face's configuration.
@@ -43,6 +44,8 @@ class ModelConfig:
         object.__setattr__(self, "param_dtype", jnp.dtype(self.param_dtype))
         if self.model_type not in self.HF_FIELDS:
             raise ValueError(f"Unknown model_type {self.model_type!r}; supported: {', '.join(self.HF_FIELDS)}.")
+        for field in dataclasses.fields(self):
+            check_value(field.name, field.name, field.type, getattr(self, field.name))
         if self.hidden_act not in ACTIVATIONS:
             raise ValueError(f"Unknown hidden_act {self.hidden_act!r}; supported: {', '.join(ACTIVATIONS)}.")
         if self.remat not in (False, True, "dots"):
@@ -70,6 +73,7 @@ class ModelConfig:
         fields = {field: getattr(config, hf) for field, hf in cls.HF_FIELDS[config.model_type].items() if hasattr(config, hf)}
         types = {field.name: field.type for field in dataclasses.fields(cls)}
         for name, value in fields.items():
+            check_value(cls.HF_FIELDS[config.model_type][name], name, types[name], value)
             if isinstance(value, list):
                 fields[name] = tuple(value)
             elif isinstance(value, int) and _is_float(types[name]):

@@ -70,6 +70,7 @@ class Roles:
 
     Attributes:
       embedding: the word embedding.
+      embedding_out: a projection of the embeddings to the width of the blocks.
       position_tables: the other embeddings: of positions, of token types.
       attention_in: the projections that make queries, keys and values.
       attention_out: the projection of the context.
@@ -90,6 +91,7 @@ class Roles:
     ffn_out: str
     norms: str
     final_norm: str = NOTHING
+    embedding_out: str = NOTHING
     position_tables: str = NOTHING
     word_head: str = NOTHING
     label_head: str = NOTHING
@@ -117,22 +119,31 @@ class CheckpointNames:
     r"""How the tensors of a family are called in a checkpoint, where that differs from our paths with dots in place of slashes.
 
     Attributes:
-      body: the name of the body in our models with a head; None for the model type.
+      body: the name of the body in our models with a head, or such a name for each model type; None for the model type.
       prefixed: checkpoints of models with a head have the body's name in front of the body's tensors.
       untransposed: regex of our paths of kernels that checkpoints store as (inputs, outputs), as we do, not as torch's Linear.
       old_names: pairs of a regex and its replacement, which give a tensor of an old checkpoint its present name.
-      second_names: pairs of a regex and its replacement, which turn the name of a tensor into another name that a file may hold instead.
+      second_names: pairs of a regex and its replacement, which turn the name of a tensor into another name that a file may hold instead. If
+        it holds both, the second one counts.
       buffers: regex of tensors that no model needs.
       tied: regex of copies of the word embedding and of its head's bias; models that score words do not need them.
     """
 
-    body: str | None = None
+    body: str | Mapping[str, str] | None = None
     prefixed: bool = True
     untransposed: str = NOTHING
     old_names: tuple[tuple[str, str], ...] = ()
     second_names: tuple[tuple[str, str], ...] = ()
     buffers: str = NOTHING
     tied: str = NOTHING
+
+    def body_of(self, model_type: str) -> str:
+        """Return the name of the body in our models of this type with a head.
+
+        >>> CheckpointNames(body="model").body_of("llama"), CheckpointNames().body_of("bert")
+        ('model', 'bert')
+        """
+        return self.body[model_type] if isinstance(self.body, Mapping) else self.body or model_type
 
 
 Inputs = Mapping[str, jax.ShapeDtypeStruct]

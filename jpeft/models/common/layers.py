@@ -11,10 +11,10 @@ def dense(config: Any, features: int, name: str | None = None, *, bias: bool = T
     return nn.Dense(features, use_bias=bias, dtype=config.dtype, param_dtype=config.param_dtype, kernel_init=init, name=name)
 
 
-def embedding(config: Any, rows: int, name: str | None = None) -> nn.Embed:
-    """Return a table of `rows` vectors of the hidden size."""
+def embedding(config: Any, rows: int, name: str | None = None, *, width: int | None = None) -> nn.Embed:
+    """Return a table of `rows` vectors, of the hidden size if no width is given."""
     init = nn.initializers.normal(config.initializer_range)
-    return nn.Embed(rows, config.hidden_size, dtype=config.dtype, param_dtype=config.param_dtype, embedding_init=init, name=name)
+    return nn.Embed(rows, width or config.hidden_size, dtype=config.dtype, param_dtype=config.param_dtype, embedding_init=init, name=name)
 
 
 def layer_norm(config: Any, name: str | None = None) -> nn.LayerNorm:

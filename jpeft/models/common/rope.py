@@ -14,6 +14,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
+from jpeft.models.common.checks import check_value
+
 # The fields that each type reads besides `rope_theta`; names as in Hugging Face's `rope_parameters`.
 _OPTIONS = {
     "default": (),
@@ -73,19 +75,34 @@ class Rope:
             raise ValueError(f"Unknown rope_type {self.rope_type!r}; supported: {', '.join(_OPTIONS)}.")
         if "original_max_position_embeddings" in _OPTIONS[self.rope_type] and self.original_max_position_embeddings is None:
             raise ValueError(f"rope_type {self.rope_type!r} needs original_max_position_embeddings, the length of pretraining.")
+        for field in dataclasses.fields(self):
+            check_value(f"{field.name} of the rotary positions", field.name, field.type, getattr(self, field.name))
+        if self.rope_theta <= 0 or self.factor <= 0:
+            raise ValueError(f"rope_theta={self.rope_theta} and factor={self.factor} of the rotary positions must be positive.")
 
     @classmethod
     def from_hf(cls, parameters: dict[str, Any]) -> "Rope":
-        """Read the `rope_parameters` of a configuration. Entries that the type does not use are ignored."""
+        """Read the `rope_parameters` of a configuration. Entries that the type does not use are ignored.
+
+        Raises:
+          ValueError: for parameters that are no numbers, or a type that needs others.
+        """
+        if not isinstance(parameters, dict):
+            raise ValueError(f"rope_parameters must be an object of names and values, not {parameters!r}.")
         if parameters.get("partial_rotary_factor", 1.0) != 1.0:
             raise ValueError(f"partial_rotary_factor={parameters['partial_rotary_factor']} is not supported, only 1.0.")
         kind = parameters.get("rope_type", "default")
+        if not isinstance(kind, str):
+            raise ValueError(f"rope_type must be text, not {kind!r}.")
         given: dict[str, Any] = {name: parameters[name] for name in _OPTIONS.get(kind, ()) if parameters.get(name) is not None}
         if "factor" in _OPTIONS.get(kind, ()) and "factor" not in given:
             raise ValueError(f"rope_type {kind!r} needs a factor, and the rope_parameters are {parameters}.")
-        for name in given.keys() - {"truncate", "original_max_position_embeddings"}:
-            given[name] = float(given[name])
-        return cls(rope_theta=float(parameters["rope_theta"]), rope_type=kind, **given)
+        given["rope_theta"] = parameters.get("rope_theta")
+        types = {field.name: field.type for field in dataclasses.fields(cls)}
+        for name, value in given.items():
+            check_value(f"{name} of the rotary positions", name, types[name], value)
+            given[name] = float(value) if isinstance(value, int) and types[name] in (float, float | None) else value
+        return cls(rope_type=kind, **given)
 
     def to_hf(self) -> dict[str, Any]:
         """Return Hugging Face's `rope_parameters`; the inverse of `from_hf`."""

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 from jaxtyping import Array, Float, Int
 
 from jpeft.models.common.attention import Ids, Mask
@@ -77,7 +78,8 @@ def generate(
 
     Raises:
       ValueError: for an option outside its range, an option of sampling without a `key`, or an option of beam search without `beams`. The
-        model raises one if prompt and continuation do not fit into its position table.
+        model raises one if prompt and continuation do not fit into its position table. Also for logits that are not finite; inside of
+        your own `jit` the score of such a row is NaN instead.
 
     The cache takes ``2 · layers · rows · (length + max_new_tokens - 1 + virtual tokens) · kv_heads · head_dim`` numbers of the
     computation's dtype, with ``batch · beams`` rows. A beam search copies the cache at each step.
@@ -94,6 +96,35 @@ def generate(
     Differs from Hugging Face: only new tokens are returned, prompts may also be padded on the right, and the defaults are greedy whatever
     a checkpoint's generation_config.json says.
     """
+    given = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "beams": beams, "length_penalty": length_penalty}
+    options = given | {"stop": stop, "pad": pad, "key": key, "early_stopping": early_stopping}
+    generated = continue_prompts(forward, variables, input_ids, attention_mask, max_new_tokens=max_new_tokens, **options)
+    if not isinstance(generated.scores, Tracer) and (bad := np.flatnonzero(~np.isfinite(np.asarray(generated.scores)))).size:
+        raise ValueError(
+            f"The model's outputs for prompt {bad[0] + 1} are not finite numbers: the prompt holds a token that the model has no embedding "
+            "for, or the weights are not finite, or the numbers grow too large on the way."
+        )
+    return generated
+
+
+def continue_prompts(
+    forward: Callable[..., Any],
+    variables: Mapping[str, Any],
+    input_ids: Ids,
+    attention_mask: Mask | None = None,
+    *,
+    max_new_tokens: int,
+    stop: int | Sequence[int] | None = None,
+    pad: int = 0,
+    key: jax.Array | None = None,
+    temperature: float | None = None,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    beams: int = 1,
+    length_penalty: float = 1.0,
+    early_stopping: bool | str = False,
+) -> Generated:
+    """Do what `generate` does without waiting for the result: where the logits were not finite, the score of the row is NaN."""
     if max_new_tokens < 1:
         raise ValueError(f"max_new_tokens={max_new_tokens} must be at least 1.")
     _check_search(beams, length_penalty, early_stopping, key)
