@@ -11,7 +11,7 @@ from jaxtyping import Array, Float, Int
 from jpeft import layouts, tree
 from jpeft.core.layer import Layer
 from jpeft.core.method import Method, with_head
-from jpeft.core.options import CountOrZero, Names, NotEmpty
+from jpeft.core.options import CountOrZero, Names, NotEmpty, Pattern
 from jpeft.tree.head import not_head
 from jpeft.tree.select import select
 
@@ -53,7 +53,7 @@ class TrainableTokens(Method):
     tokens: Annotated[Sequence[CountOrZero], NotEmpty()] | None = None
     embedding: Names = "@embedding"
     output: Names | None = "auto"
-    head: str | None = "auto"
+    head: Pattern | None = "auto"
 
     name = "trainable_tokens"
     family = "selective"
