@@ -178,7 +178,7 @@ def _objects(rows: list[dict[str, Any]], lines: list[int] | None) -> Content:
 def _read_parquet(path: Path) -> Content:
     try:
         # Not `read_table`, which makes columns of the names of folders.
-        with pq.ParquetFile(path) as file:
+        with pq.ParquetFile(path, page_checksum_verification=True) as file:
             table = file.read()
             names = table.column_names
             if len(set(names)) < len(names):
