@@ -5,13 +5,21 @@ PIP := .venv/bin/python -m pip --disable-pip-version-check -q
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help test demo compare docs lint format clean
+.PHONY: help test fuzz demo compare docs lint format clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-8s %s\n", $$1, $$2 }' Makefile
 
 test: .venv/.dev ## every test (PYTEST_ARGS="-n 0 -k lora" narrows them down)
 	.venv/bin/python -m pytest $(PYTEST_ARGS)
+
+FUZZ_MUTATIONS ?= 2000
+FUZZ_SECONDS ?= 36000
+FUZZ_SEED ?= 0
+
+fuzz: .venv/.dev ## damage files, data and options (FUZZ_MUTATIONS=2000, FUZZ_SECONDS, FUZZ_SEED); counts in benchmarks/results/fuzz.md
+	@PYTHONPATH="$(CURDIR)/tests:$(CURDIR)" .venv/bin/python -m fuzz \
+	  --mutations $(FUZZ_MUTATIONS) --seconds $(FUZZ_SECONDS) --seed $(FUZZ_SEED)
 
 # The MALLOC_ settings keep the C library from returning a step's buffers to the system only to ask for them again.
 demo: .venv/.demo ## fine-tune a small pretrained encoder on the CPU; results in demo-out/

@@ -17,6 +17,7 @@ from jpeft.selective.diff_pruning import diff_pruning as diff_pruning
 from jpeft.selective.far import far as far
 from jpeft.selective.fish_mask import fish_mask as fish_mask
 from jpeft.selective.freeze import freeze as freeze
+from jpeft.selective.trainable_tokens import trainable_tokens as trainable_tokens
 
 __all__ = [
     "adapter",
@@ -36,4 +37,5 @@ __all__ = [
     "pfeiffer",
     "prefix_tuning",
     "prompt_tuning",
+    "trainable_tokens",
 ]

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 from jpeft import additive, reparameterized, selective
 from jpeft.core.chain import chain
 from jpeft.core.method import Method
+from jpeft.core.options import shown
 from jpeft.deprecation import warn_renamed
 
 PACKAGES = (selective, additive, reparameterized)
@@ -100,12 +101,16 @@ def make(method: str | Mapping[str, Any] | Method | type[Method], **options: Any
         options = {**method, **options}
         name = options.pop("method", None)
         if name == "chain":
-            return chain(**{part: make(config) for part, config in options["parts"].items()})
+            parts, others = options.pop("parts", None), sorted(options)
+            if not isinstance(parts, Mapping) or others:
+                what = f"and has {others} besides" if isinstance(parts, Mapping) else f"and has parts={parts!r}"
+                raise ValueError(f"The configuration of a chain holds {{'method': 'chain', 'parts': {{name: configuration}}}}, {what}.")
+            return chain(**{str(part): make(config) for part, config in parts.items()})
     else:
         name = method
     known = classes()
-    if name not in known:
+    if not isinstance(name, str) or name not in known:
         close = difflib.get_close_matches(str(name), known, n=1)
-        hint = f" Did you mean {close[0]!r}?" if close else ""
-        raise ValueError(f"There is no method {name!r}.{hint} Methods: {', '.join(known)}; or pass a jpeft.Method of your own.")
+        hint = f" Did you mean {close[0]!r}?" if close else " Chain methods with jpeft.chain(a=..., b=...)." if name == "chain" else ""
+        raise ValueError(f"There is no method {shown(name)}.{hint} Methods: {', '.join(known)}; or pass a jpeft.Method of your own.")
     return known[name](**options)

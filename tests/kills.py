@@ -254,9 +254,14 @@ def kill_training(folder: Path, *, kills: int, seed: int) -> int:
             again = dataclasses.replace(config, output=str(path), resume=resume, overwrite=overwrite)
             pid = fork(lambda again=again: train(again), quiet=True)
             # Most of the time passes before the first step, so half of the kills come late.
-            time.sleep(longest * rng.uniform(0.0, 1.1) if rng.random() < 0.5 else longest * rng.uniform(0.6, 1.1))
-            os.kill(pid, signal.SIGKILL)
-            status = wait(pid)
+            begun, share = time.monotonic(), rng.uniform(0.0, 1.0) if rng.random() < 0.5 else rng.uniform(0.6, 1.0)
+            while (ended := os.waitpid(pid, os.WNOHANG))[0] == 0 and time.monotonic() < begun + share * longest:
+                time.sleep(0.005)
+            if ended[0]:
+                status, longest = os.waitstatus_to_exitcode(ended[1]), time.monotonic() - begun
+            else:
+                os.kill(pid, signal.SIGKILL)
+                status = wait(pid)
             assert status in (0, -signal.SIGKILL), f"{path} ended with status {status}"
             if status == 0:
                 break

@@ -163,9 +163,22 @@ def test_unknown_flag(capfd):
 
 
 def test_train_prints_lines_and_metrics(world, tmp_path, capfd):
-    assert main([*train_flags(world, tmp_path / "run"), "--progress", "lines", "--log-every", "1"]) == 0
+    assert main([*train_flags(world, tmp_path / "run"), "--progress", "lines", "--log-every", "1", "--eval-every", "1"]) == 0
     out = capfd.readouterr().out
     assert "step 3/3  loss" in out
+    assert re.search(r"step 3/3  loss \d\.\d{4}  validation accuracy ", out)
+    assert re.match(
+        r"method   lora\n"
+        r"device   cpu\n"
+        r"rows     train \d+, validation \d+, test \d+\n"
+        r"steps    3 \(\S+ epochs\), each of 8 x 8 tokens\n"
+        r"rate     0.003 \(the method's default\), 0.015 for the new head; linear, with 6 % warmup\n"
+        r"trained  [\d,]+ parameters, \S+ % of [\d,]+\n"
+        r"labels   .*; the head for them is new\n",
+        out,
+    )
+    about = json.loads((tmp_path / "run" / "config.json").read_text())
+    assert (about["run"]["learning_rate"], about["run"]["head_lr_scale"], about["head_learning_rate"]) == (0.003, 5.0, 0.015)
     assert "samples/s" in out
     assert "0 s left" in out
     assert [line.split()[0] for line in out.splitlines()[-4:-1]] == ["split", "validation", "test"]
@@ -260,7 +273,7 @@ def test_overwrite_starts_anew(world, tmp_path):
         (["--label", "class"], "no column 'class'"),
         (["--data", "nothere.csv"], "no such file"),
         (["--model", "/no/where"], "no folder /no/where"),
-        (["--max-length", "64"], "max_length=64"),
+        (["--max-length", "64"], "--max-length=64"),
         (["--batch-size", "8", "--grad-accum", "3"], "does not divide"),
     ],
 )
@@ -373,8 +386,9 @@ def test_unknown_method(fails):
 
 
 def test_summary_errors(world, fails):
-    for arguments in ([], [world / "lora", "rank=2"], [world / "lora", "--model", world / "model"]):
+    for arguments in ([], [world / "lora", "rank=2"], ["--data", world / "data.csv"]):
         assert "Give the folder of one run" in fails("summary", *arguments)
+    assert "--labels is for a model without a run" in fails("summary", world / "lora", "--model", world / "model", "--labels", "3")
 
 
 def test_debug_shows_the_traceback(world, tmp_path, monkeypatch):

@@ -213,7 +213,7 @@ def test_command_line_of_pairs(model, tmp_path, capfd):
         ([], "Give either texts with --text or data with --data"),
         (["--text", "a", "--pair", "b"], "This template takes single texts"),
         (["--text", "a", "--max-length", "64"], "more than the model's 32 positions"),
-        (["--text", "a", "--batch-size", "0"], "batch_size must be at least 1"),
+        (["--text", "a", "--batch-size", "0"], "--batch-size must be at least 1"),
         (["--text", "a", "--template", "It is {mask}"], "must have {text} and {mask} once each"),
         (["--text", "a", "--words", "good"], "'good' in --words is not of the form LABEL=WORD,WORD"),
         (["--text", "a", "--words", "good=great"], "at least two of them, got good"),

@@ -175,7 +175,7 @@ def test_another_configuration_is_refused_before_anything_runs(done, monkeypatch
     assert main(flags(config, "--weight-decay", "0.5")) == 2
     err = capfd.readouterr().err
     assert "Cannot resume" in err
-    assert "weight_decay (0.01 before, 0.5 now)" in err
+    assert "--weight-decay (0.01 before, 0.5 now)" in err
 
 
 def test_runs_of_different_settings_are_not_put_in_one_table(done, base, tmp_path):
@@ -388,6 +388,18 @@ def test_a_baseline_is_not_named_where_a_point_is(monkeypatch):
             assert not (box.x0 < x + 5 and x - 5 < box.x1 and box.y0 < y + 5 and y - 5 < box.y1)
     # At its usual end where nothing is in the way.
     assert boxes["full 0.930"].x0 < boxes["head only 0.857"].x0
+
+
+@pytest.mark.parametrize("xs", [(2.9,), (1000.0, 1300.0), (4000.0, 5000.0), (700.0, 6500.0), (1e3, 9e4), (10.0, 1e6)])
+def test_every_axis_has_tick_labels(monkeypatch, xs):
+    figures = []
+    monkeypatch.setattr(jpeft.comparison.scatter, "write_figure", lambda figure, path: figures.append(figure))
+    points = [Point("lora target=$", x, 0.5, 0.0, "selective") for x in xs]
+    plot_scatter("unused", points, [Line("head $only", 0.4)], x_label="x", y_label="y", title="2 methods on $data\nand more")
+    (axes,) = figures[0].axes
+    low, high = axes.get_xlim()
+    shown = [label.get_text() for label in axes.get_xticklabels() if low <= label.get_position()[0] <= high]
+    assert len([text for text in shown if text]) >= 2
 
 
 def test_a_picture_of_little(tmp_path):

@@ -1,6 +1,7 @@
 """Generation: the same tokens as torch, padding, stop tokens, wrapped models, one program."""
 
 import functools
+import math
 from typing import Any
 
 import jax
@@ -292,6 +293,18 @@ def test_errors():
         go(top_k=0, key=key)
     with pytest.raises(ValueError, match="top_p=1.5"):
         go(top_p=1.5, key=key)
+    for options in (
+        *({"max_new_tokens": value} for value in (True, -1, 10**30)),
+        *({"temperature": value} for value in (math.nan, math.inf, -1.0)),
+        *({"top_k": value} for value in (True, 10**30)),
+        *({"top_p": value} for value in (0.0, math.nan)),
+        *({"length_penalty": value, "beams": 2, "key": None} for value in (math.nan, math.inf)),
+        *({"beams": value, "key": None} for value in (True, 0, -1)),
+        *({"stop": value} for value in (-1, [1, -1])),
+        *({"pad": value} for value in (-1, True)),
+    ):
+        with pytest.raises(ValueError, match=f"{next(iter(options))}="):
+            go(**{"key": key} | options)
     with pytest.raises(ValueError, match="beams=1, length_penalty=0.5"):
         go(length_penalty=0.5)
     with pytest.raises(ValueError, match="beams=2 searches for the most likely"):

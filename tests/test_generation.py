@@ -344,11 +344,11 @@ def test_bad_input_leaves_nothing(world, tmp_path, fails):  # noqa: F811
     pairs = [*flags(world, "pairs.jsonl", tmp_path / "run"), "--steps", "1"]
     assert "no column 'answer'" in fails(*pairs, "--target", "answer")
     assert "120 of 120 texts" not in (said := fails(*pairs, "--target", "target", "--max-length", "3"))
-    assert re.search(r"texts with their targets are longer than max_length=3 tokens: .*pairs\.jsonl, rows 1, .* \(lines 1, ", said)
-    assert "no use for overlong='cut'" in fails(*pairs, "--overlong", "cut", "--task", "sequence-classification")
-    assert "The task generation has no use for pair='x'; it reads text, target" in fails(*pairs, "--pair", "x")
-    assert "no use for target='x'" in fails(*pairs, "--target", "x", "--task", "sequence-classification")
-    assert "max_length=33 is more than the model's 32" in fails(*pairs, "--target", "target", "--max-length", "33")
+    assert re.search(r"texts with their targets are longer than --max-length=3 tokens: .*pairs\.jsonl, rows 1, .* \(lines 1, ", said)
+    assert "no use for --overlong='cut'" in fails(*pairs, "--overlong", "cut", "--task", "sequence-classification")
+    assert "The task generation has no use for --pair='x'; it reads text, target" in fails(*pairs, "--pair", "x")
+    assert "no use for --target='x'" in fails(*pairs, "--target", "x", "--task", "sequence-classification")
+    assert "--max-length=33 is more than the model's 32" in fails(*pairs, "--target", "target", "--max-length", "33")
     for content, message in (("", "no rows"), ('{"text": "a", "target": " "}\n', "no text in column 'target' of row 1")):
         (tmp_path / "data.jsonl").write_text(content)
         assert message in fails(*pairs, "--data", tmp_path / "data.jsonl", "--target", "target")

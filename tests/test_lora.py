@@ -329,3 +329,64 @@ def test_equals_hf_peft(tmp_path):
     for name, layer in layers.items():
         np.testing.assert_allclose(grads[name]["kernel"]["a"], layer.lora_A["default"].weight.grad.numpy().T, atol=1e-4, rtol=1e-4)
         np.testing.assert_allclose(grads[name]["kernel"]["b"], layer.lora_B["default"].weight.grad.numpy().T, atol=1e-4, rtol=1e-4)
+
+
+# --- rules ---------------------------------------------------------------------------------------------------------------------------
+
+LAYERS = {f"h_{i}": {name: {"kernel": jnp.ones((8, 4))} for name in ("query", "value")} for i in range(2)}
+
+
+def ranks(**options):
+    adapter = jpeft.flatten(jpeft.apply(LAYERS, method="lora", **options).adapter)
+    return {path.removesuffix("/kernel/a"): leaf.shape[1] for path, leaf in adapter.items() if path.endswith("/a")}
+
+
+@pytest.mark.parametrize(
+    "rank", [{"query": 3, ".*": 2}, {".*/query": 3, ".*": 2}, [["query", 3], ["value", 2]], {"h_0/query": 3, "h_1/query": 3, ".*": 2}]
+)
+def test_a_rule_is_a_regex_or_a_name(rank):
+    assert ranks(rank=rank) == {"h_0/query": 3, "h_0/value": 2, "h_1/query": 3, "h_1/value": 2}
+
+
+def test_a_last_rule_for_all_others_may_be_left_with_nothing():
+    assert ranks(target=["query"], rank={"query": 3, ".*": 2}) == {"h_0/query": 3, "h_1/query": 3}
+
+
+@pytest.mark.parametrize("method", ["lora", "dora"])
+@pytest.mark.parametrize(
+    ("rules", "message"),
+    [
+        ({"qurey": 3, ".*": 2}, "the rule 'qurey' matches none of the 4 layers that are adapted. Did you mean 'query'"),
+        ({".*/qurey": 3, ".*": 2}, r"the rule '\.\*/qurey' matches none .* Did you mean 'query'"),
+        ({".*": 2, "query": 3}, r"the rule 'query' never applies, because '\.\*' stands before it: .* swap them"),
+        ([["query", 3], ["query", 2], [".*", 1]], "the rule 'query' never applies, .* leave one out"),
+        ({"query": 3}, "rule matches 'h_0/value/kernel'"),
+    ],
+)
+def test_a_rule_that_changes_nothing_is_refused(method, rules, message):
+    for option in ("rank", "alpha"):
+        with pytest.raises(ValueError, match=f"{option}: {message}|No {option} {message}"):
+            jpeft.apply(LAYERS, method=method, **{option: rules})
+        chain = jpeft.chain(one=jpeft.make(method, **{option: rules}), head=jpeft.bitfit())
+        with pytest.raises(ValueError, match=message):
+            jpeft.apply(LAYERS, method=chain)
+    with pytest.raises(ValueError, match="the rule 'value' matches none of the 2 layers"):
+        jpeft.apply(LAYERS, method=method, target=["query"], rank={"value": 3, ".*": 2})
+
+
+def test_a_bare_name_is_a_target():
+    assert ranks(target="query").keys() == ranks(target=["query"]).keys() == {"h_0/query", "h_1/query"}
+    for target in ("query,value", "query value", "query|value"):
+        with pytest.raises(ValueError, match=r"For a list of names give target=\['query', 'value'\]"):
+            ranks(target=target)
+    with pytest.raises(ValueError, match=r"target='qurey' .* Did you mean 'query'\?"):
+        ranks(target="qurey")
+
+
+def test_an_adapter_beyond_the_memory_is_one_line(monkeypatch):
+    def too_large(*args, **kwargs):
+        raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 274877906816 bytes.")
+
+    monkeypatch.setattr(jax.random, "uniform", too_large)
+    with pytest.raises(ValueError, match="does not fit into the memory. Choose smaller sizes"):
+        jpeft.apply(LAYERS, method="lora", rank=2)

@@ -184,8 +184,8 @@ def test_resume_with_another_configuration_is_refused(base, tmp_path, capfd):
     assert main([*flags, "--output", str(run), "--resume", "--seed", "1", "--weight-decay", "0.5", "--keep", "5"]) == 2
     err = capfd.readouterr().err
     assert "error: Cannot resume" in err
-    assert "weight_decay (0.01 before, 0.5 now)" in err
-    assert "seed (0 before, 1 now)" in err
+    assert "--weight-decay (0.01 before, 0.5 now)" in err
+    assert "--seed (0 before, 1 now)" in err
     assert "keep " not in err
 
 

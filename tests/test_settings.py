@@ -42,6 +42,21 @@ def test_optional_fields():
         ({"clip": float("nan")}, r"clip must be positive \(or none\), got nan."),
         ({"warmup": -0.1}, "warmup must be between 0 and 1, got -0.1."),
         ({"weight_decay": -1.0}, "weight_decay must be at least 0, got -1.0."),
+        ({"learning_rate": float("inf")}, r"learning_rate must be positive and at most 3.40282e\+38 \(or none\), got inf."),
+        ({"steps": 10**30}, r"steps must be at least 1 and at most 2,147,483,647 \(or none\), got 10+."),
+        ({"steps": 1.5}, "steps must be a whole number, or None, got 1.5."),
+        ({"steps": float("nan")}, "steps must be a whole number, or None, got nan."),
+        ({"batch_size": True}, "batch_size must be a whole number, got True."),
+        ({"epochs": "3"}, "epochs must be a whole number, got '3'."),
+        ({"learning_rate": True}, "learning_rate must be a number, or None, got True."),
+        ({"learning_rate": 10**400}, "learning_rate must be a number, or None, got 10+"),
+        ({"seed": -1}, "seed must be between 0 and 4294967295, got -1."),
+        ({"seed": 2**32}, "seed must be between 0 and 4294967295, got 4294967296."),
+        ({"seed": True}, "seed must be a whole number, got True."),
+        ({"resume": 1}, "resume must be True or False, got 1."),
+        ({"schedule": "sine"}, "schedule must be one of 'constant', 'linear', 'cosine', got 'sine'."),
+        ({"text": 3}, "text must be a text, got 3."),
+        ({"options": 3}, "options must be a list, each a text, got 3."),
     ],
 )
 def test_ranges(changes, message):
@@ -70,6 +85,15 @@ def test_a_configuration_of_before_is_read():
     values = to_json(config)
     values |= {"accumulate": values.pop("grad_accum"), "head_rate": values.pop("head_lr_scale")}
     assert from_json(json.loads(json.dumps(values))) == config
+
+
+def test_a_record_holds_the_rates_that_were_used():
+    config = TrainConfig(**REQUIRED, head_lr_scale=3.0)
+    record = json.loads(json.dumps(to_json(config, learning_rate=2e-3, head_lr_scale=3.0)))
+    assert (record["learning_rate"], record["head_lr_scale"], record["by_default"]) == (2e-3, 3.0, ["learning_rate"])
+    assert from_json(record) == config
+    with pytest.raises(ValueError, match=r"unknown fields \['by_default'\]"):
+        from_json(record | {"by_default": ["nothing"]})
 
 
 def test_former_names_of_methods_and_functions_still_work():

@@ -66,6 +66,7 @@ def test_a_mesh_has_the_devices_that_are_left():
         ({"fsdp": 16}, r"asks for a multiple of 16 devices, and there are 8"),
         ({"fsdp": -1, "tensor": -1}, r"one of them may be -1"),
         ({"data": 8, "tensor": 0}, r"sizes are at least 1"),
+        ({"data": 8, "tensor": True}, r"sizes are at least 1"),
     ],
 )
 def test_a_mesh_that_does_not_fit_is_refused(sizes, message):
@@ -73,10 +74,16 @@ def test_a_mesh_that_does_not_fit_is_refused(sizes, message):
         sharding.make_mesh(**sizes)
 
 
-@pytest.mark.parametrize("text", ["data", "model=2", "data=2,data=4", "fsdp=x"])
+@pytest.mark.parametrize("text", ["data", "model=2", "data=2,data=4", "fsdp=x", "data=²", "data=--2", "data=1.5", "data=" + "9" * 5000])
 def test_a_mesh_that_cannot_be_read_is_refused(text):
     with pytest.raises(ValueError, match="is not AXIS=SIZE"):
         sharding.parse_mesh(text)
+
+
+def test_a_mesh_has_an_axis():
+    for text in ("", " , "):
+        with pytest.raises(ValueError, match="names no axis: give sizes as in data=2,fsdp=4"):
+            sharding.parse_mesh(text)
 
 
 def test_a_batch_is_split_over_data_and_fsdp():

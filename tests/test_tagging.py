@@ -261,10 +261,10 @@ def test_errors(world, tmp_path, fails, capfd):  # noqa: F811
     rows = [{"tokens": ["the", f"w{i}"], "tags": [0, 1]} for i in range(40)]
     (tmp_path / "numbers.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     assert "none is 'O'" in fails(*run, "--data", tmp_path / "numbers.jsonl")
-    assert "tag_names must be different names" in fails(
+    assert "--tag-names must be different names" in fails(
         *run, "--data", tmp_path / "numbers.jsonl", "--tag-names", "O", "O", "--epochs", "1"
     )
-    assert "no use for tag_names" in fails(*run, "--task", "sequence-classification", "--tag-names", "O", "B", "--epochs", "1")
+    assert "no use for --tag-names" in fails(*run, "--task", "sequence-classification", "--tag-names", "O", "B", "--epochs", "1")
     assert "The table has no tags to train on" in fails(*run, "--data", "builtin")
     assert main(["predict", str(world / "run"), "--text", "a", "--max-new-tokens", "3"]) == 2
     assert "error: max_new_tokens: only for a model that generates text" in capfd.readouterr().err

@@ -15,16 +15,22 @@ import numpy as np
 
 from jpeft import registry, tree
 from jpeft.checkpoint.arrays import check_arrays, indexed
+from jpeft.checkpoint.background import QuietOrbax, in_short
 from jpeft.checkpoint.files import check_output, replace_folder
 from jpeft.checkpoint.fingerprint import damaged_files, file_checksums, fingerprint, leaf_table
 from jpeft.checkpoint.plain_paths import PlainPath, check_path
 from jpeft.checkpoint.records import check_record, sealed
 from jpeft.checkpoint.temporary import Temporary, remove_leftovers
 from jpeft.core.method import Method
-from jpeft.core.peft import Peft
+from jpeft.core.peft import Peft, check_peft
 from jpeft.distributed import gather_to_host, on_first_process
+from jpeft.hosts.registry import unwrap
 
 _RECORD, _LEAVES, _FORMAT = "jpeft.json", "adapter", 1
+
+
+class WrongBaseError(ValueError):
+    """The parameters are not those that an adapter was trained on."""
 
 
 def save(path: str | os.PathLike[str], peft: Peft, *, overwrite: bool = False) -> None:
@@ -61,6 +67,7 @@ def save_adapter(path: str | os.PathLike[str], peft: Peft, *, overwrite: bool = 
       ValueError: as `save`.
       OSError: if it could not be written; what was at `path` is still there.
     """
+    check_peft(peft, "save")
     target = Path(path).absolute()
     on_first_process(lambda: _check_target(path, target, overwrite=overwrite))
     record = {
@@ -73,7 +80,7 @@ def save_adapter(path: str | os.PathLike[str], peft: Peft, *, overwrite: bool = 
 
     def finish() -> None:
         record["files"] = file_checksums(partial / _LEAVES)
-        (partial / _RECORD).write_text(json.dumps(sealed(record), indent=1))
+        (partial / _RECORD).write_text(json.dumps(sealed(record), indent=1, allow_nan=False))
         try:
             replace_folder(partial, target, overwrite=overwrite)
         except FileExistsError as error:
@@ -82,9 +89,13 @@ def save_adapter(path: str | os.PathLike[str], peft: Peft, *, overwrite: bool = 
     try:
         partial = Path(on_first_process(lambda: str(temporary.make_folder())))
         if record["leaves"]:
-            # Whole from several processes: it will be opened by one that has not all their devices.
+            # Whole from several processes: it will be opened by one that has not all their devices. A part of a chain without leaves, an
+            # empty dict, is left out: `load` knows only leaves.
             with PlainPath(partial) as plain:
-                _write_arrays(plain / _LEAVES, gather_to_host(peft.adapter))
+                try:
+                    _write_arrays(plain / _LEAVES, gather_to_host(tree.unflatten(tree.flatten(peft.adapter))))
+                except Exception as error:  # Orbax and the library below it raise errors of many types
+                    raise OSError(f"The adapter could not be written to '{path}': {in_short(error)}.") from error
         else:  # which Orbax would refuse: a frozen base without a head
             on_first_process((partial / _LEAVES).mkdir)
         on_first_process(finish)
@@ -100,7 +111,7 @@ def _write_arrays(folder: Path, adapter: tree.Adapter) -> None:
     """
     import orbax.checkpoint as ocp
 
-    with ocp.StandardCheckpointer() as checkpointer:
+    with QuietOrbax(), ocp.StandardCheckpointer() as checkpointer:
         checkpointer.save(folder, adapter)
         checkpointer.wait_until_finished()
         on_first_process(lambda: check_arrays(folder, len(jax.tree.leaves(adapter))))
@@ -144,19 +155,19 @@ def load(path: str | os.PathLike[str], params: tree.Params, *, method: Method | 
     >>> jpeft.load(folder, params).adapter["dense"]["bias"].shape
     (4,)
     """
+    params = unwrap(params)
     source = Path(path).absolute()
     remove_leftovers(source)
     record = read_record(path)
     method = _method(record["method"], method, path)
     # Looked at before Orbax opens anything: its other reads go on in the background when one fails.
     if damaged := damaged_files(source / _LEAVES, record["files"]):
-        raise ValueError(
-            f"The adapter in '{path}' is damaged: {source / _LEAVES / damaged[0]} is not as it was saved ({len(damaged)} such files)."
-        )
-    adapter = _read_arrays(path, source / _LEAVES, record["leaves"])
+        which = f"{len(damaged)} such files; {source / _RECORD} lists {len(record['files'])}"
+        raise ValueError(f"The adapter in '{path}' is damaged: {source / _LEAVES / damaged[0]} is not as it was saved ({which}).")
+    adapter = {name: {} for name, _ in method.parts} | _read_arrays(path, source / _LEAVES, record["leaves"])
     _check_fit(params, adapter, method, path)
     if check_base and fingerprint(params, skip=_replaced(params, adapter, method)) != record["base"]:
-        raise ValueError(
+        raise WrongBaseError(
             f"The adapter in '{path}' was trained on another base: its fingerprint is {record['base'][:12]}, that of these parameters is "
             "not. Load the checkpoint that it was trained on, in the same dtype; or, if you know better, jpeft.load(..., check_base=False)."
         )
@@ -176,14 +187,11 @@ def read_record(path: str | os.PathLike[str]) -> dict[str, Any]:
         raise ValueError(f"'{path}' holds no adapter: {_RECORD} is missing; there is {there}.")
     try:
         record = json.loads(file.read_text(encoding="utf-8"))
-        if record.get("format", _FORMAT) != _FORMAT:
-            raise ValueError(f"'{path}' has format {record.get('format')}, this jpeft reads format {_FORMAT}; update jpeft.")
-        damage = _damage_of_record(record)
-    except (ValueError, AttributeError, RecursionError) as e:
-        if "this jpeft reads format" in str(e):
-            raise
-        damage = f"{type(e).__name__}: {e}"
-    if damage:
+    except (OSError, ValueError, RecursionError) as e:
+        raise ValueError(f"'{file}' is damaged ({type(e).__name__}: {e}); save the adapter again.") from e
+    if isinstance(record, dict) and record.get("format", _FORMAT) != _FORMAT:
+        raise ValueError(f"'{file}' has format {record.get('format')}, this jpeft reads format {_FORMAT}; update jpeft.")
+    if damage := _damage_of_record(record):
         raise ValueError(f"'{file}' is damaged ({damage}); save the adapter again.")
     check_record(record, file)
     return record
@@ -191,6 +199,8 @@ def read_record(path: str | os.PathLike[str]) -> dict[str, Any]:
 
 def _damage_of_record(record: Any) -> str:
     """Return what a record lacks, or holds as another type than it should; an empty string if nothing."""
+    if not isinstance(record, dict):
+        return "it holds no JSON object"
     kinds = {"format": int, "method": dict, "base": str, "leaves": dict, "files": dict}
     for name, kind in kinds.items():
         if not isinstance(record.get(name), kind):
@@ -216,11 +226,11 @@ def _read_arrays(path: str | os.PathLike[str], folder: Path, leaves: dict[str, A
         return {}
     shapes = {name: jax.ShapeDtypeStruct(tuple(shape), jnp.dtype(dtype)) for name, (shape, dtype) in leaves.items()}
     try:
-        with indexed(folder) as whole, PlainPath(whole) as plain, ocp.StandardCheckpointer() as checkpointer:
+        with QuietOrbax(), indexed(folder) as whole, PlainPath(whole) as plain, ocp.StandardCheckpointer() as checkpointer:
             check_arrays(plain, len(shapes))
             return checkpointer.restore(plain, target=tree.unflatten(shapes))
     except Exception as e:
-        raise ValueError(f"The adapter in '{path}' is damaged or incomplete, Orbax says: {type(e).__name__}: {str(e)[:300]}.") from e
+        raise ValueError(f"The adapter in '{path}' is damaged or incomplete, Orbax says: {in_short(e)}.") from e
 
 
 def _config(method: Method) -> dict[str, Any]:
@@ -254,15 +264,15 @@ def _check_fit(params: tree.Params, adapter: tree.Adapter, method: Method, path:
     try:
         expected = leaf_table(method.expected(params, adapter))
     except (ValueError, TypeError) as e:
-        raise ValueError(f"The adapter in '{path}' does not fit these parameters: {e}") from e
+        raise WrongBaseError(f"The adapter in '{path}' does not fit these parameters: {e}") from e
     found = leaf_table(adapter)
     missing, spare = expected.keys() - found.keys(), found.keys() - expected.keys()
     if missing or spare:
-        raise ValueError(
+        raise WrongBaseError(
             f"The adapter in '{path}' does not fit these parameters: {len(missing)} leaves are missing, such as {sorted(missing)[:3]}, and "
             f"{len(spare)} are left over, such as {sorted(spare)[:3]}."
         )
     wrong = {name: (found[name][0], expected[name][0]) for name in expected if found[name][0] != expected[name][0]}
     if wrong:
         name, (got, want) = next(iter(wrong.items()))
-        raise ValueError(f"The adapter in '{path}' does not fit these parameters: '{name}' has shape {got}, the base needs {want}.")
+        raise WrongBaseError(f"The adapter in '{path}' does not fit these parameters: '{name}' has shape {got}, the base needs {want}.")

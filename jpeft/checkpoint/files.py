@@ -18,6 +18,18 @@ from jpeft.checkpoint.temporary import Temporary, delete, moved_aside
 _NOREPLACE, _EXCHANGE = 1, 2
 
 
+def read_file(path: str | os.PathLike[str]) -> bytes:
+    """Return the bytes of a file.
+
+    Raises:
+      OSError: if it cannot be read, or is a pipe or a device, which may never end.
+    """
+    path = Path(path)
+    if path.exists() and not path.is_file() and not path.is_dir():
+        raise OSError(errno.EINVAL, "It is a pipe or a device and no file", str(path))
+    return path.read_bytes()
+
+
 def write_atomically(path: str | os.PathLike[str], content: str | bytes) -> None:
     """Write beside `path`, sync, and rename: a reader, or a kill at any moment, sees the old file or the new one.
 
@@ -36,7 +48,7 @@ def write_atomically(path: str | os.PathLike[str], content: str | bytes) -> None
 
 def write_json(path: str | os.PathLike[str], value: Any) -> None:
     """Write JSON atomically, indented, with a final newline."""
-    write_atomically(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+    write_atomically(path, json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
 
 
 def replace_folder(partial: Path, target: Path, *, overwrite: bool = True) -> None:

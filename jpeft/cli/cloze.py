@@ -14,10 +14,12 @@ from jpeft import data, models
 from jpeft.cli.command import Command
 from jpeft.cli.predictions import check_output, write_predictions
 from jpeft.cli.tables import print_metrics
-from jpeft.cli.texts import check_one_source, read_file_or_split, texts_table
+from jpeft.cli.texts import check_one_source, read_file_or_split
+from jpeft.data.texts import texts_table
 from jpeft.data.values import as_label
 from jpeft.tasks.cloze import Cloze
 from jpeft.tasks.sequence_classification import SequenceClassification
+from jpeft.tasks.token_ids import check_token_ids
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,14 +35,16 @@ class ClozeArgs:
     template: str
     # The words of each label, each a single token: positive=great,good negative=terrible,bad
     words: Annotated[tuple[str, ...], tyro.conf.arg(metavar="LABEL=WORD,WORD ...")]
+    # Branch, tag or commit of the model on the hub; none for its main branch.
+    revision: str | None = None
     # Data to classify: a file (all of its rows), a folder, "builtin[:name]" or "hub:name[/config]".
     data: str | None = None
     # Texts, each an argument, instead of data.
     text: tuple[str, ...] = ()
     # Second texts, for a template of pairs: one for each text.
     pair: tuple[str, ...] = ()
-    # Name of the split, if the data is not a file.
-    split: str = "test"
+    # Name of the split; none for all rows of a file, and for the test split of other data.
+    split: str | None = None
     # Column that holds the text.
     text_column: str = "text"
     # Column that holds the second text, for a template of pairs.
@@ -59,8 +63,6 @@ class ClozeArgs:
 
 def _run(args: ClozeArgs) -> None:
     check_one_source(args.text, args.data, "data with --data")
-    if args.batch_size < 1:
-        raise ValueError(f"batch_size must be at least 1, got {args.batch_size}.")
     check_output(args.output, overwrite=args.overwrite)
     cloze = Cloze(args.template, _parse_words(args.words))
     table = _read_table(args, pairs="{pair}" in args.template)
@@ -68,11 +70,12 @@ def _run(args: ClozeArgs) -> None:
         raise ValueError(f"--words has none for the label {unknown[0]!r} of the data; it has words for {', '.join(cloze.labels)}.")
     loaded = _load_language_model(args)
     arrays = cloze.encode(loaded.tokenizer, table.text, table.pair, max_length=args.max_length)
+    check_token_ids(arrays, loaded)
     batch_size = min(args.batch_size, len(table))
     scores = cloze.classify(loaded.model.apply, {"params": loaded.params}, loaded.tokenizer, arrays, batch_size=batch_size)
     if args.data is not None and table.label is not None:
         expected = np.array([cloze.labels.index(label) for label in table.label], np.int32)
-        name = args.data if Path(args.data).is_file() else args.split
+        name = args.split or (args.data if Path(args.data).is_file() else "test")
         print_metrics({name: SequenceClassification().metrics(scores, {"label": expected}, cloze.labels)})
     if table.label is None or args.output is not None:
         write_predictions(args.output, table, SequenceClassification().predictions(scores, cloze.labels, loaded.tokenizer))
@@ -96,7 +99,7 @@ def _parse_words(words: Sequence[str]) -> dict[str, tuple[str, ...]]:
 
 def _read_table(args: ClozeArgs, *, pairs: bool) -> data.Table:
     if args.data is None:
-        return texts_table(args.text, args.pair, pairs=pairs, reader="template")
+        return texts_table(args.text, args.pair, needs_pairs=pairs, reader="template", names=("--text", "--pair"))
     if args.pair:
         raise ValueError("--pair holds the second texts of --text; the second texts of --data are in the column --pair-column.")
     names = {"text": args.text_column, "pair": args.pair_column if pairs else None, "label": args.label_column}
@@ -104,7 +107,7 @@ def _read_table(args: ClozeArgs, *, pairs: bool) -> data.Table:
 
 
 def _load_language_model(args: ClozeArgs) -> models.Loaded:
-    loaded = models.load(args.model, task="language-model")
+    loaded = models.load(args.model, task="language-model", revision=args.revision)
     if args.max_length > loaded.config.max_length:
         raise ValueError(f"max_length={args.max_length} is more than the model's {loaded.config.max_length} positions.")
     if loaded.initialised:
@@ -116,4 +119,4 @@ def _load_language_model(args: ClozeArgs) -> models.Loaded:
     return loaded
 
 
-COMMAND = Command("cloze", ClozeArgs, _run)
+COMMAND = Command("cloze", ClozeArgs, _run, names={name: f"--{name}-column" for name in ("text", "pair", "label")}, whole=("words",))

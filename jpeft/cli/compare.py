@@ -19,4 +19,4 @@ def _interrupted(config: CompareConfig) -> str:
     return "interrupted between two runs; the same command continues from here"
 
 
-COMMAND = Command("compare", CompareConfig, _run, interrupted=_interrupted)
+COMMAND = Command("compare", CompareConfig, _run, interrupted=_interrupted, names={"seed": "--seeds"}, holds_notes=False)

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 import sys
 from collections.abc import Iterable
+from typing import Any
 
-from jpeft.training.setting import optional_fields, renamed
+from jpeft.core.limits import LARGEST, is_finite
+from jpeft.training.setting import optional_fields, renamed, settings_of
 
 
 def rename_old_flags(arguments: Iterable[str], args: type) -> list[str]:
@@ -42,6 +45,24 @@ def parse_none(arguments: Iterable[str], args: type) -> list[str]:
     optional = set(map(_flag, optional_fields(args)))
     pairs = zip(["", *arguments], arguments)
     return ["None" if text == "none" and flag.replace("_", "-") in optional else text for flag, text in pairs]
+
+
+def check_numbers(args: Any) -> None:
+    """Check the numbers among the flags of a command whose fields are no settings with ranges of their own.
+
+    Raises:
+      ValueError: for a count below 1, a seed that would be another seed's, or a number that is not finite.
+    """
+    if settings_of(type(args)):
+        return
+    for field in dataclasses.fields(args):
+        value = getattr(args, field.name)
+        low, high = (0, 2**32 - 1) if field.name == "seed" else (1, LARGEST)
+        if isinstance(value, int) and not isinstance(value, bool) and not low <= value <= high:
+            bound = f"at least {low}" if value < low else f"at most {high}"
+            raise ValueError(f"{_flag(field.name)} must be {bound}, got {value}.")
+        if isinstance(value, float) and not is_finite(value):
+            raise ValueError(f"{_flag(field.name)} must be a finite number, got {value}.")
 
 
 def _flag(name: str) -> str:

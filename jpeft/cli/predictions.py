@@ -29,7 +29,7 @@ def write_predictions(output: str | None, table: data.Table, predictions: Sequen
     lines = []
     for row, prediction in enumerate(predictions):
         pair = {} if table.pair is None else {"pair": table.pair[row]}
-        lines.append(json.dumps({"text": table.text[row], **pair, **prediction}, ensure_ascii=False) + "\n")
+        lines.append(json.dumps({"text": table.text[row], **pair, **prediction}, ensure_ascii=False, allow_nan=False) + "\n")
     if output is None:
         print("".join(lines), end="")
     else:

@@ -7,14 +7,18 @@ from collections.abc import Mapping, Sequence
 
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 
 def print_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
     """Print a table with lines and wrapped cells on a terminal, and columns of plain text, uncut, elsewhere."""
     if sys.stdout.isatty():
-        table = Table(*head)
+        # As `Text`, which shows square brackets, where rich would read a plain string as markup.
+        table = Table()
+        for name in head:
+            table.add_column(Text(name))
         for row in rows:
-            table.add_row(*row)
+            table.add_row(*map(Text, row))
         Console().print(table)
         return
     widths = [max(map(len, column)) for column in zip(head, *rows)]

@@ -21,4 +21,4 @@ def _interrupted(config: TrainConfig) -> str:
     return "interrupted" + ("; continue from the newest checkpoint with --resume" if saved else "")
 
 
-COMMAND = Command("train", TrainConfig, _run, resume_flags=("--resume",), interrupted=_interrupted)
+COMMAND = Command("train", TrainConfig, _run, resume_flags=("--resume",), interrupted=_interrupted, holds_notes=False)

@@ -14,6 +14,7 @@ from jpeft.comparison.rows import ALL, Row, parse_rows
 from jpeft.training.config import CompareConfig, Settings, TrainConfig, check_values, resolved
 from jpeft.training.run_folder import RunFolder
 from jpeft.training.run_lock import RunInUseError
+from jpeft.training.setting import check_ranges
 from jpeft.training.train import train
 
 # One run of a row.
@@ -34,7 +35,10 @@ def compare(config: CompareConfig, *, say: Callable[[str], None] = print) -> Com
       ValueError: for input that concerns all rows, a row that does not exist, or a run folder of another configuration.
       InterruptedRun: after Ctrl-C or SIGTERM, once the finished runs are written.
     """
+    check_ranges(config)
     rows = parse_rows(config.methods, config.learning_rate)
+    if not rows:
+        raise ValueError("methods must name one row or more, got none.")
     if not config.seeds or len(set(config.seeds)) < len(config.seeds):
         raise ValueError(f"seeds={list(config.seeds)} must be one or more different numbers.")
     # Seed by seed, so that all rows have a result early.
@@ -46,7 +50,9 @@ def compare(config: CompareConfig, *, say: Callable[[str], None] = print) -> Com
     outcome = _Outcome()
     try:
         for number, (row, run) in enumerate(runs, 1):
-            if not RunFolder(run.output).finished and row not in outcome.refused:
+            folder = RunFolder(run.output)
+            # A finished run is read back without its model, unless that must show that base and data are those of the run, elsewhere.
+            if (not folder.finished or folder.moved(run)) and row not in outcome.refused:
                 say(f"[{number}/{len(runs)}] {row.label}, seed {run.seed}")
                 say(_train(row, run, rows, outcome))
     except KeyboardInterrupt:
@@ -91,8 +97,8 @@ def _train(row: Row, run: TrainConfig, rows: list[Row], outcome: _Outcome) -> st
         if list(refused) == rows[: len(refused)] and len(refused) == min(3, len(rows)) and len(set(refused.values())) == 1:
             raise
         return f"{row.label}: {message}"
-    scores = result.test or result.validation
-    return "  ".join(f"{name} {value:.4f}" for name, value in scores.items()) + f"  {result.seconds:.0f} s"
+    split, scores = ("test", result.test) if result.test else ("validation", result.validation)
+    return f"{split}: " + "  ".join(f"{name} {value:.4f}" for name, value in scores.items()) + f"  {result.seconds:.0f} s"
 
 
 def _run_config(config: CompareConfig, row: Row, seed: int) -> TrainConfig:

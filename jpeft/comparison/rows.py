@@ -8,7 +8,9 @@ from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import jpeft
+from jpeft.core.options import Positive, fits, shown
 from jpeft.training.config import parse_options
+from jpeft.training.options import check_method
 from jpeft.training.statistics import FULL_LEARNING_RATE
 
 
@@ -130,11 +132,9 @@ def parse_row(text: str, learning_rate: float | None = None) -> Row:
         method, options = baseline.method, [*baseline.options, *options]
     values = parse_options(options)
     rate = values.pop("learning_rate", None)
-    if rate is not None and not (isinstance(rate, (int, float)) and rate > 0):
-        raise ValueError(f"Row {text!r}: learning_rate={rate!r} is not a positive number.")
-    # Make the method once, so that a mistyped option is found now and not after hours of other rows. The option `tokens` may be text, which
-    # only the model's tokenizer can turn into ids.
-    jpeft.make(method, **values | ({"tokens": (0,)} if isinstance(values.get("tokens"), str) else {}))
+    if rate is not None and not fits(rate, Positive):
+        raise ValueError(f"Row {text!r}: learning_rate={shown(rate)} is not a positive number.")
+    check_method(method, values)  # a mistyped option is found now and not after hours of other rows
     kept = tuple(option for option in options if not option.startswith("learning_rate="))
     return Row(method, kept, float(rate or learning_rate or usual_rate(method, kept)))
 

@@ -8,14 +8,17 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
-from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
-from matplotlib.lines import Line2D
-from matplotlib.text import Annotation, Text
-from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
+from jpeft.extras import explained
 from jpeft.training.plot import INK, write_figure
+
+with explained():
+    from matplotlib.axes import Axes
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+    from matplotlib.lines import Line2D
+    from matplotlib.text import Annotation, Text
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
 FAMILIES = {"selective": "#1f6fb2", "additive": "#c9701a", "reparameterized": "#2c8a5c"}
 GREY, GRID = "#7a8592", "#e9edf0"
@@ -66,7 +69,7 @@ def plot_scatter(
     axes.set_xlabel(x_label, color=INK, labelpad=6)
     axes.set_ylabel(y_label, color=INK, labelpad=8)
     if title:
-        axes.set_title(title, loc="left", fontsize=11, fontweight="bold", color=INK, pad=12)
+        axes.set_title(title, loc="left", fontsize=11, fontweight="bold", color=INK, pad=12, parse_math=False)
     for point in points:
         color = FAMILIES.get(point.family, GREY)
         axes.errorbar(point.x, point.y, yerr=point.spread or None, color=color, elinewidth=1.3, alpha=0.55, zorder=3)
@@ -92,7 +95,7 @@ def _frame(axes: Axes, points: Sequence[Point], lines: Sequence[Line]) -> None:
     high = [point.y + point.spread for point in points] + [line.y for line in lines]
     pad = 0.09 * (max(high, default=1) - min(low, default=0)) or 0.05
     axes.set_ylim(min(low, default=0) - pad, max(high, default=1) + pad)
-    axes.xaxis.set_major_locator(LogLocator(numticks=12))
+    axes.xaxis.set_major_locator(LogLocator(subs=_ticks(*axes.get_xlim()), numticks=12))
     axes.xaxis.set_major_formatter(FuncFormatter(_amount))
     axes.xaxis.set_minor_formatter(NullFormatter())
     axes.grid(color=GRID, linewidth=0.9, zorder=0)
@@ -101,6 +104,12 @@ def _frame(axes: Axes, points: Sequence[Point], lines: Sequence[Line]) -> None:
     axes.spines["bottom"].set_color("#c5ccd3")
     axes.tick_params(colors=INK, labelsize=9, length=0)
     axes.tick_params(which="minor", color="#c5ccd3", length=3)
+
+
+def _ticks(low: float, high: float) -> tuple[float, ...]:
+    """Return the multiples of powers of ten that have a tick: so many that a short axis has two or more."""
+    decades = math.log10(high / low)
+    return (1.0,) if decades > 2 else (1.0, 2.0, 5.0) if decades > 1 else (1.0, 1.5, 2.0, 3.0, 5.0, 7.0)
 
 
 def _amount(value: float, position: int | None = None) -> str:
@@ -134,7 +143,7 @@ def _label_lines(axes: Axes, lines: Sequence[Line], points: Sequence[Point]) -> 
         labels.setdefault(f"{line.y:.3f}" if abs(line.y) < 10 else f"{line.y:.1f}", []).append(line)
     for value, same in labels.items():
         name = ", ".join(line.label if len(line.label) <= LONGEST else f"{line.label[:LONGEST]}…" for line in same)
-        style = {"color": GREY, "fontsize": FONT, "style": "italic", "zorder": 2, "textcoords": "offset points"}
+        style = {"parse_math": False, "color": GREY, "fontsize": FONT, "style": "italic", "zorder": 2, "textcoords": "offset points"}
         text = axes.annotate(f"{name} {value}", (0, same[0].y), xycoords=axes.get_yaxis_transform(), xytext=(0, 0), **style)
         rules = [(-1e4, y - 1, 1e4, y + 1) for y in (_pixels(axes, 1.0, line.y)[1] for line in lines if line not in same)]
         covered = {}
@@ -158,7 +167,9 @@ def _label_points(axes: Axes, points: Sequence[Point], lines: Sequence[Line], ta
     """Put each label near its point where it overlaps the least."""
     pixel = axes.figure.dpi / 72
     centres = [_pixels(axes, point.x, point.y) for point in points]
-    texts = [axes.text(0, 0, point.label, color=FAMILIES.get(point.family, GREY), fontsize=FONT, zorder=5) for point in points]
+    texts = [
+        axes.text(0, 0, point.label, parse_math=False, color=FAMILIES.get(point.family, GREY), fontsize=FONT, zorder=5) for point in points
+    ]
     for text in texts:
         text.set_transform(None)
     # For each point its candidate positions: boxes [n, 4], costs [n], and points of the lines to the boxes [n, samples, 2].

@@ -45,5 +45,5 @@ def _cells(stages: tuple[Mapping[str, Any], ...]) -> list[str]:
     ]
 
 
-def _median(values: list[float]) -> float | None:
+def _median(values: list[Any]) -> float | None:
     return float(statistics.median(values)) if values else None

@@ -32,6 +32,8 @@ class Chain(Method):
         for name, part in self.methods:
             if part.parts:
                 raise ValueError(f"chain({name}=...): a chain within a chain; list its parts here: {[n for n, _ in part.parts]}.")
+            if not name or {"/", tree.ADDED} & {name, *name}:
+                raise ValueError(f"chain: {name!r} is no name for a part: it must be neither empty nor {tree.ADDED!r}, and hold no '/'.")
             if name == "params":
                 raise ValueError("chain(params=...): 'params' is the base's own collection; choose another name.")
         staged = [name for name, part in self.methods if part.stages]
@@ -42,6 +44,11 @@ class Chain(Method):
             )
 
     # --- making and binding ---------------------------------------------------------------------------------------------------------
+
+    def check_base(self, params: tree.Params) -> None:
+        """Each part's own check."""
+        for _, part in self.methods:
+            part.check_base(params)
 
     def init(self, key: jax.Array, params: tree.Params, *, stats: Any = None) -> tree.Adapter:
         """One adapter for each part. A leaf that two parts would replace, such as the task head, belongs to the first.

@@ -163,6 +163,10 @@ class Method(metaclass=MethodType):
           ValueError: with what was given and what is allowed.
         """
 
+    def check_base(self, params: Params) -> None:
+        """Refuse options that do not fit the base, when `jpeft.apply` makes an adapter; one on disk is read without this."""
+        del params
+
     @abc.abstractmethod
     def init(self, key: jax.Array, params: Params, *, stats: Any = None) -> Adapter:
         """Build the adapter for a base. Pure; works on `jax.ShapeDtypeStruct` parameters under `jax.eval_shape`.
@@ -297,15 +301,15 @@ class Method(metaclass=MethodType):
         return {"method": self.name, **{name: opt.plain(value) for name, value in self.options}}
 
     @classmethod
-    def of_stage(cls, stage: str) -> "type[Method]":
+    def of_stage(cls, stage: Any) -> "type[Method]":
         """The class of one of the method's stages.
 
         Raises:
           ValueError: for a stage that the method does not have.
         """
         classes = {each.stage: each for each in (cls, *cls.later_stages)}
-        if stage not in classes:
-            raise ValueError(f"{cls.name}: stage={stage!r} is not one of {', '.join(map(repr, classes))}.")
+        if not isinstance(stage, str) or stage not in classes:
+            raise ValueError(f"{cls.name}: stage={opt.shown(stage)} is not one of {', '.join(map(repr, classes))}.")
         return classes[stage]
 
     # --- the adapter as collections -------------------------------------------------------------------------------------------------

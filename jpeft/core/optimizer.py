@@ -9,7 +9,8 @@ import optax
 from jpeft.core.groups import Group
 from jpeft.core.lr_scale import scale_by_path
 from jpeft.core.method import FREEZE, TRAIN
-from jpeft.core.peft import Peft
+from jpeft.core.options import shown
+from jpeft.core.peft import Peft, check_peft
 
 
 def optimizer(
@@ -50,8 +51,12 @@ def optimizer(
     >>> jnp.shape(updates["dense"]["bias"])
     (4,)
     """
+    check_peft(peft, "optimizer")
+    for name, one in (tx if isinstance(tx, Mapping) else {"tx": tx}).items():
+        if not (callable(getattr(one, "init", None)) and callable(getattr(one, "update", None))):
+            raise ValueError(f"optimizer: {name}={shown(one)} is no optax optimizer, such as optax.adamw(1e-3).")
     if over not in ("adapter", "variables"):
-        raise ValueError(f"over={over!r} is not one of 'adapter', 'variables'.")
+        raise ValueError(f"over={shown(over)} is not one of 'adapter', 'variables'.")
     labels = peft.method.labels(peft.adapter) if over == "adapter" else peft.labels
     used = set(jax.tree.leaves(labels)) - {FREEZE}
     given, common = (dict(tx), tx.get(TRAIN)) if isinstance(tx, Mapping) else ({}, tx)

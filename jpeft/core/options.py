@@ -13,63 +13,32 @@ import dataclasses
 import difflib
 import functools
 import inspect
-import math
-import numbers
 import types
 import typing
 from collections.abc import Hashable, Iterable, Mapping, Sequence
 from typing import Annotated, Any, Literal, TypeVar, Union
 
+from jpeft.core import other_names
+from jpeft.core.limits import LARGEST, LONGEST, WIDEST, Geometry, Limit, Name, NotEmpty, Number, Range, Regex, is_finite
 from jpeft.tree.kernels import KernelAxes
 
 T = TypeVar("T")
-Number = int | float
 
 
-class NotEmpty:
-    """A list that may not be empty."""
-
-    def __contains__(self, value: Any) -> bool:
-        """Whether the list has items."""
-        return bool(value)
-
-    def __str__(self) -> str:
-        """The limit in words."""
-        return "(not empty)"
-
-
-@dataclasses.dataclass(frozen=True)
-class Range:
-    """The numbers that an option may take: from `low` to `high`, without an end that is `open`."""
-
-    low: Number = -math.inf
-    high: Number = math.inf
-    open: Literal["neither", "low", "high", "both"] = "neither"
-
-    def __contains__(self, value: Number) -> bool:
-        """Whether a finite number lies in the range."""
-        above = value > self.low if self.open in ("low", "both") else value >= self.low
-        below = value < self.high if self.open in ("high", "both") else value <= self.high
-        return math.isfinite(value) and above and below
-
-    def __str__(self) -> str:
-        """The range in words, to follow the name of a type."""
-        low = f"above {self.low:g}" if self.open in ("low", "both") else f"of at least {self.low:g}"
-        high = f"below {self.high:g}" if self.open in ("high", "both") else f"at most {self.high:g}"
-        return " and ".join(words for words, end in ((low, self.low), (high, self.high)) if math.isfinite(end))
-
-
-Count = Annotated[int, Range(1)]  # 1, 2, 3, ...
-CountOrZero = Annotated[int, Range(0)]  # 0, 1, 2, ...
+Count = Annotated[int, Range(1, WIDEST)]  # 1, 2, 3, ...
+Length = Annotated[int, Range(1, LONGEST)]  # rows of a prompt or prefix
+CountOrZero = Annotated[int, Range(0, LARGEST)]  # 0, 1, 2, ...
 Positive = Annotated[Number, Range(0, open="low")]  # (0, inf)
 NotNegative = Annotated[Number, Range(0)]  # [0, inf)
 Probability = Annotated[Number, Range(0, 1, open="high")]  # [0, 1)
 Share = Annotated[Number, Range(0, 1, open="low")]  # (0, 1]
 ShareBelowOne = Annotated[Number, Range(0, 1, open="both")]  # (0, 1)
 
-Names = str | Annotated[Sequence[str], NotEmpty()]  # a regex for whole paths, or a list of names
-Axes = Sequence[tuple[str, tuple[Sequence[int], ...]]]  # rules (regex, KernelAxes), as of `jpeft.kernel_axes`
-PerPath = T | Mapping[str, T] | tuple[tuple[str, T], ...]  # one value for all paths, or rules {regex: value}
+Pattern = Annotated[str, Regex()]  # a regex for whole paths, or roles
+PathPattern = Annotated[str, Regex(roles=False)]  # a regex or a name, for one path at a time
+Names = Pattern | Annotated[Sequence[Annotated[str, Name()]], NotEmpty()]  # a regex, a name, or a list of names
+Axes = Sequence[tuple[PathPattern, Annotated[tuple[Sequence[CountOrZero], ...], Geometry()]]]  # as of `jpeft.kernel_axes`
+PerPath = T | Mapping[PathPattern, T] | tuple[tuple[PathPattern, T], ...]  # one value for all paths, or rules {regex or name: value}
 
 
 def option(*, default: Any, alias: str) -> Any:
@@ -101,6 +70,15 @@ def signature(cls: Any) -> inspect.Signature:
     return inspect.Signature([inspect.Parameter(spelling(f), kind, default=default(f), annotation=f.type) for f in fields])
 
 
+def per_path(cls: Any) -> dict[str, str]:
+    """The fields of a method's class that may be rules, `PerPath`, by the names that callers give them."""
+    hints = annotations(cls)
+    is_rules = lambda hint: any(
+        isinstance(made := typing.get_origin(part), type) and issubclass(made, Mapping) for part in typing.get_args(hint)
+    )
+    return {name: field for name, field in spellings(cls).items() if is_rules(hints.get(field))}
+
+
 @functools.cache
 def annotations(cls: Any) -> dict[str, Any]:
     """The annotations of a method's fields, evaluated; none for a class whose annotations name what only its own function knows."""
@@ -120,8 +98,9 @@ def refuse_unknown(name: str, parameters: Mapping[str, inspect.Parameter], args:
     if not unknown and not args:
         return
     given = f"option {unknown[0]!r}" if unknown else "positional arguments"
-    close = difflib.get_close_matches(unknown[0], parameters, n=1) if unknown else []
-    hint = f" Did you mean {close[0]!r}?" if close else ""
+    elsewhere = other_names.hint(unknown[0], parameters) if unknown else ""
+    close = difflib.get_close_matches(unknown[0], parameters, n=1) if unknown and not elsewhere else []
+    hint = f" Did you mean {close[0]!r}?" if close else f" {elsewhere}" if elsewhere else ""
     defaults = ", ".join(f"{parameter.name}={parameter.default!r}" for parameter in parameters.values())
     raise ValueError(f"{name} has no {given}.{hint} Its options and defaults are: {defaults}.")
 
@@ -141,7 +120,9 @@ def hashable(value: Any) -> Hashable:
         return KernelAxes(*map(tuple, value))
     if hasattr(value, "tolist"):  # a NumPy or JAX array, or a scalar of one
         return hashable(value.tolist())
-    if isinstance(value, (list, set, tuple)):
+    if isinstance(value, (set, frozenset)):  # in one order in every process
+        return tuple(sorted(map(hashable, value), key=repr))
+    if isinstance(value, (list, tuple)):
         return tuple(hashable(item) for item in value)
     hash(value)
     return value
@@ -152,8 +133,15 @@ def plain(value: Any) -> Any:
     return [plain(item) for item in value] if isinstance(value, tuple) else value
 
 
-def checked(owner: str, name: str, value: Hashable, hint: Any) -> Hashable:
+def checked(owner: str, name: str, value: Hashable, hint: Any, *, given: Any = None) -> Hashable:
     """The value of an option, if it has the declared type and lies in the declared range.
+
+    Args:
+      owner: Name of the method.
+      name: Name of the option.
+      value: In the form of `hashable`.
+      hint: Annotation of the field.
+      given: The value in the form in which it was given, for the message.
 
     Raises:
       ValueError: otherwise.
@@ -162,7 +150,8 @@ def checked(owner: str, name: str, value: Hashable, hint: Any) -> Hashable:
     8
     """
     if not _fits(value, hint):
-        raise ValueError(f"{owner}: {name}={value!r} must be {describe(hint)}.")
+        spelled = shown(value if given is None else given)
+        raise ValueError(f"{owner}: {name}={spelled} {_problem(value, hint) or f'must be {describe(hint)}'}.")
     return value
 
 
@@ -177,9 +166,38 @@ def checked_fields(cls: Any, owner: str, options: Mapping[str, Any]) -> dict[str
         name = spelling(field)
         if name not in options and field.default is dataclasses.MISSING:
             raise ValueError(f"{owner} needs the option {name!r}.")
-        value = hashable(options.get(name, field.default))
-        values[field.name] = checked(owner, name, value, hints.get(field.name, Any))
+        given, hint = options.get(name, field.default), hints.get(field.name, Any)
+        try:
+            value = hashable(given)
+        except (TypeError, RecursionError):  # what cannot be hashed, nests without end, or is known inside `jax.jit` only
+            raise ValueError(f"{owner}: {name}={shown(given)} must be {describe(hint)}.") from None
+        values[field.name] = checked(owner, name, value, hint, given=given)
     return values
+
+
+def shown(value: Any) -> str:
+    """A value for an error message, in one line of bearable length.
+
+    >>> shown("a" * 300)[-6:], shown(10**5000)
+    ('aaa...', '<int>')
+    """
+    try:
+        text = " ".join(repr(value).splitlines())
+    except (ValueError, RecursionError):  # Python refuses to write very long numbers
+        return f"<{type(value).__name__}>"
+    return text if len(text) <= 200 else f"{text[:197]}..."
+
+
+def fits(value: Any, hint: Any) -> bool:
+    """Whether a value has a declared type and lies in its range.
+
+    >>> fits(8, Count), fits([8], Sequence[Count]), fits(True, int)
+    (True, True, False)
+    """
+    try:
+        return _fits(hashable(value), hint)
+    except (TypeError, RecursionError):
+        return False
 
 
 def _fits(value: Any, hint: Any) -> bool:
@@ -187,13 +205,13 @@ def _fits(value: Any, hint: Any) -> bool:
     if hint is Any:
         return True
     if origin is Annotated:
-        return _fits(value, args[0]) and all(value in limit for limit in args[1:] if isinstance(limit, (Range, NotEmpty)))
+        return _fits(value, args[0]) and all(value in limit for limit in _limits(hint))
     if origin in (Union, types.UnionType):
         return any(_fits(value, part) for part in args)
     if origin is Literal:
         return any(type(value) is type(choice) and value == choice for choice in args)
     if hint is float or hint == Number:
-        return isinstance(value, numbers.Real) and not isinstance(value, bool) and math.isfinite(value)
+        return isinstance(value, int | float) and not isinstance(value, bool) and is_finite(value)
     if hint is int:
         return isinstance(value, int) and not isinstance(value, bool)
     if hint is None or hint is type(None):
@@ -215,24 +233,52 @@ def _fits_tuple(value: tuple[Any, ...], args: tuple[Any, ...]) -> bool:
     return len(value) == len(args) and all(map(_fits, value, args))
 
 
+def _limits(hint: Any) -> list[Limit]:
+    return [limit for limit in typing.get_args(hint)[1:] if isinstance(limit, Limit)]
+
+
+def _problem(value: Any, hint: Any) -> str:
+    """What is wrong with a value that does not fit, where a limit knows more than the type's description says; else nothing."""
+    origin, args = typing.get_origin(hint), typing.get_args(hint)
+    if origin is Annotated:
+        if not _fits(value, args[0]):
+            return _problem(value, args[0])
+        return next(filter(None, (limit.problem(value) for limit in _limits(hint))), "")
+    if origin in (Union, types.UnionType):
+        return next(filter(None, (_problem(value, part) for part in args)), "")
+    if origin is Literal or not args or not isinstance(value, tuple):
+        return ""
+    if isinstance(origin, type) and issubclass(origin, Mapping):
+        items = [(item, hint) for pair in value if isinstance(pair, tuple) and len(pair) == len(args) for item, hint in zip(pair, args)]
+    elif origin is tuple and args[1:] != (Ellipsis,):
+        items = list(zip(value, args)) if len(value) == len(args) else []
+    else:
+        items = [(item, args[0]) for item in value]
+    found = ((item, _problem(item, hint)) for item, hint in items)
+    item, problem = next(((item, problem) for item, problem in found if problem), (None, ""))
+    return problem if not problem or problem.startswith("holds ") else f"holds {shown(item)}, which {problem}"
+
+
 def describe(hint: Any) -> str:
     """What a declared type allows, in words.
 
     >>> describe(PerPath[Count])
-    'a whole number of at least 1, or rules {regex: a whole number of at least 1}'
+    'a whole number of at least 1, or rules {regex or name: a whole number of at least 1}'
     """
     origin, args = typing.get_origin(hint), typing.get_args(hint)
     words = {int: "a whole number", float: "a number", str: "a text", bool: "True or False", type(None): "None", Any: "any value"}
     if hint == Number:
         return "a number"
     if origin is Annotated:
-        return " ".join([describe(args[0]), *(str(limit) for limit in args[1:] if isinstance(limit, (Range, NotEmpty)))])
+        limits = _limits(hint)
+        kind = next((limit.words for limit in limits if limit.words is not None), None)
+        return " ".join([kind or describe(args[0]), *(str(limit) for limit in limits if limit.words is None)])
     if origin in (Union, types.UnionType):
         return ", or ".join(dict.fromkeys(map(describe, _without_pairs(args))))
     if origin is Literal:
         return f"one of {', '.join(map(repr, args))}" if args[1:] else repr(*args)
     if isinstance(origin, type) and issubclass(origin, Mapping):
-        return f"rules {{regex: {describe(args[1])}}}"
+        return f"rules {{regex or name: {describe(args[1])}}}"
     if origin is tuple and args and args[1:] != (Ellipsis,):
         return f"({', '.join(map(describe, args))})"
     if args and isinstance(origin, type) and issubclass(origin, Iterable):

@@ -9,8 +9,12 @@ import functools
 import sys
 from collections.abc import Iterator, Mapping
 
-import grain
 import numpy as np
+
+from jpeft.extras import explained
+
+with explained():
+    import grain
 
 
 def batches(arrays: Mapping[str, np.ndarray], batch_size: int, *, seed: int) -> grain.MapDataset:

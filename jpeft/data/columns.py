@@ -55,7 +55,10 @@ def from_columns(
             f"{source}: as many tags in column {tags!r} as words in column {text!r} are needed; not so in {origin.at(uneven)}."
         )
     return Table(
-        text=_filled(columns[text], origin, text) if words is None else [" ".join(row) for row in words],
+        # Beside lists of words, a text stays as it is.
+        text=_filled(columns[text], origin, text)
+        if words is None
+        else [value if tags is None and isinstance(value, str) else " ".join(row) for value, row in zip(columns[text], words)],
         pair=None if pair is None else _texts(columns[pair], origin, pair),
         label=None if label is None else _labels(columns[label], origin, label),
         target=None if target is None else _filled(columns[target], origin, target),

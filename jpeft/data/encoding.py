@@ -32,7 +32,12 @@ def encode(table: Table, tokenizer: Any, *, labels: Sequence[str] | None, max_le
     Example: `encode(table, AutoTokenizer.from_pretrained(folder), labels=("neg", "pos"), max_length=128)`.
     """
     if tokenizer.pad_token_id is None:
-        raise ValueError("The tokenizer has no padding token: set one, e.g. tokenizer.pad_token = tokenizer.eos_token.")
+        folder = getattr(tokenizer, "name_or_path", "")
+        of = f" of {folder}" if folder else ""
+        raise ValueError(
+            f"The tokenizer{of} has no padding token: name one in tokenizer_config.json, or set one, e.g. tokenizer.pad_token = "
+            "tokenizer.eos_token."
+        )
     check_max_length(tokenizer, max_length, pair=table.pair is not None)
     cut = 0
     arrays: dict[str, list[np.ndarray]] = defaultdict(list)

@@ -7,10 +7,12 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import pyarrow as pa
-import pyarrow.parquet as pq
-
 from jpeft.data.delimited import Row, read_csv, read_tsv
+from jpeft.extras import explained
+
+with explained():
+    import pyarrow as pa
+    import pyarrow.parquet as pq
 
 Columns = Mapping[str, Sequence[Any]]
 

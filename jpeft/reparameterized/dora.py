@@ -22,7 +22,7 @@ class DoRA(WeightMethod):
     no accuracy there, and no gradient of the size of W is formed.
 
     Args:
-      rank: r; or rules ``{regex or module path: r}``, first match wins.
+      rank: r; or rules ``{regex or name: r}``, first match wins: with ``{"query": 16, ".*": 4}`` the queries have 16. Each rule must match.
       alpha: Scale before the division by r; or rules. ``s = alpha / r``.
       rslora: ``s = alpha / sqrt(r)``.
       init: How ``a`` begins: "kaiming" or "gaussian", as in `jpeft.lora`.

@@ -21,7 +21,7 @@ class LoRA(WeightMethod):
     the adapted model begins as the base. One ``a`` is shared by all heads of a kernel with a head axis.
 
     Args:
-      rank: r; or rules ``{regex or module path: r}``, first match wins.
+      rank: r; or rules ``{regex or name: r}``, first match wins: with ``{"query": 16, ".*": 4}`` the queries have 16. Each rule must match.
       alpha: Scale before the division by r; or rules. 16 for rank 8 is what the authors' GLUE scripts use.
       target: Which kernels. A regex for whole paths, or a list of names as in HF PEFT, ``["query", "value"]``; by default every kernel
         but the head's, which reaches full fine-tuning's quality where query and value alone do not (Schulman et al., 2025,

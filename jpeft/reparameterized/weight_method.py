@@ -17,11 +17,11 @@ from jaxtyping import Array, Float
 from jpeft import tree
 from jpeft.core.layer import Layer, Linear
 from jpeft.core.method import Method, with_head
-from jpeft.core.options import Axes, Names
+from jpeft.core.options import Axes, Names, Pattern, per_path
 from jpeft.reparameterized.matrix_form import OUTPUTS, LeafAxes, MatrixForm
 from jpeft.tree.head import not_head
 from jpeft.tree.kernels import KernelAxes, axes_inside, axes_of, axes_rules
-from jpeft.tree.select import select
+from jpeft.tree.select import check_rules, select
 
 Matrix = Float[Array, "inputs outputs"]  # one kernel
 Vector = Float[Array, " outputs"]  # the bias beside it
@@ -42,7 +42,7 @@ class WeightMethod(Method):
 
     target: Names = r"(.*/)?kernel"
     axes: Axes | None = None
-    head: str | None = "auto"
+    head: Pattern | None = "auto"
 
     leaf_axes: ClassVar[Mapping[str, LeafAxes]]
     family = "reparameterized"
@@ -107,6 +107,15 @@ class WeightMethod(Method):
         return {path: MatrixForm(shapes[path], axes_of(path, shapes[path], rules)) for path in self.kernels(params)}
 
     # --- the contract of a method -----------------------------------------------------------------------------------------------------
+
+    def check_base(self, params: tree.Params) -> None:
+        """Refuse rules (`PerPath`) that are for none of the chosen kernels.
+
+        Raises:
+          ValueError: with the rule, and the kernels that there are.
+        """
+        for name, field in per_path(type(self)).items():
+            check_rules(getattr(self, field), self.kernels(params), name)
 
     def init(self, key: Key, params: tree.Params, *, stats: Any = None) -> tree.Adapter:
         """Leaves for each chosen kernel, and the task head."""

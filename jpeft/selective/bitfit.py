@@ -6,7 +6,7 @@ import jax
 
 from jpeft import tree
 from jpeft.core.method import Method, with_head
-from jpeft.core.options import Names
+from jpeft.core.options import Names, Pattern
 from jpeft.tree.head import not_head
 from jpeft.tree.select import select
 
@@ -42,7 +42,7 @@ class BitFit(Method):
     """
 
     subset: Names = "all"
-    head: str | None = "auto"
+    head: Pattern | None = "auto"
 
     name = "bitfit"
     family = "selective"

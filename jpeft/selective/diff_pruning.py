@@ -11,7 +11,7 @@ from jaxtyping import Array, Float
 from jpeft import tree
 from jpeft.core.groups import Group
 from jpeft.core.method import TRAIN, Method, with_head
-from jpeft.core.options import NotNegative, Positive, Share, ShareBelowOne
+from jpeft.core.options import NotNegative, Pattern, Positive, Share, ShareBelowOne
 from jpeft.core.stages import Stage
 from jpeft.core.statistics import Fisher, Movement
 from jpeft.selective import choice, hard_concrete, sparse
@@ -37,7 +37,7 @@ class DiffPruningOptions(Method):
     weight_rate: Positive = 0.2
     mask_share: ShareBelowOne = 0.5
     draw: bool = False
-    head: str | None = "auto"
+    head: Pattern | None = "auto"
 
     name = "diff_pruning"
     family = "selective"

@@ -11,7 +11,7 @@ from jaxtyping import Array, Float
 from jpeft import tree
 from jpeft.core.layer import Layer
 from jpeft.core.method import Method, with_head
-from jpeft.core.options import Names, Share, ShareBelowOne
+from jpeft.core.options import Names, Pattern, Share, ShareBelowOne
 from jpeft.core.stages import Stage
 from jpeft.core.statistics import Fisher, Movement, Statistic
 from jpeft.selective.choice import find_scores
@@ -29,7 +29,7 @@ class NeuronMethod(Method):
     target: Names = "@ffn_in|@ffn_out"
     also: Names | None = None
     priming_share: ShareBelowOne = 0.1
-    head: str | None = "auto"
+    head: Pattern | None = "auto"
 
     name = "far"
     family = "selective"

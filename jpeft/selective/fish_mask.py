@@ -1,12 +1,12 @@
 """FishMask: train the weights that carry the most Fisher information."""
 
-from typing import Any
+from typing import Annotated, Any
 
 import jax
 
 from jpeft import tree
 from jpeft.core.method import Method
-from jpeft.core.options import CountOrZero
+from jpeft.core.options import Range
 from jpeft.core.stages import Stage
 from jpeft.core.statistics import Fisher
 from jpeft.selective import sparse
@@ -52,7 +52,7 @@ class FishMask(SparseMethod):
     moves weights outside the mask, and memory is that of full fine-tuning. Here, decay acts on the difference to the pretrained weights.
     """
 
-    refresh: CountOrZero = 0
+    refresh: Annotated[int, Range(0, 1000)] = 0
 
     name = "fish_mask"
     summary = "train the weights of highest Fisher information (needs stats)"

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 
 from jpeft import layouts, tree
 from jpeft.core.method import Method, with_head
-from jpeft.core.options import CountOrZero, Names
+from jpeft.core.options import CountOrZero, Names, PathPattern, Pattern
 from jpeft.tree.head import not_head
 from jpeft.tree.kernels import STACKED
 from jpeft.tree.select import select
@@ -48,16 +48,21 @@ class Freeze(Method):
     """
 
     top: CountOrZero = 2
-    layers: str | None = None
+    layers: PathPattern | None = None
     also: Names | None = "auto"
     target: Names | None = None
-    head: str | None = "auto"
+    head: Pattern | None = "auto"
 
     name = "freeze"
     family = "selective"
     summary = "train the top layers and what follows them, freeze the rest"
     learning_rate = 5e-4
     why_no_merge = None
+
+    def check(self) -> None:
+        """Refuse a regex for the layers that has no group for their index."""
+        if self.layers is not None and re.compile(self.layers).groups != 1:
+            raise ValueError(f"freeze: layers={self.layers!r} needs exactly one group, (\\d+), for the layer's index.")
 
     def init(self, key: jax.Array, params: tree.Params, *, stats: Any = None) -> tree.Adapter:
         """Copies of the trained leaves, of a scanned stack its top slice, and the head."""
@@ -145,9 +150,11 @@ def find_layers(leaves: dict[str, Any], pattern: str | None) -> dict[str, int | 
 def _match_layers(leaves: dict[str, Any], pattern: str) -> dict[str, int | None]:
     """The leaves whose paths a regex matches from the start, with the index in its group."""
     regex = re.compile(pattern)
-    if regex.groups != 1:
-        raise ValueError(f"freeze: layers={pattern!r} needs exactly one group, (\\d+), for the layer's index.")
-    found: dict[str, int | None] = {path: int(m[1]) for path in leaves if (m := regex.match(path))}
+    matched = {path: m[1] for path in leaves if (m := regex.match(path))}
+    for path, index in matched.items():
+        if index is None or not index.isdecimal():
+            raise ValueError(f"freeze: the group of layers={pattern!r} holds {index!r} of '{path}', which is no index: let it be (\\d+).")
+    found: dict[str, int | None] = {path: int(index) for path, index in matched.items()}
     if not found:
         raise ValueError(f"freeze: layers={pattern!r} matches none of the {len(leaves)} parameters, such as {list(leaves)[:5]}.")
     return found

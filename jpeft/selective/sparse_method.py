@@ -8,7 +8,7 @@ import jax.numpy as jnp
 
 from jpeft import tree
 from jpeft.core.method import Method, with_head
-from jpeft.core.options import Share
+from jpeft.core.options import Pattern, Share
 from jpeft.core.statistics import Statistic
 from jpeft.selective import choice, sparse
 from jpeft.selective.indices import INDICES, VALUES, count_digits, decode, label_pairs
@@ -25,7 +25,7 @@ class SparseMethod(Method):
     """
 
     sparsity: Share = 0.005
-    head: str | None = "auto"
+    head: Pattern | None = "auto"
 
     how_to_score: ClassVar[str]
     family = "selective"

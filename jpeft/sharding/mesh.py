@@ -1,14 +1,17 @@
 """Meshes of devices with the axes data, fsdp and tensor, and batches on them."""
 
 import math
+import re
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Annotated, Any
 
 import jax
 import numpy as np
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from jpeft.core.limits import Range
+from jpeft.core.options import fits
 from jpeft.distributed import place
 
 DATA, FSDP, TENSOR = AXES = ("data", "fsdp", "tensor")
@@ -61,9 +64,11 @@ def parse_mesh(text: str) -> dict[str, int]:
     sizes: dict[str, int] = {}
     for part in filter(None, (part.strip() for part in text.split(","))):
         name, _, size = part.partition("=")
-        if name not in AXES or name in sizes or not size.lstrip("-").isdigit():
+        if name not in AXES or name in sizes or re.fullmatch(r"-1|[0-9]{1,9}", size) is None:
             raise ValueError(f"mesh {text!r}: {part!r} is not AXIS=SIZE with each of {', '.join(AXES)} at most once, as in data=2,fsdp=4.")
         sizes[name] = int(size)
+    if not sizes:
+        raise ValueError(f"mesh {text!r} names no axis: give sizes as in data=2,fsdp=4.")
     return sizes
 
 
@@ -122,7 +127,7 @@ def _sizes(count: int, data: int, fsdp: int, tensor: int) -> tuple[int, ...]:
     sizes = {DATA: data, FSDP: fsdp, TENSOR: tensor}
     shown = ", ".join(f"{name}={size}" for name, size in sizes.items())
     rest = [name for name, size in sizes.items() if size == -1]
-    if len(rest) > 1 or any(size < 1 and size != -1 for size in sizes.values()):
+    if len(rest) > 1 or any(not fits(size, Annotated[int, Range(-1)]) or size == 0 for size in sizes.values()):
         raise ValueError(f"mesh {shown}: sizes are at least 1, and one of them may be -1, for the devices that are left.")
     known = math.prod(size for size in sizes.values() if size != -1)
     if rest:

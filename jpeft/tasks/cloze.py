@@ -151,13 +151,23 @@ class Cloze:
           tokenizer: The model's tokenizer.
           arrays: From `encode`.
           batch_size: Texts per compiled call.
+
+        Raises:
+          ValueError: if the score of a text is not finite, or if the model scores no such word.
         """
         words = self.word_ids(tokenizer)
         out = []
         for batch in eval_batches(dict(arrays), batch_size):
             inputs = {name: batch[name] for name in ("input_ids", "attention_mask", "token_type_ids") if name in batch}
             out.append(np.asarray(_scores(forward, words, variables, inputs, batch["gap"]))[batch["weight"] > 0])
-        return np.concatenate(out)
+        scores = np.concatenate(out)
+        bad = np.flatnonzero(~np.isfinite(scores).all(-1))
+        if bad.size:
+            raise ValueError(
+                f"The model's scores for text {bad[0] + 1} are not finite numbers: its checkpoint is damaged, or the text holds a token "
+                "that it has no embedding for."
+            )
+        return scores
 
 
 @functools.partial(jax.jit, static_argnames=("forward", "words"))
@@ -170,10 +180,15 @@ def label_scores(
 ) -> Float[Array, "batch labels"]:
     """Return the mean log-probability of each label's words at the gap.
 
+    Raises:
+      ValueError: for a word that the model does not score.
+
     >>> logits = jnp.log(jnp.array([[[0.5, 0.2, 0.2, 0.1]]]))
     >>> jnp.exp(label_scores(logits, jnp.array([0]), ((0,), (1, 2)))).round(3)
     Array([[0.5, 0.2]], dtype=float32)
     """
+    if (last := max(token for ids in words for token in ids)) >= logits.shape[-1]:
+        raise ValueError(f"A word has the token {last}, and the model scores {logits.shape[-1]}: the tokenizer is not that of this model.")
     at_gap = jnp.take_along_axis(logits, jnp.asarray(gap)[:, None, None], axis=1)[:, 0]  # [batch, vocab]
     log_p = jax.nn.log_softmax(at_gap.astype(jnp.float32), axis=-1)
     return jnp.stack([log_p[:, jnp.array(ids)].mean(-1) for ids in words], axis=-1)

@@ -28,7 +28,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from jpeft.data import Table
-from jpeft.models import generate
+from jpeft.models.generation.generate import continue_prompts
 from jpeft.tasks.cross_entropy import IGNORE, token_counts, token_losses
 from jpeft.tasks.task import Arrays, Batch, Decoding, Task
 from jpeft.training.config import Settings
@@ -225,6 +225,7 @@ class Generation(Task):
     metric = "perplexity"
     higher_is_better = False
     targets = ("label", "complete")
+    token_columns = ("input_ids", "label")
     generates = True
 
     def __init__(self, overlong: Overlong = "error"):
@@ -261,10 +262,10 @@ class Generation(Task):
         return metrics(scores, arrays)
 
     def answer(self, forward: Callable[..., Any], variables: Mapping[str, Any], batch: Batch, decoding: Decoding) -> dict[str, Array]:
-        """Return the generated tokens of each row and their number."""
-        generated = generate(forward, variables, batch["input_ids"], batch["attention_mask"], **decoding._asdict())
+        """Return the generated tokens of each row, their number, and their log-likelihood."""
+        generated = continue_prompts(forward, variables, batch["input_ids"], batch["attention_mask"], **decoding._asdict())
         dropped = {"complete": batch["complete"]} if "complete" in batch else {}
-        return {"tokens": generated.tokens, "lengths": generated.lengths, **dropped}
+        return {**generated._asdict(), **dropped}
 
     def predictions(self, answers: Mapping[str, np.ndarray], labels: Sequence[str], tokenizer: Any) -> list[dict[str, Any]]:
         """Return the generated text of each row, None for a prompt that was dropped."""

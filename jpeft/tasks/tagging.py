@@ -236,9 +236,10 @@ class TokenClassification(Task):
         return metrics(scores, arrays, labels)
 
     def answer(self, forward: Callable[..., Any], variables: Mapping[str, Any], batch: Batch, decoding: Decoding) -> dict[str, Array]:
-        """Return the most likely tag of each token, and where each word begins."""
+        """Return the most likely tag of each token with its logit, and where each word begins."""
         del decoding
-        return {"predicted": classify(forward, variables, self.model_inputs(batch)).argmax(-1), "first": batch["first"]}
+        logits = classify(forward, variables, self.model_inputs(batch))
+        return {"predicted": logits.argmax(-1), "logit": logits.max(-1), "first": batch["first"]}
 
     def predictions(self, answers: Mapping[str, np.ndarray], labels: Sequence[str], tokenizer: Any) -> list[dict[str, Any]]:
         """Return a tag for each of a row's words, None for a word without a token."""

@@ -13,7 +13,9 @@ import numpy as np
 from jaxtyping import Array, Float, PyTree
 
 from jpeft.data import Table
+from jpeft.models import Loaded
 from jpeft.tasks.registry import TASKS
+from jpeft.tasks.token_ids import check_token_ids
 from jpeft.training.config import Settings
 
 # Columns by name, each [rows, ...].
@@ -60,6 +62,7 @@ class Task(abc.ABC):
       higher_is_better: Whether a higher value of that metric is better.
       inputs: Columns of `encode` that are arguments of the model; a column that is absent is not passed.
       targets: The other columns of `encode`.
+      token_columns: Columns of `encode` that hold token ids.
       generates: Whether answers are generated text, so that `Decoding` applies.
     """
 
@@ -70,6 +73,7 @@ class Task(abc.ABC):
     higher_is_better: ClassVar[bool] = True
     inputs: ClassVar[tuple[str, ...]] = TEXT_INPUTS
     targets: ClassVar[tuple[str, ...]] = ("label",)
+    token_columns: ClassVar[tuple[str, ...]] = ("input_ids",)
     generates: ClassVar[bool] = False
 
     # --- data ---------------------------------------------------------------------------------------------------------
@@ -96,7 +100,7 @@ class Task(abc.ABC):
           ValueError: for a setting that the task has no use for.
         """
         if settings.overlong != "error":
-            raise ValueError(f"The task {self.name} has no use for overlong={settings.overlong!r}: texts that are too long are cut.")
+            raise ValueError(f"The task {self.name} has no use for `overlong`={settings.overlong!r}: texts that are too long are cut.")
         return self
 
     # --- training -----------------------------------------------------------------------------------------------------
@@ -130,6 +134,9 @@ class Task(abc.ABC):
     def answer(self, forward: Callable[..., Any], variables: Mapping[str, Any], batch: Batch, decoding: Decoding) -> PyTree:
         """Return the model's answer to each row, as arrays [batch, ...].
 
+        The answer must tell if the logits were not finite: by logits or scores among its arrays, beside choices such as `argmax`, which is
+        a number even of NaN. An answer with a float that is not finite is an error.
+
         Args:
           forward: `forward(variables, **inputs, deterministic=True) -> logits`.
           variables: `Peft.variables`.
@@ -142,6 +149,17 @@ class Task(abc.ABC):
         """Return the answers as one JSON object per row."""
 
     # --- the same for every task --------------------------------------------------------------------------------------
+
+    def encode_for(self, loaded: Loaded, table: Table, *, labels: Sequence[str] | None, max_length: int) -> Arrays:
+        """Return what `encode` makes of a table with the model's tokenizer, once it is sure that the model can read it.
+
+        Raises:
+          ValueError: from `encode`; for a token that the model has no embedding for; for an undeclared column.
+        """
+        arrays = self.encode(table, loaded.tokenizer, labels=labels, max_length=max_length)
+        self.check_columns(arrays)
+        check_token_ids(arrays, loaded, self.token_columns)
+        return arrays
 
     def model_inputs(self, batch: Batch) -> dict[str, Any]:
         """Return the columns of a batch that are arguments of the model."""

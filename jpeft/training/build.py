@@ -4,6 +4,7 @@ import re
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 from jax.sharding import Mesh
 
 import jpeft
@@ -11,6 +12,8 @@ from jpeft import models
 from jpeft.core.method import Method
 from jpeft.core.peft import Peft
 from jpeft.tasks.task import Task, find_task
+from jpeft.tasks.token_ids import check_token_ids
+from jpeft.training.added_tokens import with_added_tokens
 from jpeft.training.config import TrainConfig, parse_options
 from jpeft.training.keys import keys
 from jpeft.tree.head import HEAD
@@ -27,7 +30,7 @@ def read_columns(config: TrainConfig, task: Task) -> dict[str, Any]:
     unused = [name for name in ("pair", "target") if optional[name] is not None and name not in task.columns]
     if unused:
         raise ValueError(
-            f"The task {task.name} has no use for {unused[0]}={optional[unused[0]]!r}; it reads {', '.join(('text', *task.columns))}."
+            f"The task {task.name} has no use for `{unused[0]}`={optional[unused[0]]!r}; it reads {', '.join(('text', *task.columns))}."
         )
     if config.tag_names and "tags" not in task.columns:
         raise ValueError(f"The task {task.name} has no use for tag_names: it reads {', '.join(('text', *task.columns))}.")
@@ -48,6 +51,7 @@ def load_base(config: TrainConfig, labels: tuple[str, ...], mesh: Mesh | None = 
         dtype=config.dtype,
         remat=config.remat,
         scan=config.scan,
+        add_tokens=config.add_tokens,
         fresh_head=config.fresh_head,
         keep_head=config.keep_head,
         revision=config.revision,
@@ -76,11 +80,14 @@ def make_method(config: TrainConfig, loaded: models.Loaded, recorded: dict[str, 
     """
     if recorded is not None:
         return jpeft.make(recorded)
-    options = method_options(config, loaded.tokenizer if "tokens" in parse_options(config.options) else None)
+    given = parse_options(config.options).get("tokens")
+    options = method_options(config, None if given is None else loaded.tokenizer)
+    if isinstance(given, str):
+        check_token_ids({"input_ids": np.asarray([options["tokens"]], np.int32)}, loaded)
     others = [path for path in loaded.initialised if not re.fullmatch(HEAD, path)]
     if others and "head" not in options:
         options["head"] = "|".join([HEAD, *sorted(map(re.escape, others))])
-    return jpeft.make(config.method, **options)
+    return with_added_tokens(config.method, options, loaded)
 
 
 def attach(

@@ -8,7 +8,10 @@ import os
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, Literal
 
+from jpeft.models.checkpoints.added_tokens import check_added_tokens
+from jpeft.sharding import parse_mesh
 from jpeft.tasks.registry import TASKS
+from jpeft.training.options import check_method
 from jpeft.training.options import parse_options as parse_options
 from jpeft.training.setting import check_ranges, configuration, names_where, renamed, setting, unrecorded
 
@@ -49,6 +52,12 @@ class Settings:
         "Names of the tags 0, 1, ... in the data, if its tags are numbers: O B-PER I-PER ...", default=(), metavar="[NAME ...]"
     )
     task: TaskName = setting("Task of the model.", default="sequence-classification")
+    add_tokens: tuple[str, ...] = setting(
+        "Tokens that the model does not have yet: each is added to the tokenizer, and as a row to the embedding, which is trained beside "
+        "whatever the method trains.",
+        default=(),
+        metavar="TOKEN ...",
+    )
     max_length: int = setting(
         "Tokens per text (or pair). Longer texts are cut; plain texts for generation are joined and cut into rows of this length. Every "
         "batch has this length.",
@@ -151,7 +160,11 @@ class TrainConfig(Settings):
         metavar="[NAME=VALUE ...]",
     )
     seed: int = setting(
-        "Seed of the adapter, the new head, the data order and dropout; the pretrained base does not depend on it.", default=0, per_row=True
+        "Seed of the adapter, the new head, the data order and dropout; the pretrained base does not depend on it.",
+        default=0,
+        at_least=0,
+        at_most=2**32 - 1,
+        per_row=True,
     )
     resume: bool = setting("Continue the run in `output` from its newest checkpoint.", default=False, resume_safe=True)
     overwrite: bool = setting("Delete the run in `output` first.", default=False, resume_safe=True)
@@ -196,10 +209,17 @@ def changed_fields(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, 
     return {name: (old.get(name), new.get(name)) for name in names if old.get(name) != new.get(name)}
 
 
-def to_json(config: TrainConfig) -> dict[str, Any]:
-    """Return the configuration as JSON values."""
+def to_json(config: TrainConfig, **used: Any) -> dict[str, Any]:
+    """Return the configuration as JSON values.
+
+    Args:
+      config: The configuration.
+      **used: The values that the run uses for fields that are None, which stands for a default of the method.
+    """
     # Lists, as JSON reads them back.
-    return {name: list(value) if isinstance(value, tuple) else value for name, value in dataclasses.asdict(config).items()}
+    values = {name: list(value) if isinstance(value, tuple) else value for name, value in dataclasses.asdict(config).items()}
+    by_default = [name for name in used if values[name] is None]
+    return values | {name: used[name] for name in by_default} | ({"by_default": by_default} if by_default else {})
 
 
 def from_json(values: Mapping[str, Any]) -> TrainConfig:
@@ -210,6 +230,8 @@ def from_json(values: Mapping[str, Any]) -> TrainConfig:
     """
     names = renamed(TrainConfig)
     values = {names.get(name, name): value for name, value in values.items()}
+    by_default = values.pop("by_default", ())
+    values |= dict.fromkeys(by_default) if set(by_default) <= values.keys() else {"by_default": by_default}
     known = {field.name for field in dataclasses.fields(TrainConfig)}
     if unknown := sorted(set(values) - known):
         raise ValueError(f"The run's configuration has unknown fields {unknown}: it was written by another version of jpeft.")
@@ -229,9 +251,12 @@ def check_values(config: TrainConfig) -> None:
     if config.batch_size % config.grad_accum:
         raise ValueError(f"grad_accum={config.grad_accum} does not divide batch_size={config.batch_size}.")
     if config.fresh_head and config.keep_head:
-        raise ValueError("--fresh-head leaves out the checkpoint's head and --keep-head keeps it: give one of them.")
+        raise ValueError("`fresh_head` leaves out the checkpoint's head and `keep_head` keeps it: give one of them.")
     if config.resume and config.overwrite:
-        raise ValueError("--resume continues the run in the output folder and --overwrite deletes it: give one of them.")
+        raise ValueError("`resume` continues the run in the output folder and `overwrite` replaces it: give one of them.")
+    check_method(config.method, parse_options(config.options))
+    if config.mesh is not None:
+        parse_mesh(config.mesh)
     if len(set(config.tag_names)) < len(config.tag_names):
         raise ValueError(f"tag_names must be different names, got {', '.join(config.tag_names)}.")
-    parse_options(config.options)
+    check_added_tokens(config.add_tokens)

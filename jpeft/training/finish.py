@@ -10,6 +10,7 @@ from jpeft.checkpoint.adapter import save_adapter
 from jpeft.checkpoint.files import size_on_disk, write_json
 from jpeft.distributed import on_first_process
 from jpeft.training.cost import StageCost, largest
+from jpeft.training.finite import check_adapter
 from jpeft.training.loop import Loop
 from jpeft.training.plot import plot_run
 from jpeft.training.result import Result
@@ -27,6 +28,7 @@ def finish(loop: Loop, run: str) -> Result:
     setup, config, folder, state, progress = loop.setup, loop.config, loop.folder, loop.state, loop.progress
     seconds = loop.seconds()
     kept = state.kept
+    check_adapter(kept, progress.step, setup.learning_rate)
     metrics = {name: state.evaluator.metrics(kept, setup.splits[name]) if name in setup.splits else {} for name in ("validation", "test")}
     stages = (*(StageCost(**stage) for stage in progress.finished), state.summary(config, progress.step))
     # Parts that only training needs, such as a prompt encoder, are kept in checkpoints but not in the saved adapter.

@@ -12,6 +12,7 @@ from jaxtyping import PyTree
 import jpeft
 from jpeft.checkpoint.fingerprint import leaf_table
 from jpeft.distributed import gather_to_host, on_first_process, stop_signal
+from jpeft.training.finite import check_adapter, report_losses
 from jpeft.training.interrupt import InterruptedRun
 from jpeft.training.keys import keys
 from jpeft.training.plot import plot_run
@@ -115,6 +116,7 @@ class Loop:
 
     def _advance(self) -> None:
         """Begin the method's next stage, with another adapter, optimizer and step, and no best evaluation yet."""
+        self._check_diverged()
         stage, index, step = self.state.peft.method.stages[0], self.progress.stage + 1, self.progress.step
         # The stage may choose on the host what it trains.
         peft = self.state.peft.replace(adapter=gather_to_host(self.state.adapter))
@@ -140,12 +142,13 @@ class Loop:
         self.folder.append(record | {"learning_rate": learning_rate, "samples_per_second": float(f"{rate:.4g}")})
         self.losses = []
         metric, latest = self.setup.task.metric, self.progress.latest
-        self.report.update(step, loss, "" if latest is None else f"{metric} {latest:.4f}", rate)
+        self.report.update(step, loss, "" if latest is None else f"validation {metric} {latest:.4f}", rate)
         self._restart_rate()
 
     def _evaluate(self) -> None:
         if "validation" not in self.setup.splits:
             return
+        self._check_diverged()
         step, progress = self.progress.step, self.progress
         metrics = self.state.evaluator.metrics(self.state.current, self.setup.splits["validation"])
         self.folder.append({"step": step, "epoch": self._epoch(), "split": "validation", **metrics})
@@ -159,6 +162,7 @@ class Loop:
         self._restart_rate()
 
     def _checkpoint(self) -> None:
+        self._check_diverged()
         state = self.state
         stage = {"method": state.peft.method.config(), "leaves": leaf_table(state.adapter)} if self.progress.stage else {}
         losses, seconds = tuple(self._fetch_losses()), self.seconds()
@@ -173,14 +177,14 @@ class Loop:
           ValueError: if one is not finite.
         """
         losses = [float(loss) for loss in self.losses]
-        if not np.all(np.isfinite(losses)):
-            index = int(np.argmin(np.isfinite(losses)))
-            step = self.progress.step - len(losses) + 1 + index
-            raise ValueError(
-                f"The loss is {losses[index]} at step {step}: training diverged. Try a learning rate below {self.setup.learning_rate:g}."
-            )
+        report_losses(losses, self.progress.step - len(losses) + 1, self.setup.learning_rate, self.setup.peft)
         self.losses = list(losses)
         return losses
+
+    def _check_diverged(self) -> None:
+        """Raise an error if a loss or the adapter is not finite. The losses alone do not show the last update."""
+        self._fetch_losses()
+        check_adapter(self.state.current, self.progress.step, self.setup.learning_rate)
 
     def _restart_rate(self) -> None:
         self._rate_since = (time.perf_counter(), self.progress.step)

@@ -1,8 +1,10 @@
 """Options of a method as text, `rank=8`, and as values."""
 
 import ast
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
+
+import jpeft
 
 
 def parse_options(pairs: Iterable[str]) -> dict[str, Any]:
@@ -33,5 +35,15 @@ def _value(text: str) -> Any:
         return words[text.lower()]
     try:
         return ast.literal_eval(text)
-    except (ValueError, SyntaxError):
+    except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):  # deeply nested brackets raise the last two
         return text
+
+
+def check_method(method: str, options: Mapping[str, Any]) -> None:
+    """Make the method once, so that a mistyped option is found before data and model are read.
+
+    Raises:
+      ValueError: for a method or an option that does not exist, or a value that an option cannot have.
+    """
+    # The option `tokens` may be text, which only the model's tokenizer can turn into ids.
+    jpeft.make(method, **dict(options) | ({"tokens": (0,)} if isinstance(options.get("tokens"), str) else {}))

@@ -8,6 +8,7 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
+from jpeft.checkpoint.files import read_file
 from jpeft.training.run_lock import LOCK
 
 # What may be in the folder of a run, and in the folders of it whose contents are always the same.
@@ -59,7 +60,7 @@ def _relation(folder: Path, path: str, *, both_ways: bool) -> str:
 def _is_of_model(folder: Path) -> bool:
     """Return whether config.json is whole and not that of a run."""
     try:
-        content = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        content = json.loads(read_file(folder / "config.json").decode())
     except (OSError, ValueError, RecursionError):
         return False
     return isinstance(content, dict) and "run" not in content

@@ -9,15 +9,17 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
-
 from jpeft.checkpoint.files import write_atomically
+from jpeft.extras import explained
 from jpeft.tasks.task import Task
 from jpeft.training.config import TrainConfig
 from jpeft.training.run_folder import RunFolder
+
+with explained():
+    from matplotlib.axes import Axes
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
 
 PALETTE = ("#9aa5b1", "#1f6fb2", "#d9822b", "#3a9a6b", "#8457b2", "#c0455e", "#6b7f2a", "#2f9c95")
 TRAIN, VALIDATION, METRIC, INK = "#9aa5b1", "#d9822b", "#1f6fb2", "#3b4451"
@@ -42,7 +44,7 @@ def plot_curve(
     _draw(upper, train, "loss", TRAIN, "training", marker="")
     _draw(upper, validation, "loss", VALIDATION, "validation")
     _draw(lower, validation, metric, METRIC, "validation")
-    _finish(upper, lower, metric)
+    _finish(upper, lower, f"validation {metric}")
     if validation:
         _name_best(lower, validation, metric, max if higher_is_better else min)
     write_figure(figure, path)

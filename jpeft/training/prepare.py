@@ -1,10 +1,10 @@
 """Everything that a configuration names, loaded and checked in order, before anything is written."""
 
 import dataclasses
+import warnings
 from collections.abc import Callable
 from typing import Any
 
-import grain
 import jax
 import numpy as np
 from jaxtyping import Array, PyTree
@@ -15,7 +15,10 @@ from jpeft.checkpoint.fingerprint import fingerprint
 from jpeft.core.method import Method
 from jpeft.core.peft import Peft
 from jpeft.core.stages import Segment, plan
+from jpeft.extras import explained
+from jpeft.models.checkpoints.notes import CheckpointNote
 from jpeft.tasks.task import Arrays, Task, task_of
+from jpeft.training.added_tokens import warn_of_absent
 from jpeft.training.base_files import base_files
 from jpeft.training.build import attach, load_base, read_columns
 from jpeft.training.config import TrainConfig, to_json
@@ -23,6 +26,9 @@ from jpeft.training.devices import Devices, find_mesh
 from jpeft.training.keys import keys
 from jpeft.training.statistics import Kinds, Source, check_statistics, count_steps, make_statistics
 from jpeft.tree.paths import Params
+
+with explained():
+    import grain
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,6 +66,11 @@ class Setup:
     rows: grain.MapDataset
 
     @property
+    def head_learning_rate(self) -> float:
+        """Peak learning rate of a new head."""
+        return self.learning_rate * self.head_lr_scale
+
+    @property
     def keeps_best(self) -> bool:
         """Whether the adapter of the best evaluation is kept instead of the last one."""
         return self.config.keep_best or self.config.patience is not None
@@ -80,13 +91,16 @@ class Setup:
         """Return what config.json records."""
         return {
             "jpeft": jpeft.__version__,
-            "run": to_json(self.config),
+            "run": to_json(self.config, learning_rate=self.learning_rate, head_lr_scale=self.head_lr_scale),
             "method": self.peft.method.config(),
             "labels": list(self.labels),
             "learning_rate": self.learning_rate,
             "head_lr_scale": self.head_lr_scale,
+            "head_learning_rate": self.head_learning_rate,
             "steps": self.steps,
             "base": fingerprint(self.peft.params),
+            # Without what each seed initialises, so that runs of several seeds can be compared.
+            "pretrained": fingerprint(self.loaded.params, skip=self.loaded.initialised),
             "base_files": base_files(self.loaded.folder),
             "data": {name: fingerprint(self.task.identity(arrays)) for name, arrays in self.splits.items()},
             "examples": {name: len(next(iter(arrays.values()))) for name, arrays in self.splits.items()},
@@ -107,8 +121,11 @@ def prepare(config: TrainConfig, recorded: dict[str, Any] | None = None) -> Setu
     tables = data.splits(config.data, **read_columns(config, task))
     labels = task.label_names(tables["train"])
     mesh = find_mesh(config)
-    loaded = load_base(config, labels, mesh)
-    splits = encode_splits(config, task, tables, labels, loaded.tokenizer)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", CheckpointNote)  # it is said once all is checked
+        loaded = load_base(config, labels, mesh)
+    splits = encode_splits(config, task, tables, labels, loaded)
+    warn_of_absent(loaded, splits["train"])
     peft = _attach(config, task, labels, splits["train"], loaded, recorded)
     # A frozen base without a head has nothing to train and is evaluated as it is.
     steps = count_steps(config, splits["train"]) if jax.tree.leaves(peft.adapter) else 0
@@ -131,7 +148,7 @@ def prepare(config: TrainConfig, recorded: dict[str, Any] | None = None) -> Setu
 
 
 def encode_splits(
-    config: TrainConfig, task: Task, tables: dict[str, data.Table], labels: tuple[str, ...], tokenizer: Any
+    config: TrainConfig, task: Task, tables: dict[str, data.Table], labels: tuple[str, ...], loaded: models.Loaded
 ) -> dict[str, Arrays]:
     """Return the columns of each split that has rows.
 
@@ -139,12 +156,10 @@ def encode_splits(
       ValueError: from the task, or if the configuration needs a validation split and there is none.
     """
     splits = {
-        name: task.encode(table, tokenizer, labels=labels, max_length=config.max_length) for name, table in tables.items() if len(table)
+        name: task.encode_for(loaded, table, labels=labels, max_length=config.max_length) for name, table in tables.items() if len(table)
     }
-    for arrays in splits.values():
-        task.check_columns(arrays)
     if (config.patience or config.keep_best) and "validation" not in splits:
-        raise ValueError("The settings patience and keep_best need a validation split, and the data has none.")
+        raise ValueError("The settings `patience` and `keep_best` need a validation split, and the data has none.")
     return splits
 
 

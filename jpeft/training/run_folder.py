@@ -20,12 +20,13 @@ from pathlib import Path
 from typing import Any
 
 from jpeft import distributed
-from jpeft.checkpoint.files import replace_folder, write_atomically, write_json
+from jpeft.checkpoint.files import read_file, replace_folder, write_atomically, write_json
 from jpeft.checkpoint.records import check_record, checksum, sealed
 from jpeft.checkpoint.temporary import Temporary, delete, remove_leftovers
 from jpeft.deprecation import renamed_fields
 from jpeft.training.config import TrainConfig, changed_fields, from_json, to_json
 from jpeft.training.overwrite import check_overwrite
+from jpeft.training.places import PLACES
 from jpeft.training.run_lock import LOCK, RunLock
 from jpeft.training.setting import unrecorded
 
@@ -58,7 +59,7 @@ class RunFolder:
           ValueError: if the folder holds no run, or its configuration was changed since it was written.
         """
         try:
-            about = json.loads(self.config.read_text(encoding="utf-8"))
+            about = json.loads(read_file(self.config).decode())
         except (FileNotFoundError, NotADirectoryError):
             raise ValueError(f"{self.path} is not the folder of a training run: it has no config.json.") from None
         except (OSError, ValueError, RecursionError) as error:
@@ -77,7 +78,7 @@ class RunFolder:
           ValueError: if it is damaged.
         """
         try:
-            values = json.loads(self.result.read_text(encoding="utf-8"))
+            values = json.loads(read_file(self.result).decode())
         except FileNotFoundError:
             return None
         except (OSError, ValueError, RecursionError) as error:
@@ -142,6 +143,8 @@ class RunFolder:
         if config.resume:
             # `from_json` gives fields that are newer than the run the values that it behaved by.
             changed = changed_fields(to_json(from_json(self.read_config()["run"])), to_json(config))
+            # Base and data may be elsewhere now: their fingerprints tell whether they are the same.
+            changed = {name: values for name, values in changed.items() if name not in PLACES}
             if changed:
                 fields = ", ".join(f"{name} ({old!r} before, {new!r} now)" for name, (old, new) in changed.items())
                 raise ValueError(f"Cannot resume {self.path} with another configuration: {fields}.")
@@ -152,6 +155,11 @@ class RunFolder:
         else:
             # Only a run may be deleted; a mistyped path must not cost someone a home directory.
             check_overwrite(self.path, {"model": config.model, "data": config.data})
+
+    def moved(self, config: TrainConfig) -> list[str]:
+        """Return which of base and data the run recorded at another place than the configuration names."""
+        recorded = from_json(self.read_config()["run"])
+        return [name for name in PLACES if getattr(recorded, name) != getattr(config, name)]
 
     def check_places(self) -> None:
         """Check that nothing is in the way where the run will write.
@@ -195,12 +203,12 @@ class RunFolder:
         # Never through a link that somebody has put there.
         flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0)
         with open(self.metrics, "a", encoding="utf-8", opener=lambda path, _: os.open(path, flags, 0o666)) as file:
-            file.write(json.dumps(record) + "\n")
+            file.write(json.dumps(record, allow_nan=False) + "\n")
 
     def records(self) -> list[dict[str, Any]]:
         """Return the lines of metrics.jsonl, without a last line that a kill cut short. Other damaged lines are left out with a warning."""
         try:
-            lines = self.metrics.read_bytes().split(b"\n")
+            lines = read_file(self.metrics).split(b"\n")
         except FileNotFoundError:
             return []
         except OSError as error:
@@ -211,10 +219,18 @@ class RunFolder:
             warnings.warn(f"{self.metrics} is damaged: line {damaged[0]} is left out ({len(damaged)} such lines)", stacklevel=2)
         return [record for record in (*whole, last) if record is not None]
 
-    def rewind(self, step: int) -> None:
-        """Remove the lines of metrics.jsonl after `step`, which the continued run writes again."""
-        lines = [json.dumps(record) + "\n" for record in self.records() if record["step"] <= step]
-        write_atomically(self.metrics, "".join(lines))
+    def rewind(self, step: int, *, logged: int = 0) -> None:
+        """Remove the lines of metrics.jsonl after `step`, which the continued run writes again.
+
+        Args:
+          step: The step of the checkpoint.
+          logged: The last step of which the file should have a line of training; 0 for none. Its lack is said in a warning.
+        """
+        records = [record for record in self.records() if record["step"] <= step]
+        last = max((record["step"] for record in records if record["split"] == "train"), default=0)
+        if last < logged:
+            warnings.warn(f"{self.metrics} lacks lines up to step {logged}; the curve is drawn without them", stacklevel=2)
+        write_atomically(self.metrics, "".join(json.dumps(record) + "\n" for record in records))
 
 
 def config_checksum(about: Mapping[str, Any]) -> str:

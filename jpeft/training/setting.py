@@ -9,13 +9,18 @@ The help text becomes the flag's, the range is checked by `check_ranges`, and `r
 
 import dataclasses
 import inspect
+import os
 import typing
 from collections.abc import Callable
 from typing import Annotated, Any, TypeVar
 
-import tyro
-
+from jpeft.core.limits import FINITE, LARGEST, is_finite
+from jpeft.core.options import describe, fits, shown
 from jpeft.deprecation import renamed_fields
+from jpeft.extras import explained
+
+with explained():
+    import tyro
 
 T = TypeVar("T")
 
@@ -51,9 +56,11 @@ class Setting:
     def allows(self, value: Any) -> bool:
         """Return whether a number is in the range; NaN never is."""
         return (
-            (self.at_least is None or value >= self.at_least)
+            is_finite(value)
+            and (self.at_least is None or value >= self.at_least)
             and (self.at_most is None or value <= self.at_most)
             and (self.above is None or value > self.above)
+            and (isinstance(value, float) or value <= (LARGEST if self.at_most is None else self.at_most))
         )
 
     @property
@@ -64,10 +71,17 @@ class Setting:
         'between 0 and 1'
         """
         if self.at_least is not None and self.at_most is not None:
-            return f"between {self.at_least:g} and {self.at_most:g}"
+            return f"between {self.at_least} and {self.at_most}"
         bounds = ((self.above, "above"), (self.at_least, "at least"), (self.at_most, "at most"))
         parts = [f"{word} {bound:g}" for bound, word in bounds if bound is not None]
         return "positive" if parts == ["above 0"] else " and ".join(parts)
+
+    def range_for(self, value: int | float) -> str:
+        """The range in words, with the largest number that can be computed with if that is what a value exceeds."""
+        largest = FINITE if isinstance(value, float) else LARGEST
+        if self.at_most is not None or not value > largest:
+            return self.range
+        return " and ".join(filter(None, (self.range, f"at most {largest:g}" if isinstance(value, float) else f"at most {largest:,}")))
 
 
 def setting(help: str, *, default: Any = dataclasses.MISSING, **rules: Any) -> Any:
@@ -155,18 +169,22 @@ def renamed(cls: type) -> dict[str, str]:
 
 
 def check_ranges(config: Any) -> None:
-    """Raise a ValueError for the first field whose value is out of its range; None is in the range of an optional field.
+    """Raise a ValueError for the first field whose value is of another type or out of its range; None is in that of an optional field.
 
     Raises:
       ValueError: naming the field, its value and its range.
     """
-    optional = optional_fields(type(config))
+    optional, hints = optional_fields(type(config)), typing.get_type_hints(type(config))
     for name, about in settings_of(type(config)).items():
         value = getattr(config, name)
         if value is None and name in optional:
             continue
-        if not about.allows(value):
-            raise ValueError(f"{name} must be {about.range}{' (or none)' if name in optional else ''}, got {value!r}.")
+        value = os.fspath(value) if isinstance(value, os.PathLike) else getattr(value, "tolist", lambda value=value: value)()
+        # Whether a real number is finite belongs to its range.
+        if not fits(1.0 if isinstance(value, float) else value, hints[name]):
+            raise ValueError(f"{name} must be {describe(hints[name])}, got {shown(value)}.")
+        if isinstance(value, int | float) and not isinstance(value, bool) and not about.allows(value):
+            raise ValueError(f"{name} must be {about.range_for(value)}{' (or none)' if name in optional else ''}, got {shown(value)}.")
 
 
 def _markers(about: Setting) -> tuple[Any, ...]:

@@ -28,7 +28,8 @@ import orbax.checkpoint as ocp
 from jaxtyping import PyTree
 
 from jpeft.checkpoint.arrays import check_arrays, indexed
-from jpeft.checkpoint.files import write_json
+from jpeft.checkpoint.background import QuietOrbax, in_short
+from jpeft.checkpoint.files import read_file, write_json
 from jpeft.checkpoint.fingerprint import damaged_files, file_checksums
 from jpeft.checkpoint.plain_paths import PlainPath
 from jpeft.checkpoint.records import checksum
@@ -88,6 +89,8 @@ class Snapshots:
         # Steps of the snapshots, the same in all processes. The last one may not be written to the end.
         self._steps: list[int] = on_first_process(self._find)
         self._plain = PlainPath(self.folder)
+        self._quiet = QuietOrbax()
+        self._failed = False
 
     def save(self, arrays: PyTree, progress: Progress) -> None:
         """Begin to write a snapshot, once the one before is written; do nothing if there is one of that step.
@@ -137,8 +140,9 @@ class Snapshots:
         try:
             check_done(failure)
         except Exception as error:
+            self._failed = True
             self._steps.pop()
-            cause = self._plain.own_words(f"{type(error).__name__}: {str(error)[:300]}")
+            cause = self._plain.own_words(in_short(error))
             raise OSError(f"The checkpoint {self._folder(newest)} could not be written; earlier ones are as they were. {cause}") from error
         self._steps = self._steps[-self._keep :]
 
@@ -194,7 +198,7 @@ class Snapshots:
         except Exception as error:  # another version's optimizer state, too little memory: deleting the snapshot would not help
             raise ValueError(
                 f"The checkpoint {folder} is whole, but cannot be continued here; it was left as it is. "
-                f"Orbax says: {self._plain.own_words(f'{type(error).__name__}: {str(error)[:300]}')}."
+                f"Orbax says: {self._plain.own_words(in_short(error))}."
             ) from error
 
     def restore(self, like: Callable[[Progress], PyTree]) -> tuple[PyTree, Progress] | None:
@@ -219,6 +223,7 @@ class Snapshots:
             self._checkpointer.close()
             self._background.shutdown()
             self._plain.close()
+            self._quiet.close(failed=self._failed)
 
     def progress(self, step: int) -> Progress:
         """Return where the run stood at a snapshot, which must be whole."""
@@ -229,7 +234,7 @@ class Snapshots:
         except Exception as error:
             raise ValueError(
                 f"The checkpoint {self._folder(step)} is whole, but its progress cannot be read here; it was left as it is. "
-                f"{type(error).__name__}: {self._plain.own_words(str(error)[:300])}."
+                f"{self._plain.own_words(in_short(error))}."
             ) from error
 
     def _find(self) -> list[int]:
@@ -299,7 +304,7 @@ def _read_checksums(file: Path) -> Mapping[str, int]:
     Raises:
       ValueError: if the list is not as it was written.
     """
-    content = json.loads(file.read_text(encoding="utf-8"))
+    content = json.loads(read_file(file).decode())
     if not isinstance(content, dict):
         raise ValueError("It holds no list of files.")
     # Earlier versions wrote the list alone.

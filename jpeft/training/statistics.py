@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jaxtyping import Array, PyTree
 
@@ -13,6 +14,7 @@ from jpeft import data, models, stats
 from jpeft.core.statistics import Fisher, KeyValues, LabelTokens, Movement, Statistic
 from jpeft.distributed import gather_to_host
 from jpeft.tasks.task import Arrays, Batch, Task
+from jpeft.tasks.token_ids import check_token_ids
 from jpeft.training.build import method_options
 from jpeft.training.config import TrainConfig
 from jpeft.training.keys import keys
@@ -96,6 +98,7 @@ def movement_steps(config: TrainConfig, arrays: Arrays) -> int:
 def make_key_values(source: Source) -> KeyValues:
     """Return the keys and values of the text in the method's option `tokens`."""
     tokens = method_options(source.config, source.loaded.tokenizer)["tokens"]
+    check_token_ids({"input_ids": np.array([tokens])}, source.loaded)
     return jax.jit(functools.partial(stats.key_values, source.loaded.model))(source.params, jnp.array([tokens]))
 
 

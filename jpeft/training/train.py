@@ -13,17 +13,21 @@ import warnings
 from typing import Any
 
 import jpeft
+from jpeft.checkpoint.adapter import WrongBaseError
 from jpeft.checkpoint.plain_paths import check_path
 from jpeft.distributed import check_equal, is_first, on_first_process
+from jpeft.models.checkpoints.notes import say
 from jpeft.training.base_files import changed_files
 from jpeft.training.config import TrainConfig, check_values, from_json, resolved, to_json
 from jpeft.training.finish import finish
 from jpeft.training.interrupt import InterruptedRun, deferred_signals
 from jpeft.training.loop import Loop
+from jpeft.training.opening import opening
 from jpeft.training.prepare import Setup, prepare
 from jpeft.training.progress import Reporter, reporter
 from jpeft.training.result import Result, read_result
-from jpeft.training.run import open_run, save_merged
+from jpeft.training.run import load_run, save_merged
+from jpeft.training.run_data import check_run_data
 from jpeft.training.run_folder import RunFolder, config_checksum
 from jpeft.training.run_lock import RunLock
 from jpeft.training.snapshot import Progress, Snapshots
@@ -98,17 +102,21 @@ def _read_finished(config: TrainConfig, folder: RunFolder) -> Result | None:
     if not config.resume or not on_first_process(lambda: folder.in_use and folder.finished):
         return None
     try:
-        result = read_result(folder)
+        result = read_result(folder, model=config.model)
+    except WrongBaseError:
+        raise
     except ValueError as error:
         if not on_first_process(lambda: any(folder.checkpoints.glob("*/checksums.json"))):
             raise
         warnings.warn(f"{error} The run is continued from its checkpoints, which makes the adapter again", stacklevel=2)
         return None
+    if on_first_process(lambda: "data" in folder.moved(config)):
+        check_run_data(load_run(folder.path, model=config.model, data=config.data))
     if config.export and not on_first_process(folder.merged.exists):
         lock = RunLock(folder.path)
         on_first_process(lock.acquire)
         try:
-            save_merged(folder.merged, open_run(folder.path).loaded, result.peft)
+            save_merged(folder.merged, load_run(folder.path, model=config.model).loaded, result.peft)
         finally:
             lock.release()
     return result
@@ -146,8 +154,10 @@ def _run(setup: Setup, about: dict[str, Any], folder: RunFolder, lock: RunLock, 
             on_first_process(lambda: folder.begin(about, lock, overwrite=config.overwrite))
             snapshots = Snapshots(folder.checkpoints, config.keep)
         run = on_first_process(lambda: config_checksum(folder.read_config()))
-        on_first_process(lambda: folder.rewind(progress.step))
+        on_first_process(lambda: folder.rewind(progress.step, logged=progress.step - len(progress.losses)))
         loop = Loop(setup, folder, snapshots, state, progress, report)
+        report.message(opening(setup))
+        say(setup.loaded.note)
         report.start(setup.steps, progress.step)
         try:
             loop.run(signals)

@@ -11,7 +11,7 @@ from jpeft.additive.bottlenecks.bottleneck import Activation, project_down_and_u
 from jpeft.additive.bottlenecks.sites import BottleneckSite, find_sites
 from jpeft.core.layer import Layer
 from jpeft.core.method import Method, with_head
-from jpeft.core.options import Axes, Names
+from jpeft.core.options import Axes, Names, Pattern
 from jpeft.tree.adapters import ADDED
 from jpeft.tree.head import not_head
 
@@ -33,7 +33,7 @@ class BottleneckMethod(Method):
     activation: Activation
     target: Names | None
     axes: Axes | None = None
-    head: str | None = "auto"
+    head: Pattern | None = "auto"
 
     train_norms = False
     family = "additive"

@@ -13,7 +13,7 @@ from jpeft.additive.prefixes.key_values import NAMES, Prefix, from_statistics, p
 from jpeft.additive.prefixes.reparameterization import init_network, run_network
 from jpeft.core.layer import Layer
 from jpeft.core.method import Method, with_head
-from jpeft.core.options import Axes, Count, Names, NotNegative, Probability, option
+from jpeft.core.options import Axes, Count, CountOrZero, Length, Names, NotNegative, Pattern, Probability, option
 from jpeft.core.statistics import KeyValues, Statistic, find
 from jpeft.tree.adapters import ADDED
 
@@ -39,9 +39,9 @@ class PrefixMethod(Method):
       head: Task head to train along: "auto", a regex, or None.
     """
 
-    length: Count | None = None
+    length: Length | None = None
     initializer: Literal["random", "tokens"] = option(default="random", alias="init")
-    tokens: Sequence[int] | None = None
+    tokens: Sequence[CountOrZero] | None = None
     mlp: Count | None = None
     std: NotNegative = 0.02
     dropout: Probability = 0.0
@@ -49,7 +49,7 @@ class PrefixMethod(Method):
     target: Names = KEY
     width: Count | None = None
     axes: Axes | None = None
-    head: str | None = "auto"
+    head: Pattern | None = "auto"
 
     family = "additive"
     why_no_merge = (

@@ -12,7 +12,7 @@ from jpeft.additive.prompts.prompt_site import PromptSite
 from jpeft.additive.prompts.prompt_tuning import prompt_tuning
 from jpeft.additive.prompts.template import TokenBlock, trained_blocks
 from jpeft.core.method import Method, with_head
-from jpeft.core.options import Count
+from jpeft.core.options import Count, Length
 
 
 class PTuning(PromptMethod):
@@ -56,7 +56,7 @@ class PTuning(PromptMethod):
     Here the adapter before `jpeft.fold` holds the network, and the folded one holds what HF PEFT saves.
     """
 
-    length: Count | None = None
+    length: Length | None = None
     encoder: Literal["lstm", "mlp"] = "lstm"
     hidden: Count | None = None
 

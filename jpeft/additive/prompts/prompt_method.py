@@ -2,7 +2,7 @@
 
 import abc
 from collections.abc import Sequence
-from typing import Any
+from typing import Annotated, Any
 
 import jax
 from jaxtyping import Array, Float
@@ -13,7 +13,7 @@ from jpeft.additive.prompts.prompt_site import PromptSite, find_site
 from jpeft.additive.prompts.template import TokenBlock
 from jpeft.core.layer import Layer
 from jpeft.core.method import Method
-from jpeft.core.options import CountOrZero
+from jpeft.core.options import CountOrZero, NotEmpty, Pattern
 
 
 class PromptMethod(Method):
@@ -28,12 +28,12 @@ class PromptMethod(Method):
       head: Task head to train along: "auto", a regex, or None.
     """
 
-    template: Sequence[tuple[Any, Any]] | None = None
+    template: Annotated[Sequence[tuple[Any, Any]], NotEmpty()] | None = None
     edges: tuple[CountOrZero, CountOrZero] | None = None
     causal: bool | None = None
-    embedding: str = "@embedding"
+    embedding: Pattern = "@embedding"
     body: str | None = None
-    head: str | None = "auto"
+    head: Pattern | None = "auto"
 
     family = "additive"
     why_no_merge = "a prompt lengthens the text, which no weight of the base can take up; keep using it through jpeft.wrap"

@@ -5,6 +5,9 @@ are cut back to the tokens of the text. So heads, losses, labels and callers nev
 
 A row of the prompt is named by an id beyond the vocabulary. The *word embedding* answers such an id with the row. Everything in between
 (positions, causal masks, caches) follows from ids and mask by the model's own rules.
+
+A text may hold an id that is no word, by mistake. It must not become a row: on its way into the longer text it is replaced by `NO_WORD`,
+which no embedding has a row for. Where the ids are known it is an error.
 """
 
 import functools
@@ -12,6 +15,8 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+from jax.core import Tracer
 from jaxtyping import Array, Float, Int, Shaped
 
 from jpeft.additive.prompts.insertion_plan import InsertionPlan, plan_insertion
@@ -22,6 +27,9 @@ from jpeft.tree.adapters import ADDED
 
 # Names under which bodies take inputs with one entry for each token.
 MASKS, TOKEN_TYPES, POSITIONS = {"attention_mask", "mask", "padding_mask"}, {"token_type_ids"}, {"position_ids", "positions"}
+
+# The largest id: the lookup of an embedding gives NaN for it.
+NO_WORD = int(np.iinfo(np.int32).max)
 
 
 def first_row_id(layer: Layer, site: PromptSite) -> int:
@@ -54,14 +62,16 @@ def run_on_longer_text(layer: Layer, inputs: tuple[Any, ...], site: PromptSite, 
     Raises:
       ValueError: if the first input is not [batch, length] token ids, or if it is not known how to lengthen another input.
     """
-    if layer.cached:
-        return layer(*inputs)  # an earlier call has put the inserted tokens into the cache
     where = layer.path or "the model"
-    ids = _token_ids(inputs, where)
+    ids, first_row = _token_ids(inputs, where), first_row_id(layer, site)
+    if layer.cached:  # an earlier call has put the inserted tokens into the cache
+        return layer(_known_ids(ids, site, NO_WORD), *inputs[1:])
+    # A prompt around this one has put its rows in already; their ids follow those of this prompt.
+    ids = _known_ids(ids, site, first_row + site.rows)
     names = [*layer.names[: len(inputs)], *(f"input {i}" for i in range(len(layer.names), len(inputs)))]
     others = dict(zip(names[1:], inputs[1:]))
     plan = plan_insertion(blocks, ids, _text_mask({**others, **layer.keywords}, ids.shape, where), site.edges)
-    new_ids = _inserted_ids(blocks, first_row_id(layer, site))
+    new_ids = _inserted_ids(blocks, first_row)
     lengthen = functools.partial(_lengthen_input, plan, ids.shape, where)
 
     keywords = {name: lengthen(name, x) for name, x in layer.keywords.items()}
@@ -82,6 +92,21 @@ def _token_ids(inputs: tuple[Any, ...], where: str) -> Int[Array, "batch length"
             "Name the module that takes the ids: body='encoder'."
         )
     return jnp.asarray(inputs[0], jnp.int32)
+
+
+def _known_ids(ids: Int[Array, "batch length"], site: PromptSite, others_from: int) -> Int[Array, "batch length"]:
+    """The ids of a text, with `NO_WORD` in place of those that are neither words nor, from `others_from` on, rows of other prompts.
+
+    Raises:
+      ValueError: for such an id, where the ids are not traced.
+    """
+    known = ((ids >= 0) & (ids < site.vocabulary)) | (ids >= others_from)
+    if not isinstance(known, Tracer) and not known.all():
+        raise ValueError(
+            f"The text holds the token id {np.asarray(ids)[~np.asarray(known)][0]}, and '{site.table}' has {site.vocabulary} rows, for the "
+            f"ids 0 to {site.vocabulary - 1}. Does the tokenizer belong to the model?"
+        )
+    return jnp.where(known, ids, NO_WORD)
 
 
 def _text_mask(named: dict[str, Any], shape: tuple[int, ...], where: str) -> Shaped[Array, "#batch length"] | None:

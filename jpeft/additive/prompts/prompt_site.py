@@ -111,4 +111,4 @@ def _check_tokens(blocks: tuple[TokenBlock, ...], vocabulary: int) -> None:
     inserted = [token for block in blocks for token in block.tokens if token != PSEUDO]
     for token in [*anchors, *inserted]:
         if not 0 <= token < vocabulary:
-            raise ValueError(f"There is no token {token}: the vocabulary has {vocabulary}.")
+            raise ValueError(f"There is no token {token}: the vocabulary has {vocabulary}, with the ids 0 to {vocabulary - 1}.")

@@ -13,7 +13,7 @@ from jpeft.additive.prompts.prompt_site import PromptSite
 from jpeft.additive.prompts.starting_rows import draw_embeddings, mean_embeddings, token_embeddings
 from jpeft.additive.prompts.template import TokenBlock, trained_blocks
 from jpeft.core.method import with_head
-from jpeft.core.options import Count, CountOrZero, option
+from jpeft.core.options import Count, CountOrZero, Length, option
 from jpeft.core.statistics import LabelTokens, Prompt, Statistic, find
 
 
@@ -68,7 +68,7 @@ class PromptTuning(PromptMethod):
     vocabulary; puts P in front of [CLS], so that a classifier reads P; and leaves P in the logits of a language model.
     """
 
-    length: Count | None = None
+    length: Length | None = None
     initializer: Literal["vocab", "uniform", "tokens", "labels"] = option(default="vocab", alias="init")
     sample: Count = 5000
     tokens: Sequence[CountOrZero] | None = None

@@ -6,6 +6,9 @@ Users give a template as pairs of a place and tokens. `parse_template` checks th
 from collections.abc import Iterable
 from typing import Any, NamedTuple, TypeGuard
 
+from jpeft.core.limits import LARGEST, LONGEST
+from jpeft.core.options import shown
+
 PSEUDO = -1  # stands for a pseudo token: its embedding is a row of the prompt, not one of the vocabulary
 DEFAULT_LENGTH = 20  # pseudo tokens of a soft prompt without a template
 
@@ -41,18 +44,25 @@ def parse_template(template: Iterable[Any]) -> tuple[TokenBlock, ...]:
         place, tokens = item if isinstance(item, tuple) and len(item) == 2 else (None, None)
         if not _is_place(place):
             raise ValueError(
-                f"template: {item!r} is not a pair of a place ('start', 'end', ('before', id) or ('after', id)) and tokens: "
+                f"template: {shown(item)} is not a pair of a place ('start', 'end', ('before', id) or ('after', id)) and tokens: "
                 "a number of pseudo tokens, or a tuple of token ids with -1 for a pseudo token."
             )
-        tokens = (PSEUDO,) * tokens if isinstance(tokens, int) else tokens
-        if not isinstance(tokens, tuple) or not tokens or not all(isinstance(token, int) and token >= PSEUDO for token in tokens):
-            raise ValueError(f"template: at {place!r} a number of pseudo tokens or a tuple of token ids must stand, not {item[1]!r}.")
+        tokens = (PSEUDO,) * tokens if _is_whole(tokens, at_most=LONGEST) else tokens
+        if not isinstance(tokens, tuple) or not tokens or not all(_is_whole(token) and token >= PSEUDO for token in tokens):
+            most = f" (at most {LONGEST:,})" if isinstance(tokens, int) and tokens > LONGEST else ""
+            raise ValueError(
+                f"template: at {place!r} a number of pseudo tokens or a tuple of token ids must stand, not {shown(item[1])}{most}."
+            )
         blocks.append(TokenBlock(place, tokens))
     return tuple(blocks)
 
 
+def _is_whole(value: Any, *, at_most: int = LARGEST) -> TypeGuard[int]:
+    return isinstance(value, int) and not isinstance(value, bool) and value <= at_most
+
+
 def _is_place(place: Any) -> TypeGuard[TextPlace]:
-    anchored = isinstance(place, tuple) and len(place) == 2 and place[0] in ("before", "after") and isinstance(place[1], int)
+    anchored = isinstance(place, tuple) and len(place) == 2 and place[0] in ("before", "after") and _is_whole(place[1]) and place[1] >= 0
     return anchored or place in ("start", "end")
 
 

@@ -13,6 +13,7 @@ from jpeft.models.common.activations import ACTIVATIONS
 from jpeft.models.common.attention import AttentionCore, Ids, Mask
 from jpeft.models.common.block_stack import Hidden, make_blocks, run_blocks
 from jpeft.models.common.layers import dense, embedding, layer_norm
+from jpeft.models.common.lookup import look_up
 from jpeft.models.common.positions import TokenPositions
 
 # --- embeddings ---
@@ -55,13 +56,13 @@ class Embeddings(nn.Module):
         self.dropout = nn.Dropout(config.hidden_dropout_prob)
 
     def __call__(self, input_ids: Ids, positions: TokenPositions, deterministic: bool) -> Float[Array, "batch positions width"]:
-        """Embed a batch; raise a ValueError if there are more positions than rows in the position table."""
+        """Embed a batch; raise a ValueError if there are more positions than rows in the position table, or for an id without a row."""
         length = positions.offset + positions.position_ids.shape[-1]
         if length > self.config.max_length:  # a lookup past the end of the table would return NaN without an error
             raise ValueError(f"{length} positions, but the position table holds {self.config.max_length}. Truncate the input.")
-        hidden = self.word_embeddings(jnp.asarray(input_ids)) + self.position_embeddings(positions.position_ids)
+        hidden = look_up(self.word_embeddings, input_ids) + self.position_embeddings(positions.position_ids)
         if self.config.type_vocab_size:
-            hidden += self.token_type_embeddings(positions.token_type_ids)
+            hidden += look_up(self.token_type_embeddings, jnp.asarray(positions.token_type_ids), "token_type_ids")
         return self.dropout(self.LayerNorm(hidden), deterministic=deterministic)
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+from jpeft.extras import explained
 from jpeft.models import families
 from jpeft.models.checkpoints.foreign import check_folder
 from jpeft.models.common.checks import LARGEST
@@ -51,7 +52,8 @@ def find_folder(path: str | os.PathLike[str], revision: str | None = None) -> Pa
         raise ValueError(f"There is no folder {path}, and it does not look like a hub id ('name' or 'owner/name').")
     if revision is not None and (not isinstance(revision, str) or not revision.strip()):
         raise ValueError(f"revision must be the name of a branch or tag, or a commit, not {revision!r}.")
-    from huggingface_hub import snapshot_download
+    with explained():
+        from huggingface_hub import snapshot_download
 
     # Only what was asked for: the hub's main branch is its own default.
     which: dict[str, Any] = {} if revision is None else {"revision": revision}
@@ -112,8 +114,9 @@ def read_config(folder: Path, task: str) -> tuple[dict[str, Any], Any]:
     if model_type not in supported:
         raise ValueError(f"{file}: model_type {model_type!r}; supported: {', '.join(supported)}, for the task {task!r}.")
     check_content(file, content)
+    config = config_class(model_type)
     try:
-        return content, config_class(model_type).from_pretrained(folder)
+        return content, config.from_pretrained(folder)
     except Exception as error:  # `transformers` raises errors of many types when it checks a configuration
         raise ValueError(f"{file}: {' '.join(str(error).split()) or type(error).__name__}") from error
 
@@ -129,6 +132,7 @@ def config_class(model_type: str) -> Any:
 def import_transformers() -> ModuleType:
     """Return the package `transformers`, without its advice to install torch."""
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # read when the package is imported
-    import transformers
+    with explained():
+        import transformers
 
     return transformers

@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -14,6 +14,7 @@ from jax.sharding import Mesh, NamedSharding
 
 from jpeft.deprecation import renamed_fields
 from jpeft.models import families
+from jpeft.models.checkpoints.added_tokens import add_tokens as with_tokens
 from jpeft.models.checkpoints.folder import find_folder, read_config
 from jpeft.models.checkpoints.notes import make_note, say
 from jpeft.models.checkpoints.plan import open_checkpoint, plan_with_labels, plan_without_labels
@@ -34,6 +35,9 @@ class Loaded:
     initialised: frozenset[str]  # paths of parameters that the checkpoint lacks, so that they are freshly initialised
     unused: frozenset[str]  # names of tensors that the model does not have
     folder: Path  # the local folder that everything was read from
+    note: str = ""  # in one line, what was made anew and what has no place; empty if there is nothing to say
+    # The tokens that `load(add_tokens=...)` gave rows to, with their ids. These rows are to be trained.
+    added: Mapping[str, int] = dataclasses.field(default_factory=dict)
 
     @property
     def config(self) -> ModelConfig:
@@ -62,6 +66,7 @@ def load(
     scan: bool = False,
     fresh_head: bool = False,
     keep_head: bool = False,
+    add_tokens: Sequence[str] = (),
     revision: str | None = None,
     key: jax.Array | None = None,
     mesh: Mesh | None = None,
@@ -85,6 +90,8 @@ def load(
       scan: stack the parameters of the blocks and trace one block.
       fresh_head: make the head with labels anew even if the checkpoint has one for them.
       keep_head: keep the checkpoint's head with labels even if its labels have other names: its outputs are taken in their order.
+      add_tokens: tokens that the model does not have, such as ("<ENT>",): they are added to the tokenizer, and as rows to the embedding
+        (and to the head of a language model). A row begins as the mean of the checkpoint's rows; `jpeft.trainable_tokens` trains it.
       revision: branch, tag or commit of a repository on the hub; None for its main branch.
       key: for parameters that are freshly initialised; None for `jax.random.key(0)`.
       mesh: put the parameters on these devices (`jpeft.sharding.make_mesh`). Each process reads only the parts that its own devices hold,
@@ -97,7 +104,7 @@ def load(
     Raises:
       ValueError: if the folder, its configuration or its weights are missing, unsupported, quantised, damaged, not finite or of other
         shapes; if the labels are not known; if a language model lacks its head; if the head cannot be kept; if rules are given without a
-        mesh.
+        mesh; for tokens that cannot be added.
 
     >>> loaded = load("distilbert-base-cased", labels=("no", "yes"), scan=True)  # doctest: +SKIP
     """
@@ -122,5 +129,7 @@ def load(
     shard = None if mesh is None else lambda entry: NamedSharding(mesh, place(entry.path, entry.shape, mesh, split).spec)
     params = read_params(checkpoint.tensors, plan, jax.random.key(0) if key is None else key, shard)
     unused = checkpoint.tensors.unused(scores_words=described.scores_words)
-    say(make_note(folder, plan.fresh, unused, plan.remarks))
-    return Loaded(plan.model, params, plan.labels, plan.fresh, unused, folder)
+    note = make_note(folder, plan.fresh, unused, plan.remarks)
+    say(note)
+    loaded = Loaded(plan.model, params, plan.labels, plan.fresh, unused, folder, note)
+    return with_tokens(loaded, add_tokens, mesh, split) if add_tokens else loaded

@@ -11,6 +11,7 @@ import numpy as np
 
 from jpeft.checkpoint.files import replace_folder, use_umask
 from jpeft.checkpoint.temporary import Temporary
+from jpeft.extras import explained
 from jpeft.models import families
 from jpeft.models.checkpoints.folder import config_class
 from jpeft.models.checkpoints.layout import Entry, checkpoint_layout
@@ -42,7 +43,8 @@ def save(
     Raises:
       ValueError: if `params` are not those of `model`, the number of labels is not that of the head's outputs, or `folder` exists.
     """
-    from safetensors.numpy import save_file
+    with explained():
+        from safetensors.numpy import save_file
 
     folder = Path(folder).expanduser().absolute()
     if folder.exists() and not overwrite:

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from jpeft.extras import explained
 from jpeft.models import families
 from jpeft.models.checkpoints.folder import read_json
 from jpeft.models.checkpoints.foreign import NEEDS_FLOATS, list_weights
@@ -66,7 +67,8 @@ class Tensors:
 
     def _open(self, file: Path) -> Any:
         """Return a file, opened once: opening reads the header, and tensors are mapped into memory when they are read."""
-        from safetensors import SafetensorError, safe_open
+        with explained():
+            from safetensors import SafetensorError, safe_open
 
         if file not in self._files:
             if not file.is_file():

@@ -35,6 +35,7 @@ def read_tokenizer(folder: Path) -> Any:
             read_json(folder / name, f"{folder / name} is not a file.")
     try:
         tokenizer = import_transformers().AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+        tokenizer("a \N{SNOWMAN}")  # some damage shows only when a text is encoded
     except Exception as error:  # the libraries raise errors of many types, and the tokenizers' own is no subclass of ValueError
         text = " ".join(str(error).split())[:400]
         raise ValueError(f"{folder}: its tokenizer cannot be read{_blame(folder)}: {type(error).__name__}: {text}") from error

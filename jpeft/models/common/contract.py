@@ -11,8 +11,9 @@ is called with. They rely on these promises.
 2. **The positions.** A body, the module that is given the token ids, has a module without parameters that is named ``positions``. It
    returns a tuple with the fields `position_ids` and `offset` and the method `_replace`. Everything that depends on positions (tables,
    rotations, the check of the table's length) uses this result. *A prefix of l keys adds l to both.* `TokenPositions` is such a tuple.
-3. **The word embedding.** It is one `nn.Embed`, called with the token ids, with the path that the role `embedding` says. *Prompts answer
-   ids beyond the vocabulary here, so no other module may check the range of ids.*
+3. **The word embedding.** It is one `nn.Embed`, with the path that the role `embedding` says, called with the token ids through `look_up`:
+   an id without a row gives NaN (`jpeft.models.common.lookup`). *Prompts answer ids beyond the vocabulary here, so no other module may
+   check the range of ids.*
 4. **The body.** One module stands between all heads and everything else. It is called with the token ids first, and with `attention_mask`,
    `token_type_ids` or `position_ids`, all [batch, length], under these names. Its outputs are [batch, length, width]. *Prompts lengthen the
    inputs and cut the outputs.*

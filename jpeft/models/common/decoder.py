@@ -14,6 +14,7 @@ from jpeft.models.common.block_stack import Hidden, make_blocks, run_blocks
 from jpeft.models.common.cache import CausalMask, View
 from jpeft.models.common.decoder_config import DecoderConfig
 from jpeft.models.common.layers import dense, embedding
+from jpeft.models.common.lookup import look_up
 from jpeft.models.common.positions import TokenPositions
 
 
@@ -66,7 +67,7 @@ class Decoder(nn.Module):
     def embed(self, input_ids: Array, view: View, deterministic: bool) -> Hidden:
         """Return the input of the first block."""
         del view, deterministic
-        return getattr(self, self.NAMES[0])(input_ids)
+        return look_up(getattr(self, self.NAMES[0]), input_ids)
 
     def extend_view(self, view: View) -> View:
         """Return the view with whatever else the family's blocks need, such as a rotation."""
@@ -92,7 +93,8 @@ class Decoder(nn.Module):
           output_hidden_states: also return the embeddings and the output of every block.
 
         Raises:
-          ValueError: if the mask does not have the shape of the ids, the cache has no room, or the position table is too short.
+          ValueError: if the mask does not have the shape of the ids, the cache has no room, the position table is too short, or an id has
+            no row in the word embedding (`jpeft.models.common.lookup`).
         """
         input_ids = jnp.asarray(input_ids)
         if attention_mask is not None and jnp.shape(attention_mask) != input_ids.shape:

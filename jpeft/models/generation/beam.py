@@ -43,6 +43,7 @@ class _State(NamedTuple):
     open: Texts  # scores are log p(text)
     ended: Texts  # scores are log p(text) / length^length_penalty
     can_improve: Array  # bool [batch]: whether an open text may still score higher than an ended one
+    finite: Array  # bool [batch]: whether all logits so far were numbers
     last: Array  # int32 [batch * k]: the newest token of the open texts
     cache: Any
     running: Array  # bool []
@@ -73,6 +74,8 @@ def search(
 ) -> Texts:
     """Return the K best texts after each prompt.
 
+    Where logits were not numbers, the scores of that prompt's texts are NaN.
+
     Args:
       logits: After the prompts.
       cache: After the prompts, with one row for each.
@@ -97,11 +100,13 @@ def search(
     )
     # All K open texts are equal at first, so only the first one may be continued in the first step.
     first = none._replace(scores=jnp.where(jnp.arange(beams) == 0, 0.0, NEVER)[None] + jnp.zeros((batch, 1)))
-    start = _State(jnp.zeros((), jnp.int32), first, none, jnp.ones(batch, bool), jnp.zeros(batch * beams, jnp.int32), None, jnp.array(True))
+    yes, last = jnp.ones(batch, bool), jnp.zeros(batch * beams, jnp.int32)
+    start = _State(jnp.zeros((), jnp.int32), first, none, yes, yes, last, None, jnp.array(True))
     repeat = lambda leaf, axis: leaf if axis < 0 else jnp.repeat(leaf, beams, axis=axis)
     state = _extend(start, jnp.repeat(logits, beams, 0), jax.tree.map(repeat, cache, axes), axes, options)
     body = lambda state: _extend(state, *step(state.cache, state.last), axes, options)
-    return jax.lax.while_loop(lambda state: state.running, body, state).ended
+    end = jax.lax.while_loop(lambda state: state.running, body, state)
+    return end.ended._replace(scores=jnp.where(end.finite[:, None], end.ended.scores, jnp.nan))
 
 
 def _extend(state: _State, logits: Float[Array, "rows vocab"], cache: Any, axes: Any, options: _Options) -> _State:
@@ -111,6 +116,8 @@ def _extend(state: _State, logits: Float[Array, "rows vocab"], cache: Any, axes:
     # At least K of so many candidates have not ended: a text can end with each of the stop tokens.
     count = min(max(2, 1 + len(options.stop)) * beams, beams * vocab)
     log_p = jax.nn.log_softmax(logits).reshape(batch, beams, vocab) + state.open.scores[:, :, None]
+    # What a text that takes no more part is continued by does not matter.
+    finite = state.finite & (~jnp.isnan(log_p).any((1, 2)) | ~state.can_improve)
     scores, index = jax.lax.top_k(log_p.reshape(batch, -1), count)  # [batch, count]
     parents, words = index // vocab, (index % vocab).astype(jnp.int32)
     tokens = _gather(state.open.tokens, parents).at[:, :, state.step].set(words)
@@ -128,7 +135,7 @@ def _extend(state: _State, logits: Float[Array, "rows vocab"], cache: Any, axes:
     can_improve = state.can_improve & (best_score > jnp.where(ended.ended, ended.scores.min(1, keepdims=True), NEVER).min(1))
     complete = ended.ended.all() & (options.early_stopping is True)
     last = _gather(words, chosen).reshape(-1)
-    return _State(length, still_open, ended, can_improve, last, cache, can_improve.any() & ~complete & (length < new))
+    return _State(length, still_open, ended, can_improve, finite, last, cache, can_improve.any() & ~complete & (length < new))
 
 
 def _add_ended(state: _State, candidates: Texts, length: Array, options: _Options) -> Texts:

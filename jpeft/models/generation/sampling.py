@@ -6,19 +6,28 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from jpeft.core.options import Count, Positive, Share, fits, shown
 
-def check_sampling(key: Any, temperature: Any, top_k: int | None, top_p: Any) -> None:
+
+def check_sampling(key: Any, temperature: Any, top_k: Any, top_p: Any) -> None:
     """Raise a ValueError for an option outside its range, or one without a key. Traced options are not checked."""
     options = {"temperature": temperature, "top_k": top_k, "top_p": top_p}
     if key is None and any(value is not None for value in options.values()):
         names = ", ".join(f"{name}={value}" for name, value in options.items() if value is not None)
         raise ValueError(f"{names} without a key= has no effect: greedy text takes the most likely word each time. Pass key=.")
-    if isinstance(temperature, (int, float)) and not temperature > 0:
-        raise ValueError(f"temperature={temperature} must be above 0; for the most likely word each time leave key= out.")
-    if top_k is not None and top_k < 1:
-        raise ValueError(f"top_k={top_k} must be at least 1.")
-    if isinstance(top_p, (int, float)) and not 0 < top_p <= 1:
-        raise ValueError(f"top_p={top_p} is not in (0, 1].")
+    if temperature is not None and not is_array(temperature) and not fits(temperature, Positive):
+        raise ValueError(
+            f"temperature={shown(temperature)} must be above 0 and finite; for the most likely word each time leave `key` out."
+        )
+    if top_k is not None and not fits(top_k, Count):
+        raise ValueError(f"top_k={shown(top_k)} must be a whole number of at least 1.")
+    if top_p is not None and not is_array(top_p) and not fits(top_p, Share):
+        raise ValueError(f"top_p={shown(top_p)} is not in (0, 1].")
+
+
+def is_array(value: Any) -> bool:
+    """Whether a number may only be known while the program runs."""
+    return isinstance(value, jax.Array)
 
 
 def filter_logits(
