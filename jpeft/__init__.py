@@ -9,6 +9,7 @@ Pretrained models (`jpeft.models`), the trainer (`jpeft.training`) and the comma
 """
 
 from typing import TYPE_CHECKING as _TYPE_CHECKING
+from typing import Any as _Any
 
 from jpeft import layouts as layouts
 from jpeft import sharding as sharding
@@ -48,16 +49,29 @@ from jpeft.tree.paths import unflatten as unflatten
 
 __version__: str
 
-if not _TYPE_CHECKING:
+if _TYPE_CHECKING:
+    from jpeft.training.run import load_run as load_run
+else:
 
-    def __getattr__(name: str) -> str | type[Method]:
-        """The version; or the class of a method that is not in `jpeft.factories` yet, because its file is newer than `make docs`."""
+    def __getattr__(name: str) -> _Any:
+        """What takes long to import; or the class of a method whose file is newer than `make docs`, so that `jpeft.factories` lacks it."""
         if name == "__version__":
             from importlib.metadata import version
 
             return version("jpeft")
+        if name == "load_run":
+            try:
+                from jpeft.training.run import load_run
+            except ModuleNotFoundError as error:
+                message = f'jpeft.load_run needs another package: pip install "jpeft[hf]" ({error}).'
+                raise ModuleNotFoundError(message, name=error.name) from error
+            return load_run
         from jpeft.registry import classes
 
         if name in classes():
             return classes()[name]
         raise AttributeError(f"module 'jpeft' has no attribute {name!r}")
+
+    def __dir__() -> list[str]:
+        """All public names, those of `__getattr__` among them."""
+        return sorted({*globals(), "load_run"})

@@ -81,7 +81,7 @@ def fisher(
         seen += used
     if not seen:
         raise ValueError(f"fisher: there are no examples: batches is empty, or num_samples={num_samples} is not positive.")
-    return Fisher(jax.tree.map(lambda t: t / seen, total))
+    return Fisher(hosts.unwrap(jax.tree.map(lambda t: t / seen, total)))
 
 
 def movement(before: Params, after: Params) -> Movement:
@@ -92,7 +92,8 @@ def movement(before: Params, after: Params) -> Movement:
     >>> movement({"bias": jnp.array([1.0, 2.0])}, {"bias": jnp.array([0.5, 2.0])}).values["bias"]
     Array([0.5, 0. ], dtype=float32)
     """
-    return Movement(jax.tree.map(lambda b, a: jnp.abs(a.astype(jnp.float32) - b.astype(jnp.float32)), before, after))
+    moved = jax.tree.map(lambda b, a: jnp.abs(a.astype(jnp.float32) - b.astype(jnp.float32)), hosts.unwrap(before), hosts.unwrap(after))
+    return Movement(moved)
 
 
 def key_values(model: Any, params: Params, input_ids: Any) -> KeyValues:

@@ -386,8 +386,9 @@ def test_unknown_method(fails):
 
 
 def test_summary_errors(world, fails):
-    for arguments in ([], [world / "lora", "rank=2"], [world / "lora", "--model", world / "model"]):
+    for arguments in ([], [world / "lora", "rank=2"], ["--data", world / "data.csv"]):
         assert "Give the folder of one run" in fails("summary", *arguments)
+    assert "--labels is for a model without a run" in fails("summary", world / "lora", "--model", world / "model", "--labels", "3")
 
 
 def test_debug_shows_the_traceback(world, tmp_path, monkeypatch):

@@ -22,10 +22,15 @@ from jpeft.checkpoint.plain_paths import PlainPath, check_path
 from jpeft.checkpoint.records import check_record, sealed
 from jpeft.checkpoint.temporary import Temporary, remove_leftovers
 from jpeft.core.method import Method
-from jpeft.core.peft import Peft
+from jpeft.core.peft import Peft, check_peft
 from jpeft.distributed import gather_to_host, on_first_process
+from jpeft.hosts.registry import unwrap
 
 _RECORD, _LEAVES, _FORMAT = "jpeft.json", "adapter", 1
+
+
+class WrongBaseError(ValueError):
+    """The parameters are not those that an adapter was trained on."""
 
 
 def save(path: str | os.PathLike[str], peft: Peft, *, overwrite: bool = False) -> None:
@@ -62,6 +67,7 @@ def save_adapter(path: str | os.PathLike[str], peft: Peft, *, overwrite: bool = 
       ValueError: as `save`.
       OSError: if it could not be written; what was at `path` is still there.
     """
+    check_peft(peft, "save")
     target = Path(path).absolute()
     on_first_process(lambda: _check_target(path, target, overwrite=overwrite))
     record = {
@@ -149,6 +155,7 @@ def load(path: str | os.PathLike[str], params: tree.Params, *, method: Method | 
     >>> jpeft.load(folder, params).adapter["dense"]["bias"].shape
     (4,)
     """
+    params = unwrap(params)
     source = Path(path).absolute()
     remove_leftovers(source)
     record = read_record(path)
@@ -160,7 +167,7 @@ def load(path: str | os.PathLike[str], params: tree.Params, *, method: Method | 
     adapter = {name: {} for name, _ in method.parts} | _read_arrays(path, source / _LEAVES, record["leaves"])
     _check_fit(params, adapter, method, path)
     if check_base and fingerprint(params, skip=_replaced(params, adapter, method)) != record["base"]:
-        raise ValueError(
+        raise WrongBaseError(
             f"The adapter in '{path}' was trained on another base: its fingerprint is {record['base'][:12]}, that of these parameters is "
             "not. Load the checkpoint that it was trained on, in the same dtype; or, if you know better, jpeft.load(..., check_base=False)."
         )
@@ -183,7 +190,7 @@ def read_record(path: str | os.PathLike[str]) -> dict[str, Any]:
     except (OSError, ValueError, RecursionError) as e:
         raise ValueError(f"'{file}' is damaged ({type(e).__name__}: {e}); save the adapter again.") from e
     if isinstance(record, dict) and record.get("format", _FORMAT) != _FORMAT:
-        raise ValueError(f"'{path}' has format {record.get('format')}, this jpeft reads format {_FORMAT}; update jpeft.")
+        raise ValueError(f"'{file}' has format {record.get('format')}, this jpeft reads format {_FORMAT}; update jpeft.")
     if damage := _damage_of_record(record):
         raise ValueError(f"'{file}' is damaged ({damage}); save the adapter again.")
     check_record(record, file)
@@ -257,15 +264,15 @@ def _check_fit(params: tree.Params, adapter: tree.Adapter, method: Method, path:
     try:
         expected = leaf_table(method.expected(params, adapter))
     except (ValueError, TypeError) as e:
-        raise ValueError(f"The adapter in '{path}' does not fit these parameters: {e}") from e
+        raise WrongBaseError(f"The adapter in '{path}' does not fit these parameters: {e}") from e
     found = leaf_table(adapter)
     missing, spare = expected.keys() - found.keys(), found.keys() - expected.keys()
     if missing or spare:
-        raise ValueError(
+        raise WrongBaseError(
             f"The adapter in '{path}' does not fit these parameters: {len(missing)} leaves are missing, such as {sorted(missing)[:3]}, and "
             f"{len(spare)} are left over, such as {sorted(spare)[:3]}."
         )
     wrong = {name: (found[name][0], expected[name][0]) for name in expected if found[name][0] != expected[name][0]}
     if wrong:
         name, (got, want) = next(iter(wrong.items()))
-        raise ValueError(f"The adapter in '{path}' does not fit these parameters: '{name}' has shape {got}, the base needs {want}.")
+        raise WrongBaseError(f"The adapter in '{path}' does not fit these parameters: '{name}' has shape {got}, the base needs {want}.")

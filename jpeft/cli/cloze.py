@@ -14,7 +14,8 @@ from jpeft import data, models
 from jpeft.cli.command import Command
 from jpeft.cli.predictions import check_output, write_predictions
 from jpeft.cli.tables import print_metrics
-from jpeft.cli.texts import check_one_source, read_file_or_split, texts_table
+from jpeft.cli.texts import check_one_source, read_file_or_split
+from jpeft.data.texts import texts_table
 from jpeft.data.values import as_label
 from jpeft.tasks.cloze import Cloze
 from jpeft.tasks.sequence_classification import SequenceClassification
@@ -42,8 +43,8 @@ class ClozeArgs:
     text: tuple[str, ...] = ()
     # Second texts, for a template of pairs: one for each text.
     pair: tuple[str, ...] = ()
-    # Name of the split, if the data is not a file.
-    split: str = "test"
+    # Name of the split; none for all rows of a file, and for the test split of other data.
+    split: str | None = None
     # Column that holds the text.
     text_column: str = "text"
     # Column that holds the second text, for a template of pairs.
@@ -74,7 +75,7 @@ def _run(args: ClozeArgs) -> None:
     scores = cloze.classify(loaded.model.apply, {"params": loaded.params}, loaded.tokenizer, arrays, batch_size=batch_size)
     if args.data is not None and table.label is not None:
         expected = np.array([cloze.labels.index(label) for label in table.label], np.int32)
-        name = args.data if Path(args.data).is_file() else args.split
+        name = args.split or (args.data if Path(args.data).is_file() else "test")
         print_metrics({name: SequenceClassification().metrics(scores, {"label": expected}, cloze.labels)})
     if table.label is None or args.output is not None:
         write_predictions(args.output, table, SequenceClassification().predictions(scores, cloze.labels, loaded.tokenizer))
@@ -98,7 +99,7 @@ def _parse_words(words: Sequence[str]) -> dict[str, tuple[str, ...]]:
 
 def _read_table(args: ClozeArgs, *, pairs: bool) -> data.Table:
     if args.data is None:
-        return texts_table(args.text, args.pair, pairs=pairs, reader="template")
+        return texts_table(args.text, args.pair, needs_pairs=pairs, reader="template", names=("--text", "--pair"))
     if args.pair:
         raise ValueError("--pair holds the second texts of --text; the second texts of --data are in the column --pair-column.")
     names = {"text": args.text_column, "pair": args.pair_column if pairs else None, "label": args.label_column}

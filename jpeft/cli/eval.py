@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
+import warnings
+from pathlib import Path
 from typing import Annotated, Literal
 
 import tyro
 
-import jpeft
+from jpeft import data
 from jpeft.cli.command import Command
 from jpeft.cli.tables import print_metrics
-from jpeft.cli.texts import read_file_or_split, read_split
+from jpeft.cli.texts import choose_split, read_file_or_split
 from jpeft.training.build import read_columns
-from jpeft.training.evaluate import Evaluator
-from jpeft.training.run import Run, open_run
+from jpeft.training.run import Run, load_run
+from jpeft.training.run_data import changed_splits, read_tables
 
 
 @dataclasses.dataclass(frozen=True)
@@ -22,10 +24,12 @@ class EvalArgs:
 
     # Folder of the run.
     run: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="RUN")]
-    # Data to evaluate instead of the run's: a file (all of its rows), a folder, "builtin[:name]" or "hub:name[/config]".
+    # Folder or hub id of the base, where it has moved.
+    model: str | None = None
+    # Other data, or the run's where it has moved: a file, a folder, "builtin[:name]" or "hub:name[/config]".
     data: str | None = None
-    # Name of the split.
-    split: str = "test"
+    # Name of the split. A file is split as in training; none takes all rows of a file in --data, and the test split of anything else.
+    split: str | None = None
     # Examples per batch.
     batch_size: int = 64
     # Generation: rows longer than the run's max_length, as in `jpeft train`; none for the run's own setting.
@@ -33,22 +37,46 @@ class EvalArgs:
 
 
 def _run(args: EvalArgs) -> None:
-    run = open_run(args.run)
+    run = load_run(args.run, model=args.model, batch_size=args.batch_size)
     if args.overlong is not None:
         run = run.configured(overlong=args.overlong)
-    names = read_columns(run.config, run.task)
-    if args.data is None:
-        # A file is split here as it was in training.
-        table = read_split(run.config.data, args.split, **names)
-    else:
-        table = read_file_or_split(args.data, args.split, **names)
-    arrays = run.task.encode_for(run.loaded, table, labels=run.labels, max_length=run.config.max_length)
-    print_metrics({args.data or args.split: make_evaluator(run, args.batch_size).metrics(run.peft, arrays)})
+    table = read_run_split(run, args.split or "test") if args.data is None else _read_other(run, args.data, args.split)
+    print_metrics({args.split or args.data or "test": run.metrics(table)})
 
 
-def make_evaluator(run: Run, batch_size: int) -> Evaluator:
-    """Return what computes metrics and predictions of a run's model."""
-    return Evaluator(jpeft.wrap(run.loaded.model.apply, run.peft.method), run.task, batch_size, run.labels)
+def read_run_split(run: Run, split: str) -> data.Table:
+    """Return a split of the run's data, with a warning if it is not what it was in training.
+
+    Raises:
+      ValueError: if the data is not there, or has no such split.
+    """
+    table = choose_split(read_tables(run), split)
+    if changed_splits(run, {split: table}):
+        warnings.warn(
+            f"{run.config.data} has changed since the run was trained: its {split} split is another one, and may hold rows of training.",
+            stacklevel=2,
+        )
+    return table
+
+
+def _read_other(run: Run, source: str, split: str | None) -> data.Table:
+    """Return the rows of --data. All rows of the run's own file, those of training among them, are evaluated only with a warning."""
+    table = read_file_or_split(source, split, **read_columns(run.config, run.task))
+    if split is None and Path(source).is_file() and _holds_training(run, source):
+        warnings.warn(
+            f"{source} holds the run's own data, and all of its rows are evaluated, those of training among them. "
+            "--split test takes the rows that training has not seen.",
+            stacklevel=2,
+        )
+    return table
+
+
+def _holds_training(run: Run, source: str) -> bool:
+    try:
+        tables = data.splits(source, **read_columns(run.config, run.task))
+    except ValueError:  # such as too few rows to be split
+        return False
+    return not changed_splits(run, {"train": tables["train"]})
 
 
 COMMAND = Command("eval", EvalArgs, _run, names=dict.fromkeys(("text", "pair", "label", "target", "tags")))

@@ -11,7 +11,8 @@ import tyro
 
 from jpeft.checkpoint.files import check_output
 from jpeft.cli.command import Command
-from jpeft.training.run import open_run, save_merged
+from jpeft.training.run import load_run
+from jpeft.training.run_data import check_run_data
 
 
 @dataclasses.dataclass(frozen=True)
@@ -22,6 +23,10 @@ class MergeArgs:
     run: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="RUN")]
     # Folder to write; must be new or empty.
     out: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="OUT")]
+    # Folder or hub id of the base, where it has moved.
+    model: str | None = None
+    # Merge only if this is the data that the run was trained on; none needs no data.
+    data: str | None = None
 
 
 def _run(args: MergeArgs) -> None:
@@ -29,8 +34,10 @@ def _run(args: MergeArgs) -> None:
     if os.path.lexists(out) and (not out.is_dir() or any(out.iterdir())):
         raise ValueError(f"The output folder {out} is in use: choose another.")
     check_output(out, folder=True)
-    run = open_run(args.run)
-    save_merged(out, run.loaded, run.peft)
+    run = load_run(args.run, model=args.model, data=args.data)
+    if args.data is not None:
+        check_run_data(run)
+    run.save_merged(out)
     print(f"merged model in {out}")
 
 

@@ -3,20 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
-import warnings
+from pathlib import Path
 from typing import Annotated, Literal
 
-import jax
-import numpy as np
 import tyro
 
 from jpeft import data
 from jpeft.cli.command import Command
-from jpeft.cli.eval import make_evaluator
+from jpeft.cli.eval import read_run_split
 from jpeft.cli.predictions import check_output, write_predictions
-from jpeft.cli.texts import check_one_source, texts_table
-from jpeft.tasks.task import Decoding
-from jpeft.training.run import Run, open_run
+from jpeft.cli.texts import check_one_source, read_split
+from jpeft.training.build import read_columns
+from jpeft.training.decoding import OPTIONS
+from jpeft.training.run import Run, load_run
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,12 +24,18 @@ class PredictArgs:
 
     # Folder of the run.
     run: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="RUN")]
+    # Folder or hub id of the base, where it has moved.
+    model: str | None = None
     # Texts, each an argument.
     text: tuple[str, ...] = ()
     # Second texts, for a model of pairs: one for each text.
     pair: tuple[str, ...] = ()
     # A CSV, TSV, JSONL, JSON or Parquet file with the run's text column; labels in the file are ignored.
     input: str | None = None
+    # The same for any data: a file (all of its rows), a folder, "builtin[:name]" or "hub:name[/config]".
+    data: str | None = None
+    # Name of a split, of --data or of the run's own data. A file is split as in training.
+    split: str | None = None
     # JSONL file to write; none prints.
     output: str | None = None
     # Replace the output file.
@@ -52,58 +57,29 @@ class PredictArgs:
 
 
 def _run(args: PredictArgs) -> None:
-    check_one_source(args.text, args.input, "a file with --input")
+    if args.input is not None and (args.data is not None or args.split is not None):
+        raise ValueError("--input is a file, all of whose rows are predicted: give --data instead, with --split for a part of it.")
+    source = next((given for given in (args.input, args.data, args.split) if given is not None), None)
+    check_one_source(args.text, source, "a file with --input, data with --data, or a split of the run's data with --split")
     check_output(args.output, overwrite=args.overwrite)
-    run = open_run(args.run)
+    run = load_run(args.run, model=args.model, batch_size=args.batch_size)
     if args.overlong is not None:
         run = run.configured(overlong=args.overlong)
-    decoding = _decoding(args, run)
-    if args.input is not None:
-        table = data.read(args.input, text=run.config.text, pair=run.config.pair, label=None)
-    else:
-        table = texts_table(args.text, args.pair, pairs=bool(run.config.pair), reader="model")
-    arrays = run.task.encode_for(run.loaded, table, labels=None, max_length=run.config.max_length)
-    _warn_of_positions(run, arrays["input_ids"].shape[1] + decoding.max_new_tokens)
-    answers = make_evaluator(run, min(args.batch_size, len(table))).answers(run.peft, arrays, decoding)
-    write_predictions(args.output, table, run.task.predictions(answers, run.labels, run.loaded.tokenizer))
+    table = run.table(args.text, args.pair, names=("--text", "--pair")) if source is None else _read(args, run)
+    answers = run.answers(table, **{name: getattr(args, name) for name in OPTIONS})
+    write_predictions(args.output, table, answers)
 
 
-def _decoding(args: PredictArgs, run: Run) -> Decoding:
-    """Return how text is generated, from the flags and the model's special tokens.
-
-    Raises:
-      ValueError: if a flag of generation is given for another task, or a flag of random draws without --seed.
-    """
-    given = {name: getattr(args, name) for name in ("max_new_tokens", "seed", "temperature", "top_k", "top_p")}
-    given = {name: value for name, value in given.items() if value is not None}
-    if given and not run.task.generates:
-        raise ValueError(f"{', '.join(map(_flag, given))}: only for a model that generates text, and this one does {run.task.name}.")
-    if given and "seed" not in given and set(given) != {"max_new_tokens"}:
-        random = map(_flag, sorted(given.keys() - {"max_new_tokens"}))
-        raise ValueError(f"{', '.join(random)}: only for tokens drawn at random, with --seed.")
-    if run.task.generates:
-        # Some models have several end tokens: the tokenizer names one, the configuration all of them.
-        end = run.loaded.tokenizer.eos_token_id
-        others = getattr(run.loaded.config, "eos_token_id", None)
-        given |= {"stop": tuple({end, *np.atleast_1d(end if others is None else others).tolist()}), "pad": end}
-    if "seed" in given:
-        given["key"] = jax.random.key(given.pop("seed"))
-    return Decoding(**given)
-
-
-def _warn_of_positions(run: Run, length: int) -> None:
-    """Say that a text may become longer than the model's positions; a model with a table of positions refuses it by itself."""
-    has_table = getattr(run.loaded.config, "position_rows", None) is not None
-    if run.task.generates and not has_table and length > run.loaded.config.max_length:
-        warnings.warn(
-            f"Prompt and --max-new-tokens make up to {length} tokens, and the model has {run.loaded.config.max_length} positions: what "
-            "comes behind them may be of no use.",
-            stacklevel=2,
-        )
-
-
-def _flag(name: str) -> str:
-    return f"--{name.replace('_', '-')}"
+def _read(args: PredictArgs, run: Run) -> data.Table:
+    if args.pair:
+        raise ValueError("--pair holds the second texts of --text; those of a file are in its own column.")
+    source = args.input or args.data
+    if source is None:
+        return read_run_split(run, args.split or "test")
+    if args.split is None and (args.input is not None or Path(source).is_file()):
+        # All of its rows, which need no labels.
+        return data.read(source, text=run.config.text, pair=run.config.pair, label=None)
+    return read_split(source, args.split or "test", **read_columns(run.config, run.task))
 
 
 COMMAND = Command("predict", PredictArgs, _run, names={"text": None, "pair": None, "key": "--seed"})

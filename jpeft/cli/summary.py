@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Annotated
+from typing import Annotated, Any
 
 import tyro
 
@@ -11,7 +11,8 @@ import jpeft
 from jpeft.cli.command import Command
 from jpeft.training.build import attach, load_base
 from jpeft.training.config import TaskName, TrainConfig
-from jpeft.training.run import open_run
+from jpeft.training.run import load_run
+from jpeft.training.run_data import check_run_data
 
 
 @dataclasses.dataclass(frozen=True)
@@ -20,28 +21,36 @@ class SummaryArgs:
 
     # Folder of a run, or options of --method as NAME=VALUE.
     what: Annotated[tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="RUN|NAME=VALUE")] = ()
-    # Folder or hub id of a model, if no run is given.
+    # Folder or hub id of a model; of a run's base, where it has moved.
     model: str | None = None
-    # Branch, tag or commit of the model on the hub; none for its main branch.
+    # Branch, tag or commit of the model on the hub; none for its main branch. Not for a run, like the flags below.
     revision: str | None = None
-    # Name of the method.
-    method: str = "lora"
-    # Task of the model.
-    task: TaskName = "sequence-classification"
-    # Number of labels of the new head.
-    labels: int = 2
+    # Count only if this is the data that the run was trained on; none needs no data. Only for a run.
+    data: str | None = None
+    # Name of the method; none for lora.
+    method: str | None = None
+    # Task of the model; none for sequence-classification.
+    task: TaskName | None = None
+    # Number of labels of the new head; none for 2.
+    labels: int | None = None
 
 
 def _run(args: SummaryArgs) -> None:
     options = tuple(argument for argument in args.what if "=" in argument)
     runs = [argument for argument in args.what if "=" not in argument]
-    if args.model is None and len(runs) == 1 and not options:
-        peft = open_run(runs[0]).peft
-    elif args.model is not None and not runs:
-        about = {"model": args.model, "revision": args.revision, "task": args.task, "method": args.method}
-        config = TrainConfig(**about, data="", output="", options=options, max_length=1)
-        loaded = load_base(config, tuple(f"LABEL_{i}" for i in range(args.labels)))
-        peft = attach(config, loaded)
+    of_method = [name for name in ("revision", "method", "task", "labels") if getattr(args, name) is not None]
+    if len(runs) == 1 and not options:
+        if of_method:
+            raise ValueError(f"--{of_method[0]} is for a model without a run; {runs[0]} is a run, which has its own.")
+        run = load_run(runs[0], model=args.model, data=args.data)
+        if args.data is not None:
+            check_run_data(run)
+        peft = run.peft
+    elif args.model is not None and args.data is None and not runs:
+        about: dict[str, Any] = {"task": args.task or "sequence-classification", "method": args.method or "lora"}
+        config = TrainConfig(**about, model=args.model, revision=args.revision, data="", output="", options=options, max_length=1)
+        count = 2 if args.labels is None else args.labels
+        peft = attach(config, load_base(config, tuple(f"LABEL_{i}" for i in range(count))))
     else:
         raise ValueError("Give the folder of one run, or --model with --method and its options as NAME=VALUE.")
     print(jpeft.summary(peft))

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from jpeft import data
-from jpeft.data.origin import Origin
 
 
 def check_one_source(text: Sequence[str], source: str | None, name: str) -> None:
@@ -25,38 +24,20 @@ def check_one_source(text: Sequence[str], source: str | None, name: str) -> None
         raise ValueError(f"Give either texts with --text or {name}.")
 
 
-def texts_table(text: Sequence[str], pair: Sequence[str], *, pairs: bool, reader: str) -> data.Table:
-    """Return the values of --text and --pair as a table without labels.
-
-    Args:
-      text: The values of --text.
-      pair: The values of --pair.
-      pairs: Whether each text needs a second text.
-      reader: What reads the texts, for the error message: "model" or "template".
-
-    Raises:
-      ValueError: if there is not one second text for each text, if there are second texts where none are read, or for an empty text.
-    """
-    if len(pair) != (len(text) if pairs else 0):
-        expected = "one --pair for each --text" if pairs else "single texts, without --pair"
-        raise ValueError(f"This {reader} takes {expected}: got {len(text)} texts and {len(pair)} pairs.")
-    if empty := [number for number, each in enumerate(text, start=1) if not each.strip()]:
-        raise ValueError(f"No text in --text number {empty[0]} of {len(text)}: remove it or fill it in.")
-    return data.Table(list(text), list(pair) or None, origin=Origin("--text", range(1, len(text) + 1)))
-
-
-def read_file_or_split(spec: str, split: str, **columns: Any) -> data.Table:
-    """Return all rows of a file, or the rows of one split of other data (a folder, built-in or hub data).
+def read_file_or_split(spec: str, split: str | None, **columns: Any) -> data.Table:
+    """Return all rows of a file if no split is named, else the rows of one split; of other data than a file, the test split by default.
 
     Args:
       spec: The value of --data.
-      split: Name of the split.
+      split: Name of the split, or None.
       **columns: Names of the columns, as in `jpeft.data.read`.
 
     Raises:
       ValueError: if the data has no such split.
     """
-    return data.read(spec, **columns) if Path(spec).is_file() else read_split(spec, split, **columns)
+    if split is None and Path(spec).is_file():
+        return data.read(spec, **columns)
+    return read_split(spec, split or "test", **columns)
 
 
 def read_split(spec: str, split: str, **columns: Any) -> data.Table:
@@ -65,7 +46,15 @@ def read_split(spec: str, split: str, **columns: Any) -> data.Table:
     Raises:
       ValueError: if the data has no such split.
     """
-    tables = data.splits(spec, **columns)
+    return choose_split(data.splits(spec, **columns), split)
+
+
+def choose_split(tables: Mapping[str, data.Table], split: str) -> data.Table:
+    """Return the rows of one split.
+
+    Raises:
+      ValueError: if there is no such split with rows.
+    """
     if not len(tables.get(split, ())):
         existing = ", ".join(name for name, table in tables.items() if len(table))
         raise ValueError(f"The data has no split {split!r} with rows in it; it has {existing}.")

@@ -50,7 +50,9 @@ def compare(config: CompareConfig, *, say: Callable[[str], None] = print) -> Com
     outcome = _Outcome()
     try:
         for number, (row, run) in enumerate(runs, 1):
-            if not RunFolder(run.output).finished and row not in outcome.refused:
+            folder = RunFolder(run.output)
+            # A finished run is read back without its model, unless that must show that base and data are those of the run, elsewhere.
+            if (not folder.finished or folder.moved(run)) and row not in outcome.refused:
                 say(f"[{number}/{len(runs)}] {row.label}, seed {run.seed}")
                 say(_train(row, run, rows, outcome))
     except KeyboardInterrupt:

@@ -285,12 +285,13 @@ def collect(
     results: dict[Row, dict[int, dict[str, Any]]] = {}
     names: dict[Row, dict[int, str]] = {}
     first: TrainConfig | None = None
+    first_about: dict[str, Any] = {}
     for folder in map(RunFolder, folders):
         about = folder.read_config()
         config = from_json(about["run"])
-        first = first or config
+        first, first_about = first or config, first_about or about
         changed = changed_fields(to_json(first), to_json(config))
-        different = {name: values for name, values in changed.items() if name not in PER_ROW}
+        different = {name: values for name, values in changed.items() if name not in PER_ROW and not _only_moved(name, first_about, about)}
         if different:
             fields = ", ".join(f"{name} ({old!r} and {new!r})" for name, (old, new) in different.items())
             raise ValueError(f"{first.output} and {folder.path} cannot be compared: they differ in {fields}.")
@@ -311,6 +312,12 @@ def collect(
         left_out=left_out or {},
         parameters=parameters,
     )
+
+
+def _only_moved(name: str, one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
+    """Whether two runs, given by their config.json, found the same base, or the same data, in two places."""
+    digest = {"model": "pretrained", "data": "data"}.get(name)
+    return digest is not None and one.get(digest) is not None and one[digest] == other.get(digest)
 
 
 def _result(folder: RunFolder) -> dict[str, Any]:

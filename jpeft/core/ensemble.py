@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from jpeft.core.method import Method
-from jpeft.core.peft import Peft
+from jpeft.core.peft import Peft, check_peft
 from jpeft.hosts.base import Host
 
 
@@ -30,6 +30,7 @@ def stack(pefts: Sequence[Peft]) -> Peft:
         raise ValueError("stack() needs at least one Peft, in a list: jpeft.stack([peft, other]).")
     first = pefts[0]
     for peft in pefts:
+        check_peft(peft, "stack")
         if peft.method != first.method:
             raise ValueError(f"stack() needs adapters of one method, and was given {first.method!r} and {peft.method!r}.")
         if any(mine is not base for mine, base in zip(jax.tree.leaves(peft.params), jax.tree.leaves(first.params), strict=True)):

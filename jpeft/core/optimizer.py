@@ -10,7 +10,7 @@ from jpeft.core.groups import Group
 from jpeft.core.lr_scale import scale_by_path
 from jpeft.core.method import FREEZE, TRAIN
 from jpeft.core.options import shown
-from jpeft.core.peft import Peft
+from jpeft.core.peft import Peft, check_peft
 
 
 def optimizer(
@@ -51,8 +51,7 @@ def optimizer(
     >>> jnp.shape(updates["dense"]["bias"])
     (4,)
     """
-    if not isinstance(peft, Peft):
-        raise ValueError(f"optimizer needs a jpeft.Peft, as jpeft.apply returns, and was given {type(peft).__name__}.")
+    check_peft(peft, "optimizer")
     for name, one in (tx if isinstance(tx, Mapping) else {"tx": tx}).items():
         if not (callable(getattr(one, "init", None)) and callable(getattr(one, "update", None))):
             raise ValueError(f"optimizer: {name}={shown(one)} is no optax optimizer, such as optax.adamw(1e-3).")

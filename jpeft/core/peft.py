@@ -2,6 +2,8 @@
 
 import dataclasses
 import functools
+import re
+import warnings
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -13,7 +15,8 @@ from jpeft.core.statistics import find
 from jpeft.hosts import registry as registry_of_hosts
 from jpeft.hosts.base import Host, innermost
 from jpeft.tree.adapters import Adapter
-from jpeft.tree.paths import Params, copy
+from jpeft.tree.head import unknown_heads
+from jpeft.tree.paths import Params, copy, first_few, flatten
 
 
 @jax.tree_util.register_dataclass
@@ -44,6 +47,8 @@ class Peft:
 
     def replace(self, **changes: Any) -> "Peft":
         """A copy with some fields exchanged: ``peft.replace(adapter=new)``."""
+        if "params" in changes:
+            changes["params"] = registry_of_hosts.unwrap(changes["params"])
         return dataclasses.replace(self, **changes)
 
 
@@ -59,7 +64,8 @@ def apply(
 
     Args:
       params: Parameters of any model as a pytree: a nested dict, a FrozenDict, an NNX state, a registered dataclass. Or their shapes,
-        under `jax.eval_shape`. They are kept as they are, neither copied nor changed.
+        under `jax.eval_shape`. They are kept as they are, neither copied nor changed. Of the variables of a linen model,
+        ``model.init(...)``, the parameters are taken.
       method: Name of a method (`jpeft.methods`), its class, its configuration, or a `Method`.
       key: For the adapter's random leaves; `jax.random.key(0)` if not given.
       stats: The statistics that a data-driven method requires, such as the Fisher information; a list of several for a chain. `jpeft.stats`
@@ -67,7 +73,7 @@ def apply(
       **options: The method's options; see its class, e.g. `jpeft.lora`.
 
     Returns:
-      A `Peft`.
+      A `Peft`. A warning names layers that may be a new head under a name that ``head="auto"`` does not know.
 
     Raises:
       ValueError: for an unknown method or option, a target that matches nothing, a head that does not exist.
@@ -83,11 +89,39 @@ def apply(
     params = registry_of_hosts.unwrap(params)
     made.check_base(params)
     try:
-        return Peft(params, made.init(jax.random.key(0) if key is None else key, params, stats=stats), made)
+        peft = Peft(params, made.init(jax.random.key(0) if key is None else key, params, stats=stats), made)
     except (jax.errors.JaxRuntimeError, MemoryError) as error:
         if isinstance(error, jax.errors.JaxRuntimeError) and "RESOURCE_EXHAUSTED" not in str(error):
             raise
         raise ValueError(f"The adapter of {made!r} does not fit into the memory. Choose smaller sizes.") from error
+    _warn_of_unknown_heads(peft)
+    return peft
+
+
+def _warn_of_unknown_heads(peft: Peft) -> None:
+    """Say that a classifier under an unknown name is not trained whole, where the method looks for one and the model seems to have one."""
+    parts = [part for _, part in peft.method.parts] or [peft.method]
+    if not any(getattr(part, "head", None) == "auto" for part in parts):
+        return
+    whole = {path for adapter in peft.method.to_collections(peft.adapter).values() for path in flatten(adapter)}
+    heads = [path for path in unknown_heads(peft.params) if f"{path}/kernel" not in whole]
+    if heads:
+        regex = "|".join(map(re.escape, heads))
+        warnings.warn(
+            f"{peft.method.name} found no task head, so it trains none whole. {first_few(heads)} may be one, for it ends the model: if it "
+            f"is new for your task, give head={regex!r}. If nothing is new, head=None says so.",
+            stacklevel=3,
+        )
+
+
+def check_peft(peft: Any, verb: str) -> None:
+    """Check that a verb was given a `Peft`.
+
+    Raises:
+      ValueError: if it was given anything else, such as the parameters or variables of a model.
+    """
+    if not isinstance(peft, Peft):
+        raise ValueError(f"jpeft.{verb} takes a Peft, as jpeft.apply and jpeft.load return it, and was given a {type(peft).__name__}.")
 
 
 def wrap(fn: Callable[..., Any], method: Method | None = None, *, host: str | Host = "auto") -> Callable[..., Any]:
@@ -195,6 +229,7 @@ def advance(peft: Peft, *, key: jax.Array | None = None, stats: Any = None) -> P
     >>> jpeft.advance(peft).adapter["dense"]["kernel"]["values"].shape
     (8,)
     """
+    check_peft(peft, "advance")
     if not peft.method.stages:
         raise ValueError(f"{peft.method!r} has no further stage.")
     stage = peft.method.stages[0]
@@ -219,6 +254,7 @@ def merge(peft: Peft) -> Params:
     >>> jpeft.merge(peft)["dense"]["kernel"].shape
     (8, 4)
     """
+    check_peft(peft, "merge")
     return peft.method.merge(peft.params, peft.adapter)
 
 
@@ -235,6 +271,7 @@ def fold(peft: Peft) -> Peft:
     >>> jpeft.summary(peft).stored, jpeft.summary(jax.eval_shape(jpeft.fold, peft)).stored
     (252736, 15360)
     """
+    check_peft(peft, "fold")
     if not peft.method.folds:
         return peft
     method, adapter = peft.method.fold(peft.params, peft.adapter)
@@ -248,4 +285,5 @@ def penalty(peft: Peft) -> jax.Array:
     >>> float(jpeft.penalty(jpeft.apply({"dense": {"kernel": jnp.ones((8, 4))}}, method="lora")))
     0.0
     """
+    check_peft(peft, "penalty")
     return peft.method.penalty(peft.adapter)

@@ -4,7 +4,7 @@ from typing import NamedTuple
 
 from jpeft import tree
 from jpeft.core.method import FREEZE
-from jpeft.core.peft import Peft
+from jpeft.core.peft import Peft, check_peft
 
 
 class Row(NamedTuple):
@@ -72,6 +72,7 @@ def summary(peft: Peft, *, depth: int | None = None) -> Summary:
     >>> s.trained, s.stored, s.changed, s.base
     (24, 24, 32, 32)
     """
+    check_peft(peft, "summary")
     labels = tree.flatten(peft.method.labels(peft.adapter))
     leaves = tree.flatten(peft.adapter)
     counts: dict[str, list[int]] = {}

@@ -22,7 +22,7 @@ from flax import linen as nn
 from flax.core import meta
 
 from jpeft.core.method import Method
-from jpeft.hosts import base, linen_inspect
+from jpeft.hosts import base, linen_inspect, linen_variables
 from jpeft.hosts.linen_calls import LAYER_METHODS, as_layer, bind_by_position, dropout_key, is_layer_call
 from jpeft.hosts.linen_unread import UnreadLeaves
 from jpeft.tree.adapters import GRAFT, pop_grafts, put_grafts
@@ -40,7 +40,8 @@ class LinenHost(base.Host):
         return any(isinstance(each, nn.Module) for each in (target, getattr(base.innermost(target), "__self__", None)))
 
     def unwrap(self, params: Params) -> Params:
-        """Return the parameters without metadata boxes, such as `nn.Partitioned`."""
+        """Return the parameters of a model's variables, without metadata boxes such as `nn.Partitioned`."""
+        params = linen_variables.params_of(params)
         # Methods look at shapes, and a box has none. Without a box the very same tree is returned, for callers compare bases by identity.
         is_box = lambda node: isinstance(node, meta.AxisMetadata)
         return meta.unbox(params) if any(map(is_box, jax.tree.leaves(params, is_leaf=is_box))) else params
@@ -84,11 +85,13 @@ class LinenHost(base.Host):
 
     def kernel_axes(self, model: Any, params: Params, *args: Any, **kwargs: Any) -> tuple[tuple[str, KernelAxes], ...]:
         """Return the geometry of all kernels whose layers have a class in `jpeft.hosts.linen_layers`."""
-        return linen_inspect.kernel_axes(model, self.unwrap(params), *args, **kwargs)
+        params, collections = linen_variables.split_variables(params)
+        return linen_inspect.kernel_axes(model, self.unwrap(params), collections, *args, **kwargs)
 
     def inputs_of(self, model: Any, params: Params, name: str, *args: Any, **kwargs: Any) -> dict[str, list[Any]]:
         """Return the inputs of the modules called `name`."""
-        return linen_inspect.inputs_of(model, params, name, *args, **kwargs)
+        params, collections = linen_variables.split_variables(params)
+        return linen_inspect.inputs_of(model, self.unwrap(params), collections, name, *args, **kwargs)
 
     def map_outputs(self, fn: Callable[..., Any], change: Callable[[Any], Any]) -> Callable[..., Any]:
         """Return `fn` with `change` applied to what every module's `__call__` or `attend` returns."""

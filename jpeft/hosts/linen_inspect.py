@@ -1,11 +1,12 @@
 """Reading a linen model: the inputs of its modules, and the geometry of its kernels."""
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
 from flax import linen as nn
+from flax.core import DenyList
 
 from jpeft.hosts.linen_calls import bind_by_position, is_layer_call, own_params
 from jpeft.hosts.linen_layers import linear_of
@@ -16,7 +17,9 @@ INTERMEDIATES = "intermediates"
 PREFIX = "jpeft_input_"  # of the names under which inputs are recorded
 
 
-def inputs_of(model: nn.Module, params: Params, name: str, *args: Any, **kwargs: Any) -> dict[str, list[Any]]:
+def inputs_of(
+    model: nn.Module, params: Params, collections: Mapping[str, Any], name: str, *args: Any, **kwargs: Any
+) -> dict[str, list[Any]]:
     """The arrays that each module called `name` is given when it first runs; see `jpeft.hosts.base.Host.inputs_of`."""
 
     def record(next_fun: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], context: Any) -> Any:
@@ -29,7 +32,7 @@ def inputs_of(model: nn.Module, params: Params, name: str, *args: Any, **kwargs:
         return next_fun(*args, **kwargs)
 
     with nn.intercept_methods(record):
-        _, state = model.apply({"params": params}, *args, mutable=[INTERMEDIATES], **kwargs)
+        _, state = model.apply({**collections, "params": params}, *args, **{"mutable": _writable(collections), **kwargs})
     found: dict[str, list[Any]] = {}
     for path, leaf in flatten(state.get(INTERMEDIATES, {})).items():
         module, _, rest = path.rpartition(f"/{PREFIX}")
@@ -38,7 +41,9 @@ def inputs_of(model: nn.Module, params: Params, name: str, *args: Any, **kwargs:
     return found
 
 
-def kernel_axes(model: nn.Module, params: Params, *args: Any, **kwargs: Any) -> tuple[tuple[str, KernelAxes], ...]:
+def kernel_axes(
+    model: nn.Module, params: Params, collections: Mapping[str, Any], *args: Any, **kwargs: Any
+) -> tuple[tuple[str, KernelAxes], ...]:
     """The geometry of every kernel, read off the layers in one abstract pass; see `jpeft.hosts.base.Host.kernel_axes`."""
     outer = flatten(params)
     found: dict[str, KernelAxes] = {}
@@ -57,11 +62,16 @@ def kernel_axes(model: nn.Module, params: Params, *args: Any, **kwargs: Any) -> 
 
     def apply(params: Params, *args: Any) -> Any:
         with nn.intercept_methods(record):
-            return model.apply({"params": params}, *args, **kwargs)
+            return model.apply({**collections, "params": params}, *args, **{"mutable": _writable(collections), **kwargs})
 
     # Shapes suffice: nothing is computed, and the parameters may be abstract.
     jax.eval_shape(apply, params, *args)
     return tuple((re.escape(path), axes) for path, axes in found.items())
+
+
+def _writable(collections: Mapping[str, Any]) -> DenyList:
+    """Which collections a model may write: all but its parameters. Running means that are not given are made; a cache is not."""
+    return DenyList(tuple({"params", "cache"} - collections.keys()))
 
 
 def add_stack_axes(axes: KernelAxes, inner: tuple[int, ...], outer: tuple[int, ...]) -> KernelAxes:

@@ -1,14 +1,17 @@
 """The geometry of kernels with more than two axes, by the names that known layouts give them."""
 
+# Convolutions, patch embeddings among them: [*window, channels, width].
+NAMED_CONVOLUTION = r"(.*/)?[^/]*[Cc]onv[^/]*/kernel"
+CONVOLUTION = rf"{NAMED_CONVOLUTION}|(.*/)?(patch_embed[^/]*|projection|embedding)/kernel"
+
 # (regex of the leaf's path, one letter for each axis): i is contracted with the input, o is produced. A stack of layers comes on top.
 KERNEL_AXES: tuple[tuple[str, str], ...] = (
     # nn.MultiHeadDotProductAttention, nnx.MultiHeadAttention, MaxText: [width, heads, head_dim] and [heads, head_dim, width].
     (r"(.*/)?(query|key|value)/kernel", "ioo"),
     (r"(.*/)?out/kernel", "iio"),
-    # Convolutions, patch embeddings among them: [*window, channels, width].
-    (r"(.*/)?([Cc]onv[^/]*|patch_embed[^/]*|projection|embedding)/kernel", "iio"),
-    (r"(.*/)?([Cc]onv[^/]*|patch_embed[^/]*|projection|embedding)/kernel", "iiio"),
-    (r"(.*/)?([Cc]onv[^/]*|patch_embed[^/]*|projection|embedding)/kernel", "iiiio"),
+    (CONVOLUTION, "iio"),
+    (CONVOLUTION, "iiio"),
+    (CONVOLUTION, "iiiio"),
     # bonsai: [width, heads, head_dim] and [heads, head_dim, width].
     (r"(.*/)?[qkv]_proj/w", "ioo"),
     (r"(.*/)?o_proj/w", "iio"),

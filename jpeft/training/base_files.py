@@ -8,6 +8,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from jpeft.checkpoint.adapter import WrongBaseError
+
 _FILES = (
     "config.json",
     "tokenizer.json",
@@ -45,10 +47,10 @@ def check_base_files(before: Mapping[str, str] | None, folder: Path, run: Path) 
     """Check that configuration and tokenizer of a model are those that a run was trained with.
 
     Raises:
-      ValueError: naming the files that are not.
+      WrongBaseError: naming the files that are not.
     """
     if changed := changed_files(before, base_files(folder)):
-        raise ValueError(
+        raise WrongBaseError(
             f"The model in {folder} is not the one that the run in {run} was trained on: its {', '.join(changed)} changed since then."
         )
 

@@ -1,8 +1,8 @@
-"""Evaluation of an adapted model over a whole table, in batches of one shape: the last batch is padded, and its padding dropped."""
+"""Evaluation of an adapted model over a whole table, in batches of few shapes: they are padded, and the padding is dropped."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import jax
@@ -13,6 +13,7 @@ from jaxtyping import PyTree
 from jpeft import data, distributed
 from jpeft.core.peft import Peft
 from jpeft.tasks.task import Arrays, Batch, Decoding, Task
+from jpeft.training import buckets
 from jpeft.training.finite import check_metrics, check_outputs, finite_rows
 
 
@@ -40,7 +41,7 @@ class Evaluator:
         self.task = task
         self.batch_size = batch_size
         self.labels = tuple(labels)
-        self._forward = forward
+        self.forward = forward
 
         def scores(peft: Peft, batch: Batch) -> tuple[PyTree, jax.Array]:
             logits = forward(peft.variables, **task.model_inputs(batch), deterministic=True)
@@ -54,14 +55,21 @@ class Evaluator:
         Raises:
           ValueError: if the outputs of a row are not finite.
         """
-        scores, finite = self._over(arrays, lambda batch, index: self._scores(peft, batch))
+        batches = data.eval_batches(arrays, self.batch_size)
+        scores, finite = self._over(lambda batch, index: self._scores(peft, batch), batches)
         check_outputs(peft, finite)
         metrics = self.task.metrics(scores, arrays, self.labels)
         check_metrics(metrics)
         return metrics
 
-    def answers(self, peft: Peft, arrays: Arrays, decoding: Decoding) -> PyTree:
-        """Return the task's answers to all rows of `arrays`, in order.
+    def answers(self, peft: Peft, arrays: Arrays, decoding: Decoding, *, longest: int | None = None) -> PyTree:
+        """Return the task's answers to all rows of `arrays`, in order, from batches of few shapes (`jpeft.training.buckets`).
+
+        Args:
+          peft: Base and adapter.
+          arrays: Columns of the task's `encode`, without labels.
+          decoding: How text is generated.
+          longest: The longest row that `encode` may make. Shorter ones are filled up, so that few lengths are compiled; None only cuts.
 
         Raises:
           ValueError: if the answer to a row holds numbers that are not finite.
@@ -70,13 +78,20 @@ class Evaluator:
         def run(batch: dict[str, np.ndarray], index: int) -> PyTree:
             # Each batch draws with a key of its own.
             key = None if decoding.key is None else jax.random.fold_in(decoding.key, index)
-            return self.task.answer(self._forward, peft.variables, batch, decoding._replace(key=key))
+            return self.task.answer(self.forward, peft.variables, batch, decoding._replace(key=key))
 
-        answers = self._over(arrays, run)
+        fitted = buckets.fit_length(arrays, longest)
+        try:
+            answers = self._over(run, buckets.batches(fitted, self.batch_size))
+        except ValueError:
+            # Filled up, texts and what is generated may take more positions than the model has.
+            if longest is None:
+                raise
+            answers = self._over(run, buckets.batches(arrays, self.batch_size))
         check_outputs(peft, finite_rows(answers))
         return answers
 
-    def _over(self, arrays: Arrays, run: Callable[[dict[str, np.ndarray], int], PyTree]) -> PyTree:
+    def _over(self, run: Callable[[dict[str, np.ndarray], int], PyTree], batches: Iterable[dict[str, np.ndarray]]) -> PyTree:
         """Return the results of `run(batch, number of the batch)` for each row."""
         parts: list[PyTree] = []
 
@@ -84,7 +99,7 @@ class Evaluator:
             parts.append(jax.tree.map(lambda x: np.asarray(x)[rows], distributed.to_numpy(outputs)))
 
         waiting = None
-        for index, batch in enumerate(data.eval_batches(arrays, self.batch_size)):
+        for index, batch in enumerate(batches):
             # JAX computes asynchronously: this batch is computed while the one before is fetched.
             started = run(self._put(batch), index), batch["weight"] > 0
             if waiting is not None:

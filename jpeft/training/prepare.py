@@ -99,6 +99,8 @@ class Setup:
             "head_learning_rate": self.head_learning_rate,
             "steps": self.steps,
             "base": fingerprint(self.peft.params),
+            # Without what each seed initialises, so that runs of several seeds can be compared.
+            "pretrained": fingerprint(self.loaded.params, skip=self.loaded.initialised),
             "base_files": base_files(self.loaded.folder),
             "data": {name: fingerprint(self.task.identity(arrays)) for name, arrays in self.splits.items()},
             "examples": {name: len(next(iter(arrays.values()))) for name, arrays in self.splits.items()},

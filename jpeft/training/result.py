@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from jpeft.core.peft import Peft
-from jpeft.training.run import open_run
+from jpeft.training.run import load_run
 from jpeft.training.run_folder import RunFolder
 
 
@@ -60,8 +60,12 @@ class Result:
         return {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name not in ("path", "peft")}
 
 
-def read_result(folder: RunFolder) -> Result:
+def read_result(folder: RunFolder, *, model: str | None = None) -> Result:
     """Return the result of a finished run, with its model loaded.
+
+    Args:
+      folder: The files of the run.
+      model: Where the base is now; None for where the run found it.
 
     Raises:
       ValueError: if it is not finished, or its result or adapter is damaged.
@@ -72,6 +76,6 @@ def read_result(folder: RunFolder) -> Result:
     if unknown := sorted(values.keys() - {field.name for field in dataclasses.fields(Result)}):
         raise ValueError(f"{folder.result} has the unknown fields {unknown}: another version of jpeft wrote it.")
     try:
-        return Result(**values, path=folder.path, peft=open_run(folder.path).peft)
+        return Result(**values, path=folder.path, peft=load_run(folder.path, model=model).peft)
     except TypeError as error:
         raise ValueError(f"{folder.result} is damaged: {error}.") from error

@@ -26,6 +26,7 @@ from jpeft.checkpoint.temporary import Temporary, delete, remove_leftovers
 from jpeft.deprecation import renamed_fields
 from jpeft.training.config import TrainConfig, changed_fields, from_json, to_json
 from jpeft.training.overwrite import check_overwrite
+from jpeft.training.places import PLACES
 from jpeft.training.run_lock import LOCK, RunLock
 from jpeft.training.setting import unrecorded
 
@@ -142,6 +143,8 @@ class RunFolder:
         if config.resume:
             # `from_json` gives fields that are newer than the run the values that it behaved by.
             changed = changed_fields(to_json(from_json(self.read_config()["run"])), to_json(config))
+            # Base and data may be elsewhere now: their fingerprints tell whether they are the same.
+            changed = {name: values for name, values in changed.items() if name not in PLACES}
             if changed:
                 fields = ", ".join(f"{name} ({old!r} before, {new!r} now)" for name, (old, new) in changed.items())
                 raise ValueError(f"Cannot resume {self.path} with another configuration: {fields}.")
@@ -152,6 +155,11 @@ class RunFolder:
         else:
             # Only a run may be deleted; a mistyped path must not cost someone a home directory.
             check_overwrite(self.path, {"model": config.model, "data": config.data})
+
+    def moved(self, config: TrainConfig) -> list[str]:
+        """Return which of base and data the run recorded at another place than the configuration names."""
+        recorded = from_json(self.read_config()["run"])
+        return [name for name in PLACES if getattr(recorded, name) != getattr(config, name)]
 
     def check_places(self) -> None:
         """Check that nothing is in the way where the run will write.

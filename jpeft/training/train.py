@@ -13,6 +13,7 @@ import warnings
 from typing import Any
 
 import jpeft
+from jpeft.checkpoint.adapter import WrongBaseError
 from jpeft.checkpoint.plain_paths import check_path
 from jpeft.distributed import check_equal, is_first, on_first_process
 from jpeft.models.checkpoints.notes import say
@@ -25,7 +26,8 @@ from jpeft.training.opening import opening
 from jpeft.training.prepare import Setup, prepare
 from jpeft.training.progress import Reporter, reporter
 from jpeft.training.result import Result, read_result
-from jpeft.training.run import open_run, save_merged
+from jpeft.training.run import load_run, save_merged
+from jpeft.training.run_data import check_run_data
 from jpeft.training.run_folder import RunFolder, config_checksum
 from jpeft.training.run_lock import RunLock
 from jpeft.training.snapshot import Progress, Snapshots
@@ -100,17 +102,21 @@ def _read_finished(config: TrainConfig, folder: RunFolder) -> Result | None:
     if not config.resume or not on_first_process(lambda: folder.in_use and folder.finished):
         return None
     try:
-        result = read_result(folder)
+        result = read_result(folder, model=config.model)
+    except WrongBaseError:
+        raise
     except ValueError as error:
         if not on_first_process(lambda: any(folder.checkpoints.glob("*/checksums.json"))):
             raise
         warnings.warn(f"{error} The run is continued from its checkpoints, which makes the adapter again", stacklevel=2)
         return None
+    if on_first_process(lambda: "data" in folder.moved(config)):
+        check_run_data(load_run(folder.path, model=config.model, data=config.data))
     if config.export and not on_first_process(folder.merged.exists):
         lock = RunLock(folder.path)
         on_first_process(lock.acquire)
         try:
-            save_merged(folder.merged, open_run(folder.path).loaded, result.peft)
+            save_merged(folder.merged, load_run(folder.path, model=config.model).loaded, result.peft)
         finally:
             lock.release()
     return result
@@ -128,7 +134,8 @@ def _check_same(folder: RunFolder, about: dict[str, Any]) -> None:
     # Runs of earlier versions do not record the files beside the weights.
     changed += changed_files(before.get("base_files"), now["base_files"])
     if changed:
-        raise ValueError(f"Cannot resume {folder.path}: since it began, its {', '.join(changed)} changed.")
+        places = f"its model is {now['run']['model']}, its data {now['run']['data']}"
+        raise ValueError(f"Cannot resume {folder.path}: since it began, its {', '.join(changed)} changed; {places}.")
 
 
 def _run(setup: Setup, about: dict[str, Any], folder: RunFolder, lock: RunLock, report: Reporter) -> Result:

@@ -1,13 +1,22 @@
 """The task head: made fresh for each task, so every method trains it."""
 
+import math
+import re
+from collections import Counter
 from typing import Any
 
 from jpeft import layouts
+from jpeft.layouts import Role
+from jpeft.layouts.roles import PROJECTIONS
+from jpeft.tree.kernels import axes_of
 from jpeft.tree.paths import Params, Path, flatten
 from jpeft.tree.select import select
 
 # A regex of the heads that most families have, for options that extend it.
 HEAD = rf"({layouts.PLAIN.head})(/.*)?"
+
+# What ends a model, or a part of one, and is no task head.
+_KNOWN = (Role.LM_HEAD, Role.POOLER, *PROJECTIONS)
 
 
 def head_leaves(params: Params, head: str | None) -> dict[Path, Any]:
@@ -20,7 +29,7 @@ def head_leaves(params: Params, head: str | None) -> dict[Path, Any]:
         return {}
     flat = flatten(params)
     if head == "auto":
-        return {path: flat[path] for path in layouts.find(flat, layouts.Role.HEAD, required=False)}
+        return {path: flat[path] for path in layouts.find(flat, Role.HEAD, required=False)}
     chosen = select(flat, head, option="head", params=params)
     return {path: flat[path] for path in chosen}
 
@@ -29,3 +38,66 @@ def not_head(params: Params, head: str | None) -> dict[str, Any]:
     """The base's leaves by path without those of the task head: what a method chooses its targets from."""
     skip = head_leaves(params, head)
     return {path: leaf for path, leaf in flatten(params).items() if path not in skip}
+
+
+def unknown_heads(params: Params) -> list[Path]:
+    """The kernels that look like a task head under a name that ``head="auto"`` does not know; none if it knows one.
+
+    Such a kernel ends a model: its inputs are a width that another layer gives, and nothing else in the model is as wide as its outputs. So
+    a bare encoder has none, nor has a language model, whose outputs are as many as its embeddings. A kernel that stands in each of several
+    blocks, such as the router of experts, is none either.
+
+    >>> from jax import ShapeDtypeStruct
+    >>> shapes = {"Dense_0/kernel": (20, 16), "Dense_1/kernel": (16, 3), "Dense_1/bias": (3,)}
+    >>> unknown_heads({path: ShapeDtypeStruct(shape, "float32") for path, shape in shapes.items()})
+    ['Dense_1']
+    """
+    shapes = {path: tuple(leaf.shape) for path, leaf in flatten(params).items() if leaf.shape and not path.endswith("bias")}
+    if layouts.find(shapes, Role.HEAD, required=False):
+        return []
+    # Without queries, `value` is a head that predicts one.
+    roles = [role for role in _KNOWN if role not in (Role.KEY, Role.VALUE) or _found(shapes, Role.QUERY)]
+    known = {path for role in roles for path in _found(shapes, role)}
+    blocks = Counter(map(_block, shapes))
+    given = Counter(shape[-1] for path, shape in shapes.items() if _is_kernel(path))
+    read = Counter(width for path, shape in shapes.items() for width in _read(path, shape))
+
+    def ends_the_model(path: Path, inputs: int, outputs: int) -> bool:
+        others = given - Counter([outputs])
+        # The outputs of a convolution may be flattened into the inputs.
+        fed = any(width > 1 and inputs % width == 0 for width in others)
+        # Queries, keys and values in one are a multiple of the inputs.
+        return fed and outputs % inputs != 0 and not read[outputs] and blocks[_block(path)] == 1 and path not in known
+
+    kernels = {path: shape for path, shape in shapes.items() if _is_kernel(path) and len(shape) == 2}
+    return [path.rpartition("/")[0] for path, shape in kernels.items() if ends_the_model(path, *shape)]
+
+
+def _found(shapes: dict[Path, tuple[int, ...]], role: Role) -> list[Path]:
+    """The leaves with a role; none where names could mean two."""
+    try:
+        return layouts.find(shapes, role, required=False)
+    except ValueError:
+        return []
+
+
+def _block(path: Path) -> str:
+    """The path with stars for the numbers of the modules around a layer: the same for a layer of each block."""
+    *around, module, leaf = ("", "", *path.split("/"))
+    return "/".join([*(re.sub(r"\d+", "*", name) for name in around), module, leaf])
+
+
+def _is_kernel(path: Path) -> bool:
+    return path.rpartition("/")[2] == "kernel"
+
+
+def _read(path: Path, shape: tuple[int, ...]) -> set[int]:
+    """The widths that a leaf takes: the inputs of a kernel, the width of a normalisation, both sizes of a table of embeddings."""
+    if not _is_kernel(path) or len(shape) < 2:
+        return set(shape[-2:]) if path.endswith("embedding") else set(shape[-1:])
+    try:
+        inputs = axes_of(path, shape).inputs
+    except ValueError:
+        inputs = tuple(range(len(shape) - 1))
+    # The inputs together, and the channels of a convolution.
+    return {math.prod(shape[i] for i in inputs), shape[inputs[-1]]}

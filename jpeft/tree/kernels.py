@@ -8,7 +8,7 @@ from typing import Any, NamedTuple, TypeVar
 import jax
 import jax.numpy as jnp
 
-from jpeft.layouts.geometry import KERNEL_AXES
+from jpeft.layouts.geometry import CONVOLUTION, KERNEL_AXES, NAMED_CONVOLUTION
 from jpeft.layouts.stacks import STACKED as STACKED
 from jpeft.tree.paths import Path
 
@@ -92,6 +92,9 @@ def _axes(letters: str) -> KernelAxes:
 # (regex on the path, number of axes, geometry) of the known layouts.
 DEFAULT_AXES = tuple((pattern, len(letters), _axes(letters)) for pattern, letters in KERNEL_AXES)
 
+# No convolution has a larger window.
+_LARGEST_WINDOW = 32
+
 AxesRules = tuple[tuple[str, KernelAxes], ...]
 
 
@@ -101,10 +104,10 @@ def axes_rules(axes: Any) -> AxesRules:
 
 
 def axes_of(path: Path, shape: tuple[int, ...], rules: AxesRules = ()) -> KernelAxes:
-    """The geometry of one kernel: from the caller's rules, else from the known layouts; never guessed from the number of axes.
+    """The geometry of one kernel: from the caller's rules, else from the known layouts, else from the window of a convolution.
 
-    Names alone can mislead (two models may both call a kernel ``query``), so every host compares the answer with the real layer at the
-    first call and refuses a wrong one.
+    Nothing is guessed from the number of axes alone. Names and windows can mislead (two models may both call a kernel ``query``), so every
+    host compares the answer with the real layer at the first call and refuses a wrong one.
 
     Raises:
       ValueError: if no rule covers the kernel.
@@ -115,14 +118,38 @@ def axes_of(path: Path, shape: tuple[int, ...], rules: AxesRules = ()) -> Kernel
                 raise ValueError(f"axes rule '{pattern}': {axes} does not name each of the {len(shape)} axes of '{path}' {shape} once.")
             return axes
     stacked = re.fullmatch(STACKED, path) is not None and len(shape) > 2
-    for pattern, ndim, axes in DEFAULT_AXES:
-        if ndim + stacked == len(shape) and re.fullmatch(pattern, path):
-            return KernelAxes((0,), *(tuple(i + 1 for i in part) for part in axes[1:])) if stacked else axes
+    named = [(pattern, axes) for pattern, ndim, axes in DEFAULT_AXES if ndim + stacked == len(shape) and re.fullmatch(pattern, path)]
+    # A module called `block` may be one block or a stack of them: a square window tells that a convolution in it is not stacked.
+    if _has_window(path, shape, stacked) and all(pattern in (CONVOLUTION, ".*") for pattern, _ in named):
+        return KernelAxes((), tuple(range(len(shape) - 1)), (len(shape) - 1,))
+    if named:
+        axes = named[0][1]
+        return KernelAxes((0,), *(tuple(i + 1 for i in part) for part in axes[1:])) if stacked else axes
+    inputs = (0,) if len(shape) == 3 else tuple(range(len(shape) - 1))
+    example = KernelAxes((), inputs, tuple(range(len(inputs), len(shape))))
     raise ValueError(
         f"The geometry of '{path}' with shape {shape} is not known: which axes are inputs and which outputs? "
-        f"Say it with a rule, axes=(('{re.escape(path)}', jpeft.KernelAxes(stack=(), inputs=(0,), outputs=(1, 2))),), "
+        f"Say it with a rule, such as axes=(('{re.escape(path)}', jpeft.{example}),), "
         "or let the model tell: axes=jpeft.kernel_axes(model, params, *example_inputs)."
     )
+
+
+def _has_window(path: Path, shape: tuple[int, ...], stacked: bool) -> bool:
+    """Whether a leaf has the shape of a convolution, [*window, channels, width], and is not a stack of kernels.
+
+    In two or three dimensions a window is square, or a line of odd length. In a container that may be a stack, an even number may be that
+    of the layers. With three axes only a name tells.
+
+    >>> _has_window("stem/kernel", (3, 3, 16, 32), False), _has_window("qkv/kernel", (16, 3, 4, 4), False)
+    (True, False)
+    """
+    if len(shape) == 3:
+        return re.fullmatch(NAMED_CONVOLUTION, path) is not None
+    if path.rpartition("/")[2] != "kernel" or len(shape) not in (4, 5) or (stacked and len(shape) == 5):
+        return False
+    sizes = set(shape[:-2])
+    odd = all(size % 2 for size in sizes)
+    return max(sizes) <= _LARGEST_WINDOW and (odd if stacked else len(sizes) == 1 or odd) and len(sizes - {1}) <= 1
 
 
 def axes_inside(path: Path, shape: tuple[int, ...], rules: AxesRules = ()) -> list[KernelAxes]:
