@@ -267,4 +267,4 @@ def test_errors(world, tmp_path, fails, capfd):  # noqa: F811
     assert "no use for --tag-names" in fails(*run, "--task", "sequence-classification", "--tag-names", "O", "B", "--epochs", "1")
     assert "The table has no tags to train on" in fails(*run, "--data", "builtin")
     assert main(["predict", str(world / "run"), "--text", "a", "--max-new-tokens", "3"]) == 2
-    assert "error: max_new_tokens: only for a model that generates text" in capfd.readouterr().err
+    assert "error: --max-new-tokens: only for a model that generates text" in capfd.readouterr().err

@@ -25,21 +25,22 @@ def check_token_ids(arrays: Mapping[str, np.ndarray], loaded: Loaded, columns: S
     config = loaded.config
     for name in columns:
         if name in arrays:
-            _check_column(name, arrays[name], config.vocab_size, loaded.tokenizer)
+            _check_column(name, arrays[name], loaded)
     kinds = getattr(config, "type_vocab_size", 0)  # 0: the model does not read them
     types = arrays.get("token_type_ids")
     if kinds and types is not None and types.size and not 0 <= types.min() <= types.max() < kinds:
         bad = int(types.max()) if types.max() >= kinds else int(types.min())
         raise ValueError(
-            f"The tokenizer gives the token type {bad}, and the model has {kinds} of them, from 0 to {kinds - 1}. Use the tokenizer that "
-            "belongs to the model."
+            f"The tokenizer in {loaded.folder} gives the token type {bad}, and the model has {kinds} of them, from 0 to {kinds - 1}. "
+            "Use the tokenizer that belongs to the model."
         )
     length = arrays["input_ids"].shape[-1] if "input_ids" in arrays else 0
     if length > config.max_length:
         raise ValueError(f"The texts are encoded as rows of {length} tokens, and the model has {config.max_length} positions.")
 
 
-def _check_column(name: str, ids: np.ndarray, rows: int, tokenizer: Any) -> None:
+def _check_column(name: str, ids: np.ndarray, loaded: Loaded) -> None:
+    rows, tokenizer = loaded.config.vocab_size, loaded.tokenizer
     outside = ((ids < 0) | (ids >= rows)) & ~((name != "input_ids") & (ids == IGNORE))
     if not outside.any():
         return
@@ -50,12 +51,13 @@ def _check_column(name: str, ids: np.ndarray, rows: int, tokenizer: Any) -> None
     if len(found) > 20:
         raise ValueError(
             f"{len(found)} tokens of these texts, such as {', '.join(token[:3])}, have ids up to {max(found)}, and {has}. The tokenizer "
-            f"has {len(tokenizer)} tokens and is not that of this model."
+            f"in {loaded.folder} has {len(tokenizer)} tokens and is not that of this model."
         )
     more = f" (and {len(found) - 1} more: {', '.join(token[1:6])})" if len(found) > 1 else ""
     raise ValueError(
         f"Row {first + 1}: the token {token[0]}{more} has the id {next(iter(found))}, and {has}. Train with --add-tokens "
-        f"{' '.join(token)}, which makes such rows (add_tokens=[...] in Python), or use the tokenizer that belongs to the model."
+        f"{' '.join(token)}, which makes such rows (add_tokens=[...] in Python), or put the tokenizer that belongs to the model into "
+        f"{loaded.folder}."
     )
 
 

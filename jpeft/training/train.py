@@ -134,7 +134,8 @@ def _check_same(folder: RunFolder, about: dict[str, Any]) -> None:
     # Runs of earlier versions do not record the files beside the weights.
     changed += changed_files(before.get("base_files"), now["base_files"])
     if changed:
-        raise ValueError(f"Cannot resume {folder.path}: since it began, its {', '.join(changed)} changed.")
+        places = f"its model is {now['run']['model']}, its data {now['run']['data']}"
+        raise ValueError(f"Cannot resume {folder.path}: since it began, its {', '.join(changed)} changed; {places}.")
 
 
 def _run(setup: Setup, about: dict[str, Any], folder: RunFolder, lock: RunLock, report: Reporter) -> Result:

@@ -16,6 +16,7 @@ import numpy as np
 import jpeft
 from fuzz.folders import STEPS, World
 from fuzz.watch import command
+from jpeft.tasks.token_ids import check_token_ids
 
 TEXTS = ("the old apple seen here", "lead and a new unknown pond")
 # What no command needs in order to use a trained adapter: damage there must neither block nor change anything.
@@ -125,6 +126,7 @@ def outputs(folder: Path, task: str) -> dict[str, Any]:
     """Tokens and logits of a model, and what it says of itself."""
     loaded = jpeft.models.load(folder, task=task)
     ids = tokens(loaded.tokenizer)
+    check_token_ids({"input_ids": np.array(ids)}, loaded)  # as the trainer and every command do
     logits = _forward(loaded.model, loaded.params, np.asarray(ids, np.int32))
     reported = {name: tuple(sorted(getattr(loaded, name, ()))) for name in ("initialised", "unused")}
     return {"ids": ids, "logits": np.asarray(logits).tobytes(), "reported": reported}
