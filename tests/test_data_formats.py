@@ -10,8 +10,8 @@ import pyarrow.parquet as pq
 import pytest
 from test_data import hub, make_tokenizer, on_hub, write  # noqa: F401  (`hub` is a fixture)
 
-from jpeft.cli.texts import texts_table
 from jpeft.data import Table, encode, read, splits
+from jpeft.data.texts import texts_table
 from jpeft.data.values import as_label, as_text
 
 FORMATS = (".csv", ".tsv", ".jsonl", ".json", ".parquet")
@@ -229,7 +229,7 @@ def test_cut_texts_are_counted():
 
 
 def test_texts_of_the_command_line():
-    arguments = {"pairs": False, "reader": "model"}
+    arguments = {"names": ("--text", "--pair")}
     with pytest.raises(ValueError, match=r"The text holds half of a surrogate pair \('\\udce4'\), which is not text, in --text, row 2"):
         texts_table(["a", "\udce4"], (), **arguments)
     with pytest.raises(ValueError, match="No text in --text number 2 of 2"):

@@ -205,6 +205,8 @@ def test_no_head_is_seen_where_there_is_none():
     assert unknown_heads(shapes_of(nn.Dense(3), jnp.ones((1, 5)))) == []  # a single layer
     shapes = {f"block_{i}/{name}/kernel": shape for i in range(2) for name, shape in (("up", (8, 8)), ("router", (8, 5)))}
     assert unknown_heads({path: ShapeDtypeStruct(shape, "float32") for path, shape in shapes.items()}) == []
+    one_block = {"mixer/in/kernel": (8, 24), "mixer/out/kernel": (8, 8), "ln/scale": (8,)}  # queries, keys and values in one
+    assert unknown_heads({path: ShapeDtypeStruct(shape, "float32") for path, shape in one_block.items()}) == []
     assert unknown_heads(shapes_of(Small(), jnp.ones((1, 5)))) == []  # `classifier` is known
 
 

@@ -127,7 +127,8 @@ def _read_json(path: Path) -> Content:
             if text[at:].strip():
                 raise ValueError(f"{path}, line {number}: there is more behind the list.")
             break
-    return _objects(rows, lines)
+    # A list in one line says nothing by its lines.
+    return _objects(rows, lines if len(set(lines)) == len(lines) else None)
 
 
 def _end(pattern: re.Pattern[str], text: str, start: int) -> int:
@@ -171,7 +172,7 @@ def _object(path: Path, number: int, row: Any) -> dict[str, Any]:
     return row
 
 
-def _objects(rows: list[dict[str, Any]], lines: list[int]) -> Content:
+def _objects(rows: list[dict[str, Any]], lines: list[int] | None) -> Content:
     names = dict.fromkeys(name for row in rows for name in row)
     return Content({name: [row.get(name) for row in rows] for name in names}, lines)
 
@@ -179,7 +180,7 @@ def _objects(rows: list[dict[str, Any]], lines: list[int]) -> Content:
 def _read_parquet(path: Path) -> Content:
     try:
         # Not `read_table`, which makes columns of the names of folders.
-        with pq.ParquetFile(path) as file:
+        with pq.ParquetFile(path, page_checksum_verification=True) as file:
             table = file.read()
             names = table.column_names
             if len(set(names)) < len(names):

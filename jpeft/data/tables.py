@@ -23,7 +23,7 @@ class Table:
         their origin.
 
     Raises:
-      ValueError: for columns of different lengths, and for a text with half of a surrogate pair or a NUL character in it.
+      ValueError: for columns of different lengths, values that are not strings, and texts with half of a surrogate pair or a NUL character.
 
     >>> from jpeft.data import Table
     >>> len(Table(text=["good", "bad"], pair=None, label=["pos", "neg"]))
@@ -44,6 +44,8 @@ class Table:
             raise ValueError(f"The columns of a Table must have the same length, got {lengths}.")
         for name, column in self._columns().items():
             for row, cell in enumerate(column or ()):
+                if not (isinstance(cell, str) or (name in ("words", "tags") and all(isinstance(part, str) for part in cell))):
+                    raise ValueError(f"The {name} of a Table must be strings, got {cell!r} in {self.where([row])}.")
                 if fault := fault_of(cell if isinstance(cell, str) else "".join(cell)):
                     raise ValueError(f"The {name} holds {fault}, which is not text, in {self.where([row])}: mend or remove it.")
 

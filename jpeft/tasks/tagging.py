@@ -93,7 +93,8 @@ def encode(table: Table, tokenizer: Any, *, labels: Sequence[str] | None, max_le
         names[:2], np.zeros((0, max_length), np.int32)
     )
     arrays["first"] = _first_tokens(encoded, [len(row) for row in rows], max_length)
-    _warn_of_missed(table, arrays["first"], [bool(row.overflowing) for row in getattr(encoded, "encodings", ())], max_length)
+    cut = [bool(row.overflowing) for row in getattr(encoded, "encodings", ())]
+    _warn_of_missed(table, arrays["first"], cut, max_length, ", which count as wrong in metrics" if labels is not None else "")
     if labels is not None:
         arrays |= _tag_numbers(table, tuple(labels), arrays["first"], max_length)
     return arrays
@@ -116,7 +117,7 @@ def _first_tokens(encoded: Any, counts: Sequence[int], max_length: int) -> np.nd
     return first
 
 
-def _warn_of_missed(table: Table, first: np.ndarray, cut: Sequence[bool], max_length: int) -> None:
+def _warn_of_missed(table: Table, first: np.ndarray, cut: Sequence[bool], max_length: int, effect: str) -> None:
     behind, dropped = 0, []
     for i, (row, was_cut) in enumerate(zip(first, cut)):
         missed = np.flatnonzero(row == NO_TOKEN)
@@ -128,15 +129,12 @@ def _warn_of_missed(table: Table, first: np.ndarray, cut: Sequence[bool], max_le
     if behind:
         warnings.warn(
             f"{table.title}{sum(cut)} of {len(table)} texts are longer than max_length={max_length} tokens and were cut; words without a "
-            f"tag, which count as wrong in metrics: {behind}.",
+            f"tag{effect}: {behind}.",
             stacklevel=3,
         )
     if dropped:
-        warnings.warn(
-            f"{table.title}words that give no token and get no tag, which count as wrong in metrics: {len(dropped)}, in "
-            f"{table.where(sorted(set(dropped)))}.",
-            stacklevel=3,
-        )
+        where = table.where(sorted(set(dropped)))
+        warnings.warn(f"{table.title}words that give no token and get no tag{effect}: {len(dropped)}, in {where}.", stacklevel=3)
 
 
 def _tag_numbers(table: Table, labels: tuple[str, ...], first: np.ndarray, max_length: int) -> dict[str, np.ndarray]:

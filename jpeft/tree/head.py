@@ -7,6 +7,7 @@ from typing import Any
 
 from jpeft import layouts
 from jpeft.layouts import Role
+from jpeft.layouts.roles import PROJECTIONS
 from jpeft.tree.kernels import axes_of
 from jpeft.tree.paths import Params, Path, flatten
 from jpeft.tree.select import select
@@ -15,7 +16,7 @@ from jpeft.tree.select import select
 HEAD = rf"({layouts.PLAIN.head})(/.*)?"
 
 # What ends a model, or a part of one, and is no task head.
-_KNOWN = (Role.LM_HEAD, Role.POOLER, Role.FFN_OUT, Role.ATTENTION_OUT, Role.CROSS_ATTENTION_OUT)
+_KNOWN = (Role.LM_HEAD, Role.POOLER, *PROJECTIONS)
 
 
 def head_leaves(params: Params, head: str | None) -> dict[Path, Any]:
@@ -54,7 +55,9 @@ def unknown_heads(params: Params) -> list[Path]:
     shapes = {path: tuple(leaf.shape) for path, leaf in flatten(params).items() if leaf.shape and not path.endswith("bias")}
     if layouts.find(shapes, Role.HEAD, required=False):
         return []
-    known = {path for role in _KNOWN for path in _found(shapes, role)}
+    # Without queries, `value` is a head that predicts one.
+    roles = [role for role in _KNOWN if role not in (Role.KEY, Role.VALUE) or _found(shapes, Role.QUERY)]
+    known = {path for role in roles for path in _found(shapes, role)}
     blocks = Counter(map(_block, shapes))
     given = Counter(shape[-1] for path, shape in shapes.items() if _is_kernel(path))
     read = Counter(width for path, shape in shapes.items() for width in _read(path, shape))
@@ -63,7 +66,8 @@ def unknown_heads(params: Params) -> list[Path]:
         others = given - Counter([outputs])
         # The outputs of a convolution may be flattened into the inputs.
         fed = any(width > 1 and inputs % width == 0 for width in others)
-        return fed and not read[outputs] and blocks[_block(path)] == 1 and path not in known
+        # Queries, keys and values in one are a multiple of the inputs.
+        return fed and outputs % inputs != 0 and not read[outputs] and blocks[_block(path)] == 1 and path not in known
 
     kernels = {path: shape for path, shape in shapes.items() if _is_kernel(path) and len(shape) == 2}
     return [path.rpartition("/")[0] for path, shape in kernels.items() if ends_the_model(path, *shape)]
