@@ -60,11 +60,8 @@ else:
 
             return version("jpeft")
         if name == "load_run":
-            try:
-                from jpeft.training.run import load_run
-            except ModuleNotFoundError as error:
-                message = f'jpeft.load_run needs another package: pip install "jpeft[hf]" ({error}).'
-                raise ModuleNotFoundError(message, name=error.name) from error
+            from jpeft.training.run import load_run  # says what to install where a package is missing
+
             return load_run
         from jpeft.registry import classes
 

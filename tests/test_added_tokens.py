@@ -162,7 +162,7 @@ def test_the_command_line(base, tmp_path, capsys):
     assert main(["train", *flags, "--add-tokens", "<fruit>", "<metal>", "<water>"]) == 0
     assert main(["train", *flags, "--add-tokens", "<fruit>", "<metal>", "<water>", "--resume"]) == 0
     assert main(["train", *flags, "--resume"]) == 2
-    assert "add_tokens (" in capsys.readouterr().err
+    assert "--add-tokens (" in capsys.readouterr().err
     assert main(["eval", run]) == 0
     assert main(["merge", run, out]) == 0
     capsys.readouterr()
@@ -227,5 +227,5 @@ def test_a_token_without_a_row_is_named_before_training(tmp_path, capsys):
     assert not (tmp_path / "run").exists()
     for bad in (["<ENT>", "<ENT>"], [""]):
         assert main(["train", *flags, "--add-tokens", *bad]) == 2
-        assert capsys.readouterr().err.startswith("error: add_tokens has ")
+        assert capsys.readouterr().err.startswith("error: --add-tokens has ")
     assert load(model, labels=LABELS, add_tokens=["<ENT>"]).added == {"<ENT>": ROWS}

@@ -210,6 +210,7 @@ def test_rows_and_seeds_are_refused(refuses):
         ),
         (CLOZE, "give label=None to read it.", "give --label-column none to read it."),
         (TRAIN, "target='x' matches none of the parameters.", "target='x' matches none of the parameters."),
+        (TRAIN, "Row 1: use --add-tokens (add_tokens=[...] in Python).", "Row 1: use --add-tokens (add_tokens=[...] in Python)."),
         (TRAIN, "/a/batch_size/x.csv: no such file.", "/a/batch_size/x.csv: no such file."),
         (TRAIN, "Cannot resume r with another configuration: seed (0 before, 1 now).", None),
         (PREDICT, "d.csv: no column 't'; it has 'a'. Name the right one with `text`.", None),

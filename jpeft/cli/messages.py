@@ -28,14 +28,14 @@ def as_typed(message: str, args: type, names: Mapping[str, str | None]) -> str:
     flags: dict[str, str | None] = {field.name: f"--{field.name.replace('_', '-')}" for field in dataclasses.fields(args)}
     flags |= names
     options = {option for info in methods().values() for option in info.factory.__signature__.parameters}  # pyright: ignore
-    is_row = message.startswith("Row ")  # it names settings as the row does
+    is_row = message.startswith(("Row '", 'Row "'))  # it names settings as the row does
     for name, flag in flags.items():
         if flag is None:
             message = re.sub(rf"[^.;]*`{name}`\.", " The run reads the columns that it was trained on: give a file that has them.", message)
             continue
         message = re.sub(rf"`{name}(=True)?`", flag, message)
         if "_" in name and name not in options and not is_row:
-            message = re.sub(rf"(?<![\w/.\\'\"`-]){name}(?![\w/'\"`(])", flag, message)
+            message = re.sub(rf"(?<![\w/.\\'\"`-]){name}(?![\w/'\"`(]|=\S* in Python)", flag, message)
         elif name not in options:
             message = re.sub(rf"^{name}(?==| must )", flag, message)
             message = re.sub(rf"(?<=[:,] ){name}(?= \([^()]* before)", flag, message)

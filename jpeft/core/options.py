@@ -152,7 +152,7 @@ def checked(owner: str, name: str, value: Hashable, hint: Any, *, given: Any = N
     if not _fits(value, hint):
         spelled = shown(value if given is None else given)
         raise ValueError(f"{owner}: {name}={spelled} {_problem(value, hint) or f'must be {describe(hint)}'}.")
-    return value
+    return _real(value, hint)
 
 
 def checked_fields(cls: Any, owner: str, options: Mapping[str, Any]) -> dict[str, Hashable]:
@@ -224,6 +224,23 @@ def _fits(value: Any, hint: Any) -> bool:
     if isinstance(origin, type) and issubclass(origin, Iterable):
         return isinstance(value, tuple) and all(_fits(item, args[0]) for item in value)
     return isinstance(value, hint if isinstance(hint, type) else object)
+
+
+def _real(value: Any, hint: Any) -> Any:
+    """A value that fits, with real numbers where they are declared: JAX would take 10 ** 10 for a number of 32 bits and refuse it."""
+    origin, args = typing.get_origin(hint), typing.get_args(hint)
+    if hint is float or hint == Number:
+        return float(value)
+    if origin is Annotated:
+        return _real(value, args[0])
+    if origin in (Union, types.UnionType):
+        return _real(value, next(part for part in args if _fits(value, part)))
+    if not isinstance(value, tuple) or not args:
+        return value
+    if isinstance(origin, type) and issubclass(origin, Mapping):
+        return tuple((key, _real(item, args[1])) for key, item in value)
+    hints = args if origin is tuple and args[1:] != (Ellipsis,) else args[:1] * len(value)
+    return tuple(map(_real, value, hints))
 
 
 def _fits_tuple(value: tuple[Any, ...], args: tuple[Any, ...]) -> bool:

@@ -67,9 +67,11 @@ def check_max_length(tokenizer: Any, max_length: int, *, pair: bool = False) -> 
     """Raise a ValueError for a length of rows that a tokenizer cannot make."""
     special = tokenizer.num_special_tokens_to_add(pair=pair)
     if not special < max_length <= tokenizer.model_max_length:
+        folder = getattr(tokenizer, "name_or_path", "")
+        where = f" (model_max_length in {folder}/tokenizer_config.json)" if folder else ""
         raise ValueError(
             f"max_length={max_length} must be more than the {special} special tokens and at most "
-            f"{tokenizer.model_max_length}, the tokenizer's own limit."
+            f"{tokenizer.model_max_length}, the tokenizer's own limit{where}."
         )
 
 

@@ -245,7 +245,7 @@ def _read_line(line: bytes) -> dict[str, Any] | None:
         record = json.loads(line)
     except (ValueError, RecursionError):
         return None
-    if not isinstance(record, dict) or not isinstance(record.get("split"), str) or type(record.get("step")) is not int:
+    if not isinstance(record, dict) or record.get("split") not in ("train", "validation", "stage") or type(record.get("step")) is not int:
         return None
     numbers = [value for name, value in record.items() if name not in ("split", "stage")]
     needed = {"train": ("loss", "samples_per_second"), "validation": ("loss",)}.get(record["split"], ())

@@ -11,12 +11,13 @@ import jpeft
 from fuzz import mutations, reference, rows, tensor_files, values
 from fuzz.folders import World
 from fuzz.mutations import Damage, Unchanged
-from fuzz.targets import TARGETS, Operation, Target, group_of
+from fuzz.targets import TARGETS, TOKENIZER, Operation, Target, group_of
 from fuzz.verdict import Verdict, judge
 from fuzz.watch import Seen, watch
 
-# A link in the place of a log may be refused, since nothing is written through links; and a file in its place may be needed in its own.
-_DELIBERATE = ("linked", "dangling", "loop", "device", "swapped in place")
+# A link or a folder in the place of a log may be refused, since nothing is written through the one, and the other is somebody's; and the
+# file that was swapped with the log may be needed in its own place.
+_DELIBERATE = ("linked", "dangling", "loop", "device", "folder", "swapped in place")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,6 +83,10 @@ class Campaign:
         # Several folders have a config.json: the one that is meant has to be in the message.
         folder = re.escape(str(self.world.path / target.folder))
         patterns = [rf"(?=.*{folder}).*{re.escape(name)}" for name in names]
+        if re.fullmatch(TOKENIZER, path):  # whole, but not the model's: its files belong together too
+            patterns.append(rf"(?=.*{folder}).*\btokenizer\b")
+        if path.endswith(".safetensors") and operation.name == "train":  # a weight of 1e38 is a weight like others until then
+            patterns.append("training diverged")
         seen = watch(lambda: operation.run(self.world), self.world.path, seconds=self.seconds)
         verdict = judge(
             seen,

@@ -171,7 +171,7 @@ _READ_BACK = Operation(
 )
 _RESUME = Operation("resume", _resume, writes="unfinished/.*", repairs=f"unfinished/{_WRITTEN}", ignores=r"(metrics\.jsonl|curve\.png)")
 _NEW = Operation("train", _train, writes="new(/.*)?")
-_TOKENIZER = r"(tokenizer.*|special_tokens_map\.json|vocab\.txt)"
+TOKENIZER = r"(tokenizer.*|special_tokens_map\.json|vocab\.txt)"
 
 TARGETS: tuple[Target, ...] = (
     Target("run", "run", (*_RUN, _READ_BACK), partner="other"),
@@ -185,9 +185,9 @@ TARGETS: tuple[Target, ...] = (
     Target("model", "encoder", (_load_model("encoder", "encoder"), _NEW), partner="decoder", plain=True),
     Target("model, Llama", "decoder", (_load_model("decoder", "causal-lm"),), partner="encoder", plain=True),
     Target("model, shards", "shards", (_load_model("shards", "causal-lm"),), partner="decoder", plain=True),
-    Target("tokenizer", "encoder", (_load_tokenizer("encoder"),), files=_TOKENIZER, partner="decoder", plain=True),
-    Target("tokenizer, BPE", "decoder", (_load_tokenizer("decoder"),), files=_TOKENIZER, partner="encoder", plain=True),
-    Target("tokenizer, vocab.txt", "words", (_load_tokenizer("words"),), files=_TOKENIZER, partner="encoder", plain=True),
+    Target("tokenizer", "encoder", (_load_tokenizer("encoder"),), files=TOKENIZER, partner="decoder", plain=True),
+    Target("tokenizer, BPE", "decoder", (_load_tokenizer("decoder"),), files=TOKENIZER, partner="encoder", plain=True),
+    Target("tokenizer, vocab.txt", "words", (_load_tokenizer("words"),), files=TOKENIZER, partner="encoder", plain=True),
 )
 
 

@@ -35,12 +35,13 @@ def read_tokenizer(folder: Path) -> Any:
             read_json(folder / name, f"{folder / name} is not a file.")
     try:
         tokenizer = import_transformers().AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-        tokenizer("a \N{SNOWMAN}")  # some damage shows only when a text is encoded
+        longest = tokenizer.model_max_length
+        if isinstance(longest, int | float):  # checked below
+            tokenizer("a \N{SNOWMAN}")  # some damage shows only when a text is encoded
     except Exception as error:  # the libraries raise errors of many types, and the tokenizers' own is no subclass of ValueError
         text = " ".join(str(error).split())[:400]
         raise ValueError(f"{folder}: its tokenizer cannot be read{_blame(folder)}: {type(error).__name__}: {text}") from error
     _check_kind(folder, tokenizer)
-    longest = tokenizer.model_max_length
     if isinstance(longest, bool) or not isinstance(longest, int | float) or not longest > 0:
         raise ValueError(f"{folder / 'tokenizer_config.json'}: model_max_length must be a positive number, not {longest!r}.")
     if not len(tokenizer):
