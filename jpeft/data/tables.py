@@ -3,6 +3,7 @@
 import dataclasses
 import re
 from collections.abc import Sequence
+from typing import Any
 
 from jpeft.data.origin import Origin
 from jpeft.data.values import fault_of
@@ -52,13 +53,13 @@ class Table:
     def __len__(self) -> int:
         return len(self.text)
 
-    def _columns(self) -> dict[str, list | None]:
+    def _columns(self) -> dict[str, Any]:
         return {field.name: getattr(self, field.name) for field in dataclasses.fields(self) if field.name != "origin"}
 
     def take(self, rows: Sequence[int]) -> "Table":
         """Return the given rows, in that order."""
         columns = {name: column and [column[i] for i in rows] for name, column in self._columns().items()}
-        return Table(**columns, origin=self.origin and self.origin.take(rows))  # pyright: ignore[reportArgumentType]
+        return Table(**columns, origin=self.origin and self.origin.take(rows))
 
     def where(self, rows: Sequence[int]) -> str:
         """Return the file and the numbers of some rows, given by their positions, for a message.
