@@ -44,7 +44,8 @@ class Table:
         if len(set(lengths.values())) > 1:
             raise ValueError(f"The columns of a Table must have the same length, got {lengths}.")
         for name, column in self._columns().items():
-            for row, cell in enumerate(column or ()):
+            cells: list[Any] = column or []
+            for row, cell in enumerate(cells):
                 if not (isinstance(cell, str) or (name in ("words", "tags") and all(isinstance(part, str) for part in cell))):
                     raise ValueError(f"The {name} of a Table must be strings, got {cell!r} in {self.where([row])}.")
                 if fault := fault_of(cell if isinstance(cell, str) else "".join(cell)):
