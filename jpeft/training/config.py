@@ -51,7 +51,7 @@ class Settings:
     tag_names: tuple[str, ...] = setting(
         "Names of the tags 0, 1, ... in the data, if its tags are numbers: O B-PER I-PER ...", default=(), metavar="[NAME ...]"
     )
-    task: TaskName = setting("Task of the model.", default="sequence-classification")
+    task: TaskName = setting("Task of the model.", default="sequence-classification", registry=TASKS)
     add_tokens: tuple[str, ...] = setting(
         "Tokens that the model does not have yet: each is added to the tokenizer, and as a row to the embedding, which is trained beside "
         "whatever the method trains.",

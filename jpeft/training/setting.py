@@ -11,8 +11,8 @@ import dataclasses
 import inspect
 import os
 import typing
-from collections.abc import Callable
-from typing import Annotated, Any, TypeVar
+from collections.abc import Callable, Mapping
+from typing import Annotated, Any, Literal, TypeVar
 
 from jpeft.core.limits import FINITE, LARGEST, is_finite
 from jpeft.core.options import describe, fits, shown
@@ -40,6 +40,7 @@ class Setting:
       unrecorded: What a configuration without the field means, which was recorded before there was one; by default the default.
       positional: Whether the command line takes the value without the flag's name.
       metavar: What the help shows in place of the value; by default the type.
+      registry: What the value is a name in, where that may have grown since the type was made; it then replaces the type in the check.
     """
 
     help: str
@@ -52,6 +53,7 @@ class Setting:
     unrecorded: Any = None
     positional: bool = False
     metavar: str | None = None
+    registry: Mapping[str, Any] | None = None
 
     def allows(self, value: Any) -> bool:
         """Return whether a number is in the range; NaN never is."""
@@ -181,8 +183,9 @@ def check_ranges(config: Any) -> None:
             continue
         value = os.fspath(value) if isinstance(value, os.PathLike) else getattr(value, "tolist", lambda value=value: value)()
         # Whether a real number is finite belongs to its range.
-        if not fits(1.0 if isinstance(value, float) else value, hints[name]):
-            raise ValueError(f"{name} must be {describe(hints[name])}, got {shown(value)}.")
+        hint = hints[name] if about.registry is None else Literal[tuple(about.registry)]
+        if not fits(1.0 if isinstance(value, float) else value, hint):
+            raise ValueError(f"{name} must be {describe(hint)}, got {shown(value)}.")
         if isinstance(value, int | float) and not isinstance(value, bool) and not about.allows(value):
             raise ValueError(f"{name} must be {about.range_for(value)}{' (or none)' if name in optional else ''}, got {shown(value)}.")
 
