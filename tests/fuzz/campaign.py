@@ -94,7 +94,8 @@ class Campaign:
             patterns,
             usual=expected.output,
             writes=operation.writes,
-            repairs=operation.repairs,
+            # A run that diverges has begun, and its folder stays.
+            repairs=operation.writes if "training diverged" in (seen.error or "") else operation.repairs,
             needless=bool(re.fullmatch(operation.ignores, path)) and kind not in _DELIBERATE,
             explain=lambda value: reference.explain(self.world, target, operation, value, expected.value),
         )
