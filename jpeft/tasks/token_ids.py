@@ -5,6 +5,7 @@ from typing import Any
 
 import numpy as np
 
+from jpeft.core.options import shown
 from jpeft.models import Loaded
 from jpeft.tasks.cross_entropy import IGNORE
 
@@ -46,7 +47,7 @@ def _check_column(name: str, ids: np.ndarray, loaded: Loaded) -> None:
         return
     first = int(np.argwhere(outside)[0][0])
     found = dict.fromkeys(ids[outside].tolist())
-    token = [repr(_name(tokenizer, int(i))) for i in found]
+    token = [shown(_name(tokenizer, int(i))) for i in found]
     has = f"the model's embedding has {rows} rows, for the ids 0 to {rows - 1}"
     if len(found) > 20:
         raise ValueError(
