@@ -93,8 +93,8 @@ def open_checkpoint(folder: Path, content: Mapping[str, Any], hf_config: Any, **
     if not has_blocks(family, tensors.stored):
         shown = ", ".join(sorted(tensors.stored)[:3])
         raise ValueError(
-            f"{folder}: its config.json is that of a {config.model_type} model, and the checkpoint lacks the tensors of such a body; it holds "
-            f"{shown or 'none at all'}."
+            f"{folder}: its config.json is that of a {config.model_type} model, and the checkpoint lacks the tensors of such a body; "
+            f"it holds {shown or 'none at all'}."
         )
     check_blocks(folder, family, config, tensors.stored)
     return Checkpoint(folder, content, hf_config, family, config, tensors)
