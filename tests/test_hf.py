@@ -17,6 +17,7 @@ from safetensors.numpy import load_file, save_file
 from test_bert import FAMILIES, PREFIXES, TORCH, TWINS, batch, random_params, run, tiny
 from tiny_text import shard
 
+from jpeft.checkpoint import files
 from jpeft.models import (
     BertForMaskedLM,
     BertForSequenceClassification,
@@ -407,16 +408,17 @@ def test_an_interrupted_save_leaves_the_old_model(folder, monkeypatch):
 
 
 def test_a_failed_exchange_of_folders_is_undone(folder, monkeypatch):
-    loaded, real, calls = load(folder), os.replace, []
+    """Where the system cannot exchange two names: the old folder is aside, and the new one cannot take its place."""
+    loaded, real = load(folder), os.rename
 
-    def replace(source, target):
-        calls.append(target)
-        if len(calls) == 2:  # the old folder is aside, the new one not yet there
+    def rename(source, target):
+        if str(target) == str(folder) and "partial" in str(source):
             raise OSError("disk full")
         real(source, target)
 
     with monkeypatch.context() as patch:
-        patch.setattr(os, "replace", replace)
+        patch.setattr(files, "_renameat2", lambda *args: False)
+        patch.setattr(os, "rename", rename)
         with pytest.raises(OSError, match="disk full"):
             save(folder, loaded.model, jax.tree.map(jnp.zeros_like, loaded.params), overwrite=True)
     assert [file.name for file in folder.parent.iterdir()] == [folder.name]
