@@ -333,11 +333,11 @@ def test_equals_hf_peft(tmp_path):
 
 # --- rules ---------------------------------------------------------------------------------------------------------------------------
 
-LAYERS = {f"h_{i}": {name: {"kernel": jnp.ones((8, 4))} for name in ("query", "value")} for i in range(2)}
+BLOCKS = {f"h_{i}": {name: {"kernel": jnp.ones((8, 4))} for name in ("query", "value")} for i in range(2)}
 
 
 def ranks(**options):
-    adapter = jpeft.flatten(jpeft.apply(LAYERS, method="lora", **options).adapter)
+    adapter = jpeft.flatten(jpeft.apply(BLOCKS, method="lora", **options).adapter)
     return {path.removesuffix("/kernel/a"): leaf.shape[1] for path, leaf in adapter.items() if path.endswith("/a")}
 
 
@@ -366,12 +366,12 @@ def test_a_last_rule_for_all_others_may_be_left_with_nothing():
 def test_a_rule_that_changes_nothing_is_refused(method, rules, message):
     for option in ("rank", "alpha"):
         with pytest.raises(ValueError, match=f"{option}: {message}|No {option} {message}"):
-            jpeft.apply(LAYERS, method=method, **{option: rules})
+            jpeft.apply(BLOCKS, method=method, **{option: rules})
         chain = jpeft.chain(one=jpeft.make(method, **{option: rules}), head=jpeft.bitfit())
         with pytest.raises(ValueError, match=message):
-            jpeft.apply(LAYERS, method=chain)
+            jpeft.apply(BLOCKS, method=chain)
     with pytest.raises(ValueError, match="the rule 'value' matches none of the 2 layers"):
-        jpeft.apply(LAYERS, method=method, target=["query"], rank={"value": 3, ".*": 2})
+        jpeft.apply(BLOCKS, method=method, target=["query"], rank={"value": 3, ".*": 2})
 
 
 def test_a_bare_name_is_a_target():
@@ -389,4 +389,4 @@ def test_an_adapter_beyond_the_memory_is_one_line(monkeypatch):
 
     monkeypatch.setattr(jax.random, "uniform", too_large)
     with pytest.raises(ValueError, match="does not fit into the memory. Choose smaller sizes"):
-        jpeft.apply(LAYERS, method="lora", rank=2)
+        jpeft.apply(BLOCKS, method="lora", rank=2)
