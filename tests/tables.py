@@ -190,7 +190,12 @@ ROWS = {
     "lora": Row(jpeft.lora(rank=2), (*SMALL, "bert", "gpt2", "llama-scan")),
     "lora-two-view": Row(jpeft.lora(rank=2, view="two-view"), ("einsum", "bert-scan", "llama-remat")),
     "lora-factored": Row(
-        jpeft.lora(rank={r".*(up|down|down_proj|intermediate/dense)/kernel": 3, ".*": 2}, view="factored", rslora=True, target=r".*(kernel|embedding)"),
+        jpeft.lora(
+            rank={r".*(up|down|down_proj|intermediate/dense)/kernel": 3, ".*": 2},
+            view="factored",
+            rslora=True,
+            target=r".*(kernel|embedding)",
+        ),
         ("einsum", "bert-remat", "llama-scan"),
     ),
     "dora": Row(jpeft.dora(rank=2), ("jit", "einsum", "scan-mha", "bert-remat", "gpt2", "llama-scan")),
