@@ -227,7 +227,7 @@ def test_gpt2_checkpoints_of_other_makes(checkpoint, tmp_path):
 
 def test_tasks_of_other_families_are_refused(checkpoint, tmp_path):
     folder, _ = checkpoint("gpt2")
-    with pytest.raises(ValueError, match="model_type 'gpt2'; supported: bert, roberta, distilbert, for the task 'masked-lm'"):
+    with pytest.raises(ValueError, match="model_type 'gpt2'; supported: bert, roberta, distilbert, xlm-roberta, camembert, electra, for the task 'masked-lm'"):
         load(folder, task="masked-lm")
 
 
