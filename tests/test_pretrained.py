@@ -405,7 +405,7 @@ def test_rotary_positions_are_checked(copy):
         shutil.rmtree(folder)
 
 
-@pytest.mark.parametrize("shard_name", ["/etc/hosts", "../model.safetensors", "a/../../model.safetensors", "", "x\0y", 5, None])
+@pytest.mark.parametrize("shard_name", ["/etc/hosts", "../model.safetensors", "a/../../model.safetensors", "", "x\0y", "a\nb", 5, None])
 def test_files_of_an_index_stay_inside(copy, shard_name):
     folder = copy()
     shard(folder)

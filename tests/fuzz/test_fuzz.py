@@ -30,6 +30,8 @@ FOUND = (
     ("tokenizer, vocab.txt", "encode", "vocab.txt", "empty", 0),
     ("model, shards", "load", "tokenizer_config.json", "loop", 0),
     ("model, Llama", "load", "config.json", "JSON deep", 0),
+    ("model, Llama", "load", "config.json", "JSON number", 19),
+    ("model, Llama", "load", "config.json", "JSON value", 5),
     ("model, Llama", "load", "model.safetensors", "swapped with another", 0),
     ("base of a run", "merge", "tokenizer.json", "JSON values exchanged", 3),
     ("base of a run", "predict", "config.json", "JSON number", 4),

@@ -112,13 +112,15 @@ def read_config(folder: Path, task: str) -> tuple[dict[str, Any], Any]:
     assert content is not None, "check_folder refuses a folder without a configuration"
     model_type, supported = content.get("model_type"), families.model_types(task)
     if model_type not in supported:
-        raise ValueError(f"{file}: model_type {model_type!r}; supported: {', '.join(supported)}, for the task {task!r}.")
+        raise ValueError(f"{file}: model_type {model_type!r:.100}; supported: {', '.join(supported)}, for the task {task!r}.")
     check_content(file, content)
     config = config_class(model_type)
     try:
         return content, config.from_pretrained(folder)
     except Exception as error:  # `transformers` raises errors of many types when it checks a configuration
-        raise ValueError(f"{file}: {' '.join(str(error).split()) or type(error).__name__}") from error
+        # It quotes the value, however long that is.
+        said = " ".join(str(error).split()) or type(error).__name__
+        raise ValueError(f"{file}: {said if len(said) < 400 else said[:400] + '...'}") from error
 
 
 def config_class(model_type: str) -> Any:

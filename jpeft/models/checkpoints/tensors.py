@@ -62,7 +62,7 @@ class Tensors:
         held = {shard: set(self._open(file).keys()) for shard, file in files.items()}
         for name, shard in shards.items():
             if name not in held[shard]:
-                raise ValueError(f"{files[shard]} does not hold {name}, though the index beside it says so.")
+                raise ValueError(f"{files[shard]} does not hold {name!r:.200}, though the index beside it says so.")
         return list(files.values())
 
     def _open(self, file: Path) -> Any:
@@ -152,7 +152,7 @@ class Tensors:
         if found != shape:
             in_head = self._family.roles.matches("head", name.replace(".", "/"))
             hint = " Pass fresh_head=True (--fresh-head) to leave out the checkpoint's head." if in_head else ""
-            raise ValueError(f"{file}: {stored} has shape {found}, the model needs {shape}.{hint}")
+            raise ValueError(f"{file}: {stored} has shape {found}, the model needs {shape} by its config.json.{hint}")
 
     def read(self, name: str, shape: tuple[int, ...], part: tuple[slice, ...] | None = None) -> np.ndarray:
         """Return one tensor, or a part of it. Only that part is read from the file.
@@ -204,7 +204,7 @@ def find_shard(index: Path, shard: str) -> Path:
       ValueError: for a path that leads out of the folder, by its name or by a symbolic link.
     """
     folder = index.parent
-    if not shard or "\0" in shard or Path(shard).is_absolute() or ".." in Path(shard).parts:
+    if not shard or not shard.isprintable() or Path(shard).is_absolute() or ".." in Path(shard).parts:
         raise ValueError(f"{index}: weight_map names {shard!r}, which is no file in this folder.")
     file, inside = folder / shard, folder.resolve()
     # The hub's cache keeps the files of a repository in `blobs` and links to them from `snapshots/COMMIT`.
