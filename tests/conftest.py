@@ -2,7 +2,7 @@
 
 import importlib.metadata
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 # --- environment: read when jax and huggingface_hub are imported, and inherited by the processes that tests start ---
@@ -46,3 +46,31 @@ def programs() -> Iterator[None]:
 def key() -> jax.Array:
     """A fixed random key; split it for more."""
     return jax.random.key(0)
+
+
+@pytest.fixture
+def error_line(capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Callable[[int], str]:
+    """Return a function that checks that a command has failed with one line, and nothing else, and returns the line."""
+    monkeypatch.delenv("JPEFT_DEBUG", raising=False)
+
+    def check(status: int) -> str:
+        out, err = capfd.readouterr()
+        assert status == 2
+        assert out == ""
+        assert err.startswith("error: ")
+        assert err.count("\n") == 1
+        return err
+
+    return check
+
+
+@pytest.fixture
+def fails(error_line: Callable[[int], str], capfd: pytest.CaptureFixture[str]) -> Callable[..., str]:
+    """Return a function that runs a command, which must fail, and returns its error line."""
+    from jpeft.cli import main
+
+    def run(*arguments: object) -> str:
+        capfd.readouterr()
+        return error_line(main([str(argument) for argument in arguments]))
+
+    return run

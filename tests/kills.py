@@ -290,9 +290,9 @@ def _make_base(folder: Path) -> None:
 
 
 def _check_same(run: Path, unbroken: Path) -> None:
-    from jpeft.training.run import open_run
+    from jpeft.training.run import load_run
 
-    one, two = (jax.tree.leaves(open_run(path).peft.adapter) for path in (run, unbroken))
+    one, two = (jax.tree.leaves(load_run(path).peft.adapter) for path in (run, unbroken))
     assert [np.asarray(leaf).tobytes() for leaf in one] == [np.asarray(leaf).tobytes() for leaf in two], run
     results = [json.loads((path / "result.json").read_text()) for path in (run, unbroken)]
     assert results[0]["test"] == results[1]["test"]

@@ -14,7 +14,7 @@ from jpeft.models import load
 from jpeft.sharding import make_mesh
 from jpeft.training.added_tokens import warn_of_absent
 from jpeft.training.config import TrainConfig
-from jpeft.training.run import open_run
+from jpeft.training.run import load_run
 from jpeft.training.train import train
 
 LABELS = ("fruit", "metal", "water")
@@ -131,7 +131,7 @@ def test_only_the_new_rows_move(base, tmp_path, method):
     options = {"lora": ("rank=1",), "prompt_tuning": ("length=2",), "freeze": ("target=.*",)}.get(method, ())
     config = TrainConfig(**base, output=str(tmp_path / "run"), method=method, options=options, steps=2)
     result = train(config)
-    run = open_run(result.path)
+    run = load_run(result.path)
     assert run.loaded.added == {"<fruit>": ROWS, "<metal>": ROWS + 1}
     before = table(run.loaded.params)
     if method == "freeze":
@@ -172,7 +172,7 @@ def test_the_command_line(base, tmp_path, capsys):
 
     tokenizer, theirs = AutoTokenizer.from_pretrained(out), AutoModelForSequenceClassification.from_pretrained(out).eval()
     assert theirs.config.vocab_size == theirs.get_input_embeddings().weight.shape[0] == ROWS + 3
-    loaded = open_run(run).loaded
+    loaded = load_run(run).loaded
     ids = tokenizer("one <metal> here", return_tensors="pt")["input_ids"]
     assert ids[0].tolist() == loaded.tokenizer("one <metal> here")["input_ids"]
     assert ROWS + 1 in ids[0].tolist()
@@ -197,7 +197,7 @@ def test_a_decoder_without_other_leaves(tmp_path):
     )
     result = train(config)
     assert result.trained == 16
-    run = open_run(result.path)
+    run = load_run(result.path)
     assert set(run.peft.adapter) == {"hard_prompt", "tokens"}
     assert np.isfinite(jpeft.wrap(run.loaded.model.apply)(run.peft, np.array([[run.loaded.added["<a>"], 1]]))).all()
 

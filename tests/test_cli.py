@@ -22,7 +22,7 @@ from jpeft.cli.flags import rename_old_flags
 from jpeft.cli.main import COMMANDS
 from jpeft.cli.predict import PredictArgs
 from jpeft.training.config import TrainConfig
-from jpeft.training.run import open_run
+from jpeft.training.run import load_run
 
 
 @pytest.fixture(scope="module")
@@ -40,23 +40,6 @@ def train_flags(world, output, *more):
     """A run of a few steps."""
     flags = ["--model", str(world / "model"), "--data", str(world / "data.csv"), "--output", str(output)]
     return ["train", *flags, "--max-length", "8", "--steps", "3", "--batch-size", "8", "--progress", "none", *more]
-
-
-@pytest.fixture
-def fails(capfd, monkeypatch):
-    """Runs the command and returns its error line, after checking that it is all there is."""
-    monkeypatch.delenv("JPEFT_DEBUG", raising=False)
-
-    def run(*arguments):
-        capfd.readouterr()
-        assert main([str(argument) for argument in arguments]) == 2
-        out, err = capfd.readouterr()
-        assert out == ""
-        assert err.startswith("error: ")
-        assert err.count("\n") == 1
-        return err
-
-    return run
 
 
 # --- good input -------------------------------------------------------------------------------------------------------
@@ -229,7 +212,7 @@ def test_predict(world, tmp_path, capfd):
 
 def test_merge_gives_the_same_predictions(world, tmp_path):
     assert main(["merge", str(world / "lora"), str(tmp_path / "merged")]) == 0
-    merged, run = jpeft.models.load(tmp_path / "merged"), open_run(world / "lora")
+    merged, run = jpeft.models.load(tmp_path / "merged"), load_run(world / "lora")
     assert merged.labels == run.labels
     inputs = dict(merged.tokenizer(["the apple here", "old iron"], padding=True, return_tensors="np"))
     inputs = {name: np.asarray(inputs[name]) for name in ("input_ids", "attention_mask")}
@@ -247,7 +230,7 @@ def test_summary_of_a_run_and_of_a_method(world, capfd):
     arguments = ["--model", str(world / "model"), "--labels", "3", "--method", "lora", "rank=2"]
     assert main(["summary", *arguments]) == 0
     assert capfd.readouterr().out == of_run
-    assert f"{jpeft.summary(open_run(world / 'lora').peft).trained:,}" in of_run
+    assert f"{jpeft.summary(load_run(world / 'lora').peft).trained:,}" in of_run
 
 
 def test_overwrite_starts_anew(world, tmp_path):

@@ -19,24 +19,16 @@ NEEDED = ["--model", "m", "--data", "d", "--output", "o"]
 
 
 @pytest.fixture
-def parse(monkeypatch, capfd):
+def parse(monkeypatch, error_line):
     """Parses a command line and returns the arguments, or the error line, without running the command."""
     main_module = import_module("jpeft.cli.main")
     parsed = []
     stubs = tuple(dataclasses.replace(command, run=parsed.append) for command in main_module.COMMANDS)
     monkeypatch.setattr(main_module, "COMMANDS", stubs)
-    monkeypatch.delenv("JPEFT_DEBUG", raising=False)
 
     def run(*arguments):
         status = main(list(arguments))
-        out, err = capfd.readouterr()
-        if status == 0:
-            return parsed.pop()
-        assert status == 2
-        assert out == ""
-        assert err.startswith("error: ")
-        assert err.count("\n") == 1
-        return err
+        return error_line(status) if status else parsed.pop()
 
     return run
 

@@ -124,7 +124,7 @@ TWO_LINES = 'text,label\n"a\nb",x\n\n'
         ("x.csv", "text,label\na,b\n".encode("utf-16-le"), "x.csv: not UTF-8 text but a NUL byte in line 1"),
         ("x.jsonl", b'{"text": "a"}\n\0\0\0', "x.jsonl: not UTF-8 text but a NUL byte in line 2"),
         ("x.txt", b"a\n\n\xff", "x.txt: not UTF-8 text: byte 0xff in line 3"),
-        ("x.jsonl", r'{"text": "a", "label": 1}' + "\n" + r'{"text": "b\ud83d", "label": 0}', "x.jsonl, row 2 (line 2): mend or remove it"),
+        ("x.jsonl", r'{"text": "a", "label": 1}' + "\n" + r'{"text": "b\ud83d", "label": 0}', "x.jsonl, row 2 (line 2): correct or"),
         ("x.json", r'[{"text": "a\u0000", "label": 1}]', "The text holds a NUL character, which is not text, in "),
         ("x.jsonl", r'{"text": "a", "label": "\udc00"}', "The label holds half of a surrogate pair ('\\udc00'), which is not text, in"),
     ],

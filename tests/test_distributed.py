@@ -22,7 +22,7 @@ from tiny_text import make_base
 from jpeft import distributed, sharding
 from jpeft.training.config import TrainConfig
 from jpeft.training.devices import find_mesh
-from jpeft.training.run import open_run
+from jpeft.training.run import load_run
 from jpeft.training.train import train
 
 ROOT = Path(__file__).parents[1]
@@ -126,7 +126,7 @@ def outputs(processes: list[subprocess.Popen]) -> list[tuple[str, str]]:
 
 def assert_same(run: Path, alone) -> None:
     """The adapter and every line of metrics, but for rounding and timing, each line once."""
-    chex.assert_trees_all_close(jax.device_get(open_run(run).peft.adapter), jax.device_get(alone.peft.adapter), atol=1e-5, rtol=1e-5)
+    chex.assert_trees_all_close(jax.device_get(load_run(run).peft.adapter), jax.device_get(alone.peft.adapter), atol=1e-5, rtol=1e-5)
     for mine, theirs in zip(records(run), records(alone.path), strict=True):
         assert mine.keys() == theirs.keys()
         assert all(mine[key] == (pytest.approx(theirs[key], abs=1e-5) if isinstance(theirs[key], float) else theirs[key]) for key in mine)
@@ -169,7 +169,7 @@ def test_two_processes_killed_stopped_and_continued(config, alone, tmp_path):
     assert f"continuing {run} after step {step}" in said[0][0]
     assert "continuing" not in said[1][0]
     assert_same(run, alone)
-    assert bits(open_run(run).peft.adapter) == bits(open_run(unbroken).peft.adapter)
+    assert bits(load_run(run).peft.adapter) == bits(load_run(unbroken).peft.adapter)
     assert records(run) == records(unbroken)
 
     # What two have begun one can finish, without a mesh.

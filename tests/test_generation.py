@@ -9,7 +9,6 @@ import jax
 import numpy as np
 import optax
 import pytest
-from test_cli import fails  # noqa: F401  (a fixture)
 from test_train import bits, one_step, records
 from tiny_text import make_decoder, make_rows
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
@@ -25,7 +24,7 @@ from jpeft.tasks.task import Decoding
 from jpeft.training.config import TrainConfig
 from jpeft.training.evaluate import Evaluator
 from jpeft.training.progress import SilentReporter
-from jpeft.training.run import open_run
+from jpeft.training.run import load_run
 from jpeft.training.train import prepare, train
 
 ENDS = {"max_new_tokens": 4, "stop": (0,)}
@@ -213,7 +212,7 @@ def test_perplexity_and_step_loss_are_torchs(world, plain):
 
 def test_exact_match_is_what_greedy_generation_gives(world):
     """No token is generated for the metric; here every one is."""
-    run = open_run(world / "pairs")
+    run = load_run(world / "pairs")
     rows = [json.loads(line) for line in (world / "pairs.jsonl").read_text().splitlines()]
     table = Table(text=[row["text"] for row in rows], target=[row["target"] for row in rows])
     evaluator = Evaluator(jpeft.wrap(run.loaded.model.apply, run.peft.method), generation.Generation(), 40)
@@ -280,7 +279,7 @@ def test_predict_continues_texts(world, tmp_path, capfd):
     assert main(["predict", str(world / "pairs"), "--text", *texts, "--max-new-tokens", "4"]) == 0
     shown = [json.loads(line) for line in capfd.readouterr().out.splitlines()]
     assert [line["text"] for line in shown] == texts
-    run = open_run(world / "pairs")
+    run = load_run(world / "pairs")
     for line in shown:  # each by itself, without padding
         ids = np.array([run.loaded.tokenizer(line["text"])["input_ids"]])
         made = jpeft.models.generate(run.loaded.model.apply, {"params": jpeft.merge(run.peft)}, ids, **ENDS)
@@ -324,7 +323,7 @@ def test_overlong_in_eval_and_predict(world, tmp_path, capfd):
 
 def test_merged_model_gives_the_same_logits(world, tmp_path):
     assert main(["merge", str(world / "pairs"), str(tmp_path / "merged")]) == 0
-    merged, run = jpeft.models.load(tmp_path / "merged", task="causal-lm"), open_run(world / "pairs")
+    merged, run = jpeft.models.load(tmp_path / "merged", task="causal-lm"), load_run(world / "pairs")
     ids = np.arange(12, dtype=np.int32)[None]
     expected = jpeft.wrap(run.loaded.model.apply, run.peft.method)(run.peft.variables, ids)
     np.testing.assert_allclose(merged.model.apply({"params": merged.params}, ids), expected, atol=1e-4)
@@ -340,7 +339,7 @@ def test_summary(world, capfd):
     assert capfd.readouterr().out == of_run
 
 
-def test_bad_input_leaves_nothing(world, tmp_path, fails):  # noqa: F811
+def test_bad_input_leaves_nothing(world, tmp_path, fails):
     pairs = [*flags(world, "pairs.jsonl", tmp_path / "run"), "--steps", "1"]
     assert "no column 'answer'" in fails(*pairs, "--target", "answer")
     assert "120 of 120 texts" not in (said := fails(*pairs, "--target", "target", "--max-length", "3"))
@@ -355,7 +354,7 @@ def test_bad_input_leaves_nothing(world, tmp_path, fails):  # noqa: F811
     assert [path.name for path in tmp_path.iterdir()] == ["data.jsonl"]
 
 
-def test_bad_predictions(world, fails):  # noqa: F811
+def test_bad_predictions(world, fails):
     run = world / "pairs"
     assert "1 of 1 texts are longer than max_length=12 tokens: --text, row 1." in fails("predict", run, "--text", "a " * 13)
     assert "position" in fails("predict", run, "--text", "a " * 12, "--max-new-tokens", "40")

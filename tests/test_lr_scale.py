@@ -26,7 +26,7 @@ def test_a_head_is_chosen_by_role_regex_or_name(rule):
 
 
 def test_what_stands_beside_a_leaf_is_chosen_by_its_own_name_or_by_the_leafs():
-    found = factors(case("lora", "bert").peft, {".*/b": 16.0, ("query",): 2.0, "@ffn_in": 3.0})
+    found = factors(case("lora", "bert").peft, {".*/b": 16.0, "query": 2.0, "@ffn_in": 3.0})
     assert {factor for path, factor in found.items() if path.endswith("/b")} == {16.0}  # LoRA+; the first rule counts
     assert {factor for path, factor in found.items() if path.endswith("query/kernel/a")} == {2.0}
     assert {factor for path, factor in found.items() if path.endswith("intermediate/dense/kernel/a")} == {3.0}

@@ -24,7 +24,7 @@ from flax import linen as nn
 import jpeft
 import jpeft.models
 from jpeft.cli import main
-from jpeft.training.run import open_run
+from jpeft.training.run import load_run
 
 ARCHIVE = Path(__file__).parent / "fixtures" / "b1b49ce.tar.gz"
 # Stands in the configurations of the stored runs for the folder they were made in.
@@ -274,7 +274,7 @@ def ends(stored):
 
 
 def draws() -> np.ndarray:
-    """Normal numbers. Their last bits are the compiler's, and with them a new head's, which a run refuses to go on with if it differs."""
+    """Normal numbers. Their last bits are the compiler's, and with them a new head's."""
     return np.asarray(jax.random.normal(jax.random.key(0), (16, 16)))
 
 
@@ -309,7 +309,7 @@ def ends_as_before(run: Path, name: str, ends: Any, expected: dict[str, np.ndarr
     trained = result["stages"][-1]["trained"] if "stages" in result else result["trained"]
     agree(result | {"trained": trained}, ends[name]["result"])
     agree(lines_of(run), ends[name]["lines"])
-    peft = open_run(run).peft
+    peft = load_run(run).peft
     assert peft.method == jpeft.make(ends[name]["method"])
     wanted = {path.removeprefix(f"runs/{name}/"): leaf for path, leaf in expected.items() if path.startswith(f"runs/{name}/")}
     found = jpeft.flatten(peft.adapter)
@@ -347,7 +347,7 @@ def test_a_finished_run_predicts_as_before(at):
 
 def test_a_finished_run_merges(at):
     assert main(["merge", "runs/finished/lora", "merged"]) == 0
-    run, merged = open_run("runs/finished/lora"), jpeft.models.load("merged")
+    run, merged = load_run("runs/finished/lora"), jpeft.models.load("merged")
     assert merged.labels == run.labels
     adapted = jpeft.wrap(run.loaded.model.apply, run.peft.method)
     close(logits(merged.model.apply, {"params": merged.params}), logits(adapted, run.peft.variables))
@@ -357,12 +357,15 @@ def test_a_finished_run_merges(at):
 def test_an_unfinished_run_goes_on_to_the_same_end(at, ends, expected, name, capfd):
     """Killed between checkpoints (lora), or interrupted in the first or the last stage of a method that has two."""
     folder, flags = at / "runs/unfinished" / name, RUNS[UNFINISHED[name]]
-    if flags[:2] == ENCODER and not np.array_equal(draws(), expected["draws"]):
-        pytest.skip("this compiler draws another head, to the last bit")
     assert not (folder / "result.json").exists()
     # Continued, not begun again.
     (step,) = [int(path.parent.name) for path in folder.glob("checkpoints/*/checksums.json")]
     flags = [flag if flag != "none" else "lines" for flag in flags]
+    if flags[:2] == ENCODER and not np.array_equal(draws(), expected["draws"]):
+        # This compiler draws another head, to the last bit, and these runs recorded one fingerprint of base and head together.
+        assert main(["train", *flags, "--output", f"runs/unfinished/{name}", "--resume"]) == 2
+        assert "its base changed" in capfd.readouterr().err
+        return
     assert main(["train", *flags, "--output", f"runs/unfinished/{name}", "--resume"]) == 0
     assert f"after step {step}" in "".join(capfd.readouterr())
     ends_as_before(folder, UNFINISHED[name], ends, expected)

@@ -91,8 +91,8 @@ def test_rows_of_a_head_follow_the_names(saved, recwarn, name):
     ("options", "reason"),
     [
         ({"labels": ("a", "b", "c")}, r"its labels are x, y, z, and those asked for a, b, c \(--keep-head keeps it\)"),
-        ({"labels": ("x", "y")}, "its labels are x, y, z, and those asked for x, y; made anew"),
-        ({"num_labels": 4}, "it has 3 outputs, and 4 are asked for; made anew"),
+        ({"labels": ("x", "y")}, "its labels are x, y, z, and those asked for x, y; newly initialised"),
+        ({"num_labels": 4}, "it has 3 outputs, and 4 are asked for; newly initialised"),
     ],
 )
 def test_a_head_for_other_labels_is_made_anew_and_this_is_said(saved, options, reason):
@@ -160,9 +160,8 @@ def test_the_command_line_says_in_one_line_what_was_made_anew(tmp_path, capsys):
         status = main([str(argument) for argument in arguments])
         return status, [line for line in capsys.readouterr().err.splitlines() if line.startswith(("note: ", "error: "))]
 
-    said = (
-        "note: Pretrained checkpoint .*other: the checkpoint's head is left out, because its labels are x, y, z, .*made anew: classifier/"
-    )
+    why = "the checkpoint's head is left out, because its labels are x, y, z"
+    said = f"note: Pretrained checkpoint .*other: {why}, .*newly initialised: classifier/"
     commands = [("train", "--model", tmp_path / "other", "--output", tmp_path / "run", *flags), ("eval", tmp_path / "run")]
     for command in (*commands, ("merge", tmp_path / "run", tmp_path / "merged")):
         status, (line,) = jpeft(*command)

@@ -19,7 +19,7 @@ from tiny_text import make_model, make_rows, write_csv
 
 from jpeft.checkpoint.records import sealed
 from jpeft.cli import main
-from jpeft.training.run import open_run
+from jpeft.training.run import load_run
 from jpeft.training.run_folder import config_checksum
 
 ROOT = Path(__file__).parents[1]
@@ -75,7 +75,7 @@ def stop_midway(process, run, signum, after=10):
 
 def assert_same(run, unbroken):
     """Adapter bit for bit, and all that is no timing."""
-    assert bits(open_run(run).peft.adapter) == bits(open_run(unbroken).peft.adapter)
+    assert bits(load_run(run).peft.adapter) == bits(load_run(unbroken).peft.adapter)
     assert records(run) == records(unbroken)
     results = [json.loads((folder / "result.json").read_text()) for folder in (run, unbroken)]
     for result in results:

@@ -6,7 +6,6 @@ import random
 import datasets
 import numpy as np
 import pytest
-from test_cli import fails  # noqa: F401  (a fixture)
 from test_data import hub  # noqa: F401  (a fixture)
 from tiny_text import WORDS, make_model, make_rows
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
@@ -17,7 +16,7 @@ from jpeft.data import Table, read, splits
 from jpeft.tasks import tagging
 from jpeft.tasks.cross_entropy import IGNORE
 from jpeft.tasks.tagging import spans
-from jpeft.training.run import open_run
+from jpeft.training.run import load_run
 
 KIND = {word: f"B-{kind}" for kind, words in WORDS.items() for word in words}
 
@@ -229,7 +228,7 @@ def test_read(tmp_path):
 
 @pytest.mark.filterwarnings("always:.* of [0-9]+ texts:UserWarning")
 def test_train_eval_predict(world, tmp_path, capfd):
-    run = open_run(world / "run")
+    run = load_run(world / "run")
     assert run.labels == ("O", "B-fruit", "B-metal", "B-water")
     result = json.loads((world / "run" / "result.json").read_text())
     assert result["best"] > 0.6  # chance is nothing: spans must be found and told apart
@@ -253,7 +252,7 @@ def test_train_eval_predict(world, tmp_path, capfd):
     assert [json.loads(line) for line in capfd.readouterr().out.splitlines()] == shown
 
 
-def test_errors(world, tmp_path, fails):  # noqa: F811
+def test_errors(world, tmp_path, fails):
     run = flags(world, tmp_path / "run")
     assert "no column 'ner'" in fails(*run, "--tags", "ner")
     (tmp_path / "one.jsonl").write_text('{"tokens": ["a"], "tags": ["O"]}\n' * 3 + '{"tokens": ["b"], "tags": ["O"]}\n' * 3)

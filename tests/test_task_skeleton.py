@@ -15,7 +15,7 @@ from jpeft.tasks.registry import TASKS
 from jpeft.tasks.task import Decoding, find_task
 from jpeft.training.config import TrainConfig
 from jpeft.training.evaluate import Evaluator
-from jpeft.training.run import open_run
+from jpeft.training.run import load_run
 from jpeft.training.train import train
 
 SKELETON = Path(__file__).parents[1] / "docs" / "skeletons" / "task.py"
@@ -55,7 +55,7 @@ def test_a_run(task, tmp_path):
     )  # fmt: skip
     result = train(config)
     assert result.validation["f1"] > 0.6
-    run = open_run(result.path)
+    run = load_run(result.path)
     assert run.labels == ("fruit", "metal", "odd", "water")
     arrays = run.task.encode(Table(["apple pear two here", "iron lead here"]), run.loaded.tokenizer, labels=None, max_length=10)
     evaluator = Evaluator(jpeft.wrap(run.loaded.model.apply, run.peft.method), run.task, 2, run.labels)

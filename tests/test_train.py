@@ -28,7 +28,7 @@ from jpeft.training.config import TrainConfig, changed_fields, from_json, parse_
 from jpeft.training.keys import keys
 from jpeft.training.plot import plot_curve
 from jpeft.training.result import read_result
-from jpeft.training.run import open_run
+from jpeft.training.run import load_run
 from jpeft.training.run_folder import RunFolder
 from jpeft.training.schedule import clipped_adamw, learning_rate_schedule
 from jpeft.training.snapshot import Progress, Snapshots
@@ -260,7 +260,7 @@ def test_what_a_run_leaves(config):
     assert result.to_json() == json.loads(folder.result.read_text())
     # The last adapter is kept, so its metrics are those of the last evaluation.
     assert result.validation == {k: v for k, v in lines[-1].items() if k in ("loss", "accuracy", "macro_f1")}
-    run = open_run(folder.path)
+    run = load_run(folder.path)
     assert bits(run.peft.adapter) == bits(result.peft.adapter)
     assert run.labels == ("fruit", "metal", "water")
     summary = jpeft.summary(result.peft)

@@ -14,7 +14,7 @@ import jpeft
 from jpeft.cli import main
 from jpeft.training.config import TrainConfig
 from jpeft.training.devices import find_mesh
-from jpeft.training.run import open_run
+from jpeft.training.run import load_run
 from jpeft.training.train import train
 
 MESH = "data=2,fsdp=2,tensor=2"
@@ -53,7 +53,7 @@ def test_equals_one_device(alone, many):
     (query,) = {leaf.sharding.spec for path, leaf in leaves.items() if path.endswith("query/kernel/b")}
     assert query == P(None, "tensor")
     # What was trained on a mesh is opened on one device.
-    opened = open_run(many.path).peft
+    opened = load_run(many.path).peft
     assert len(jax.tree.leaves(opened.params)[0].sharding.device_set) == 1
     chex.assert_trees_all_equal(jax.device_get(opened.adapter), jax.device_get(many.peft.adapter))
 

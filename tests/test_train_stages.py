@@ -11,7 +11,7 @@ from tiny_text import make_base
 
 import jpeft
 from jpeft.training.config import TrainConfig
-from jpeft.training.run import open_run
+from jpeft.training.run import load_run
 from jpeft.training.run_folder import RunFolder
 from jpeft.training.snapshot import Snapshots
 from jpeft.training.train import prepare, train
@@ -53,7 +53,7 @@ def test_a_run_goes_through_all_stages(config, result):
 
 
 def test_the_last_method_is_what_is_saved(config, result):
-    run = open_run(result.path)
+    run = load_run(result.path)
     assert run.peft.method == result.peft.method
     assert bits(run.peft.adapter) == bits(result.peft.adapter)
     assert json.loads(RunFolder(config.output).config.read_text())["method"] == prepare(config).peft.method.config()

@@ -12,7 +12,7 @@ import jpeft
 from jpeft.core.statistics import Fisher, KeyValues, LabelTokens, Movement, Prompt
 from jpeft.training.config import TrainConfig
 from jpeft.training.prepare import prepare
-from jpeft.training.run import open_run
+from jpeft.training.run import load_run
 from jpeft.training.statistics import MAKERS, check_statistics, movement_steps
 from jpeft.training.train import train
 
@@ -83,7 +83,7 @@ def test_training_may_begin_with_the_stage_that_takes_movement(config, tmp_path,
     result = train(config)
     assert result.peft.method.stages == ()
     assert 0 < result.trained < jpeft.tree.size(result.peft.params) / 2
-    assert bits(open_run(result.path).peft.adapter) == bits(result.peft.adapter)
+    assert bits(load_run(result.path).peft.adapter) == bits(result.peft.adapter)
     # The same run again, and one whose choice is made by longer fine-tuning.
     again = train(dataclasses.replace(config, output=str(tmp_path / "again")))
     assert bits(again.peft.adapter) == bits(result.peft.adapter)

@@ -73,7 +73,7 @@ def save_adapter(path: str | os.PathLike[str], peft: Peft, *, overwrite: bool = 
     record = {
         "format": _FORMAT,
         "method": _config(peft.method),
-        "base": fingerprint(peft.params, skip=_replaced(peft.params, peft.adapter, peft.method)),
+        "base": fingerprint(peft.params, skip=replaced_paths(peft.params, peft.adapter, peft.method)),
         "leaves": leaf_table(peft.adapter),
     } | ({} if run is None else {"run": run})
     temporary = Temporary(target)
@@ -166,7 +166,7 @@ def load(path: str | os.PathLike[str], params: tree.Params, *, method: Method | 
         raise ValueError(f"The adapter in '{path}' is damaged: {source / _LEAVES / damaged[0]} is not as it was saved ({which}).")
     adapter = {name: {} for name, _ in method.parts} | _read_arrays(path, source / _LEAVES, record["leaves"])
     _check_fit(params, adapter, method, path)
-    if check_base and fingerprint(params, skip=_replaced(params, adapter, method)) != record["base"]:
+    if check_base and fingerprint(params, skip=replaced_paths(params, adapter, method)) != record["base"]:
         raise WrongBaseError(
             f"The adapter in '{path}' was trained on another base: its fingerprint is {record['base'][:12]}, that of these parameters is "
             "not. Load the checkpoint that it was trained on, in the same dtype; or, if you know better, jpeft.load(..., check_base=False)."
@@ -252,7 +252,7 @@ def _method(config: dict[str, Any], given: Method | None, path: Any) -> Method:
     return made
 
 
-def _replaced(params: tree.Params, adapter: tree.Adapter, method: Method) -> frozenset[str]:
+def replaced_paths(params: tree.Params, adapter: tree.Adapter, method: Method) -> frozenset[str]:
     """The base leaves that the adapter replaces whole, so that their values in the base do not matter."""
     base = tree.flatten(params)
     parts = [tree.flatten(part) for part in method.to_collections(adapter).values()]

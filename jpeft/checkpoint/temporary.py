@@ -16,6 +16,9 @@ from pathlib import Path
 
 from jpeft.checkpoint.locks import is_at, try_lock
 
+# The names of temporary files and folders, whatever they are to become. Pictures keep their suffix, by which their format is told.
+LEFTOVER = re.compile(r"\..+\.(partial|old)(\.png)?")
+
 # Neither follows a link that somebody has put in the place of a temporary file.
 _READ = os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0)
 _CREATE = os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_NOFOLLOW", 0)

@@ -8,9 +8,9 @@ import optax
 
 from jpeft import layouts
 from jpeft.tree.paths import Params, Path, flatten, path_str
-from jpeft.tree.select import chooses
+from jpeft.tree.select import applies, chooses
 
-Rule = str | Sequence[str]  # a regex, a role, or names
+Rule = str | Sequence[str]  # a role, a regex or a name; or names
 
 
 def scale_by_path(
@@ -60,7 +60,8 @@ def _chosen(rule: Rule, paths: list[Path], params: Params) -> list[Path]:
     if layouts.is_role(rule):
         with_role = set(layouts.find(params, str(rule), option="lr_scale", required=False))
         return [path for path in paths if any(owner in with_role for spelling in _spellings(path) for owner in _owners(spelling))]
-    return [path for path in paths if any(chooses(rule, owner) for spelling in _spellings(path) for owner in _owners(spelling))]
+    chosen = lambda path: applies(rule, path) if isinstance(rule, str) else chooses(rule, path)
+    return [path for path in paths if any(chosen(owner) for spelling in _spellings(path) for owner in _owners(spelling))]
 
 
 def _spellings(path: Path) -> tuple[Path, Path]:

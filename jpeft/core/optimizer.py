@@ -36,7 +36,8 @@ def optimizer(
       over: "adapter" for loops that differentiate `Peft.adapter` (the cheap way); "variables" for loops whose TrainState holds
         `Peft.variables`, base included. There the gradients of the base are still formed unless XLA finds them unused.
       lr_scale: Learning rates of some leaves as multiples of the others': ``{rule: factor}``, where a rule is a role, ``"@head"``, a regex
-        that must match the whole path of a leaf in the adapter, ``".*/b"``, or a tuple of names. The first rule that chooses a leaf counts.
+        that must match the whole path of a leaf in the adapter, ``".*/b"``, a name, or a tuple of names. The first rule that chooses a
+        leaf counts.
 
     Returns:
       A gradient transformation over that tree.

@@ -43,7 +43,7 @@ SAME: Mapping[str, tuple[str, ...]] = {
 }
 # The same, where something else than an option of the method does it.
 ELSEWHERE: Mapping[str, str] = {
-    "use_dora": "Weight-decomposed LoRA is a method of its own: method='dora'",
+    "use_dora": "Weight-decomposed LoRA is a separate method: method='dora'",
     "bias": "Biases are trained by another method beside it: jpeft.chain(lora=jpeft.lora(), bitfit=jpeft.bitfit())",
     "fan_in_fan_out": "The layers tell how their kernels lie: leave it out",
     "task_type": "The model's task is none of the method's options: leave it out",

@@ -49,7 +49,7 @@ class Table:
                 if not (isinstance(cell, str) or (name in ("words", "tags") and all(isinstance(part, str) for part in cell))):
                     raise ValueError(f"The {name} of a Table must be strings, got {cell!r} in {self.where([row])}.")
                 if fault := fault_of(cell if isinstance(cell, str) else "".join(cell)):
-                    raise ValueError(f"The {name} holds {fault}, which is not text, in {self.where([row])}: mend or remove it.")
+                    raise ValueError(f"The {name} holds {fault}, which is not text, in {self.where([row])}: correct or remove it.")
 
     def __len__(self) -> int:
         return len(self.text)

@@ -263,7 +263,7 @@ class Generation(Task):
 
     def answer(self, forward: Callable[..., Any], variables: Mapping[str, Any], batch: Batch, decoding: Decoding) -> dict[str, Array]:
         """Return the generated tokens of each row, their number, and their log-likelihood."""
-        generated = continue_prompts(forward, variables, batch["input_ids"], batch["attention_mask"], **decoding._asdict())
+        generated = continue_prompts(forward, variables, batch["input_ids"], batch["attention_mask"], decoding)
         dropped = {"complete": batch["complete"]} if "complete" in batch else {}
         return {**generated._asdict(), **dropped}
 

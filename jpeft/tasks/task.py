@@ -6,14 +6,14 @@ Trainer and command line call these methods and ask no task for its name.
 import abc
 import importlib
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, ClassVar, Literal, NamedTuple
+from typing import Any, ClassVar, Literal
 
-import jax
 import numpy as np
 from jaxtyping import Array, Float, PyTree
 
 from jpeft.data import Table
 from jpeft.models import Loaded
+from jpeft.models.generation.decoding import Decoding as Decoding
 from jpeft.tasks.registry import TASKS
 from jpeft.tasks.token_ids import check_token_ids
 from jpeft.training.config import Settings
@@ -27,28 +27,6 @@ Column = Literal["pair", "label", "target", "tags"]
 
 # What the text models of `jpeft.models` take.
 TEXT_INPUTS = ("input_ids", "attention_mask", "token_type_ids")
-
-
-class Decoding(NamedTuple):
-    """How text is generated.
-
-    Attributes:
-      max_new_tokens: Length of the longest continuation.
-      stop: Token ids that end a text.
-      pad: Token id that fills a row behind its end.
-      key: Random key to draw tokens with; None for the most likely token each time. See `jpeft.models.generate`.
-      temperature: Divides the logits before a draw.
-      top_k: Draw among this many most likely tokens.
-      top_p: Draw among the most likely tokens that have this probability together.
-    """
-
-    max_new_tokens: int = 64
-    stop: tuple[int, ...] = ()
-    pad: int = 0
-    key: jax.Array | None = None
-    temperature: float | None = None
-    top_k: int | None = None
-    top_p: float | None = None
 
 
 class Task(abc.ABC):

@@ -37,7 +37,9 @@ class Settings:
         "Folder of the run: configuration, metrics, curve, checkpoints, adapter, result. Must be new or empty.", resume_safe=True
     )
     revision: str | None = setting("Branch, tag or commit of the model on the hub; none for its main branch.", default=None)
-    fresh_head: bool = setting("Make the head with labels anew, even if the checkpoint has one for the labels of the data.", default=False)
+    fresh_head: bool = setting(
+        "Initialise a new head with labels, even if the checkpoint has one for the labels of the data.", default=False
+    )
     keep_head: bool = setting(
         "Keep the checkpoint's head with labels, even if its labels have other names: its outputs are taken in their order.", default=False
     )

@@ -41,7 +41,7 @@ def make_decoding(task: Task, loaded: models.Loaded, **options: Any) -> Decoding
     if given and not task.generates:
         raise ValueError(f"{', '.join(given)}: only for a model that generates text, and this one does {task.name}.")
     if given and "seed" not in given and set(given) != {"max_new_tokens"}:
-        raise ValueError(f"{', '.join(sorted(given.keys() - {'max_new_tokens'}))}: only for tokens drawn at random, with --seed.")
+        raise ValueError(f"{', '.join(sorted(given.keys() - {'max_new_tokens'}))}: only for tokens drawn at random, with seed=.")
     if task.generates:
         # Some models have several end tokens: the tokenizer names one, the configuration all of them.
         end = loaded.tokenizer.eos_token_id

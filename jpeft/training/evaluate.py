@@ -12,6 +12,7 @@ from jaxtyping import PyTree
 
 from jpeft import data, distributed
 from jpeft.core.peft import Peft
+from jpeft.models.common.positions import PositionsError
 from jpeft.tasks.task import Arrays, Batch, Decoding, Task
 from jpeft.training import buckets
 from jpeft.training.finite import check_metrics, check_outputs, finite_rows
@@ -83,8 +84,8 @@ class Evaluator:
         fitted = buckets.fit_length(arrays, longest)
         try:
             answers = self._over(run, buckets.batches(fitted, self.batch_size))
-        except ValueError:
-            # Filled up, texts and what is generated may take more positions than the model has.
+        except PositionsError:
+            # Only filled up, texts and what is generated may take more positions than the model has.
             if longest is None:
                 raise
             answers = self._over(run, buckets.batches(arrays, self.batch_size))

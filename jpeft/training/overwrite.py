@@ -9,12 +9,15 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from jpeft.checkpoint.files import read_file
+from jpeft.checkpoint.temporary import LEFTOVER
 from jpeft.training.run_lock import LOCK
 
 # What may be in the folder of a run, and in the folders of it whose contents are always the same.
-_TEMPORARY = r"\..*\.(partial|old)(\.png)?"
-_RUN = rf"config\.json|metrics\.jsonl|curve\.png|checkpoints|adapter|merged|result\.json|{LOCK}|{_TEMPORARY}"
-_BELOW = {"checkpoints": rf"\d+|\d+\.orbax-checkpoint-tmp.*|{_TEMPORARY}", "adapter": rf"jpeft\.json|adapter|{_TEMPORARY}"}
+_RUN = rf"config\.json|metrics\.jsonl|curve\.png|checkpoints|adapter|merged|result\.json|{LOCK}|{LEFTOVER.pattern}"
+_BELOW = {
+    "checkpoints": rf"\d+|\d+\.orbax-checkpoint-tmp.*|{LEFTOVER.pattern}",
+    "adapter": rf"jpeft\.json|adapter|{LEFTOVER.pattern}",
+}
 
 
 def check_overwrite(folder: Path, inputs: dict[str, str]) -> None:

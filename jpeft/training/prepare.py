@@ -11,6 +11,7 @@ from jaxtyping import Array, PyTree
 
 import jpeft
 from jpeft import data, models, registry
+from jpeft.checkpoint.adapter import replaced_paths
 from jpeft.checkpoint.fingerprint import fingerprint
 from jpeft.core.method import Method
 from jpeft.core.peft import Peft
@@ -69,6 +70,11 @@ class Setup:
     def head_learning_rate(self) -> float:
         """Peak learning rate of a new head."""
         return self.learning_rate * self.head_lr_scale
+
+    @property
+    def replaces_initialised(self) -> bool:
+        """Whether every parameter that the checkpoint lacks, such as a new head, is trained whole: its first values then do not matter."""
+        return self.loaded.initialised <= replaced_paths(self.peft.params, self.peft.adapter, self.peft.method)
 
     @property
     def keeps_best(self) -> bool:

@@ -14,6 +14,7 @@ from jpeft.checkpoint.adapter import WrongBaseError, read_record
 from jpeft.core.peft import Peft
 from jpeft.data import Table
 from jpeft.data.texts import texts_table
+from jpeft.deprecation import renamed_members
 from jpeft.distributed import gather_to_host, on_first_process
 from jpeft.tasks.task import Arrays, Task, task_of
 from jpeft.training.base_files import check_base_files
@@ -118,7 +119,7 @@ class Run:
         has_table = getattr(self.loaded.config, "position_rows", None) is not None
         if not has_table and length > self.loaded.config.max_length:
             warnings.warn(
-                f"Prompt and --max-new-tokens make up to {length} tokens, and the model has {self.loaded.config.max_length} positions: "
+                f"Prompt and max_new_tokens make up to {length} tokens, and the model has {self.loaded.config.max_length} positions: "
                 "what comes behind them may be of no use.",
                 stacklevel=3,
             )
@@ -217,10 +218,6 @@ def load_run(
     return Run(folder, config, task, labels, loaded, peft, evaluator, **shared)
 
 
-# The name of earlier versions.
-open_run = load_run
-
-
 def check_belongs(folder: RunFolder, about: dict[str, Any]) -> None:
     """Check that a run's adapter was trained with the run's configuration. Adapters of earlier versions do not say it, and pass.
 
@@ -266,3 +263,6 @@ def save_merged(folder: str | os.PathLike[str], loaded: models.Loaded, peft: Pef
         raise ValueError(f"The merged weights are not finite, in {first_few(bad, 3)}. {explain(peft)}")
     write = lambda: models.save(folder, loaded.model, params, labels=loaded.labels, tokenizer=loaded.tokenizer, overwrite=True)
     on_first_process(write)
+
+
+__getattr__ = renamed_members(__name__, open_run="load_run")

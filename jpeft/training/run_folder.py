@@ -13,7 +13,6 @@ RUN/lock               names the process that trains the run, while it does
 import dataclasses
 import json
 import os
-import re
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
@@ -22,7 +21,7 @@ from typing import Any
 from jpeft import distributed
 from jpeft.checkpoint.files import read_file, replace_folder, write_atomically, write_json
 from jpeft.checkpoint.records import check_record, checksum, sealed
-from jpeft.checkpoint.temporary import Temporary, delete, remove_leftovers
+from jpeft.checkpoint.temporary import LEFTOVER, Temporary, delete, remove_leftovers
 from jpeft.deprecation import renamed_fields
 from jpeft.training.config import TrainConfig, changed_fields, from_json, to_json
 from jpeft.training.overwrite import check_overwrite
@@ -258,7 +257,7 @@ def _is_number(value: Any) -> bool:
 
 
 def _is_leftover(path: Path) -> bool:
-    return path.name == LOCK or bool(re.fullmatch(r"\..+\.(partial|old)(\.png)?", path.name))
+    return path.name == LOCK or LEFTOVER.fullmatch(path.name) is not None
 
 
 def _wrong_field(about: dict[str, Any]) -> str:

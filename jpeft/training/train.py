@@ -90,7 +90,7 @@ def _train(config: TrainConfig, folder: RunFolder, lock: RunLock, report: Report
     about = setup.to_json()
     check_equal({name: about[name] for name in ("method", "labels", "base", "base_files", "data")})
     if config.resume:
-        on_first_process(lambda: _check_same(folder, about))
+        on_first_process(lambda: _check_same(folder, setup, about))
     return _run(setup, about, folder, lock, report)
 
 
@@ -122,13 +122,17 @@ def _read_finished(config: TrainConfig, folder: RunFolder) -> Result | None:
     return result
 
 
-def _check_same(folder: RunFolder, about: dict[str, Any]) -> None:
+def _check_same(folder: RunFolder, setup: Setup, about: dict[str, Any]) -> None:
     """Raise an error if data, base or defaults, which the configuration only names, are not those that the run began with."""
     if not folder.in_use:
         return
     before, now = folder.read_config(), json.loads(json.dumps(about))
     # Earlier versions wrote the head's scale under another name.
     before.setdefault("head_lr_scale", before.get("head_rate"))
+    # Compilers draw a new head alike but for its last bits, and checkpoints hold it where it is trained. Earlier versions recorded only a
+    # fingerprint of both together.
+    if "pretrained" in before and setup.replaces_initialised:
+        before["base"], now["base"] = before["pretrained"], now["pretrained"]
     names = ("labels", "learning_rate", "head_lr_scale", "steps", "base", "data")
     changed = [name for name in names if before.get(name) != now[name]]
     # Runs of earlier versions do not record the files beside the weights.

@@ -28,7 +28,7 @@ def first_match(path: Path, rules: Any, what: str) -> Any:
         return rules
     pairs = list(rules.items()) if isinstance(rules, Mapping) else list(rules)
     for pattern, value in pairs:
-        if _applies(pattern, path):
+        if applies(pattern, path):
             return value
     raise ValueError(f"No {what} rule matches '{path}'. Rules: {[p for p, _ in pairs]}. End them with ('.*', {what}) for all the others.")
 
@@ -49,23 +49,24 @@ def check_rules(rules: Any, paths: Sequence[Path], what: str) -> None:
     if not isinstance(rules, (tuple, Mapping)):
         return
     patterns = list(rules) if isinstance(rules, Mapping) else [pattern for pattern, _ in rules]
-    first = {next((i for i, pattern in enumerate(patterns) if _applies(pattern, path)), None) for path in paths}
+    first = {next((i for i, pattern in enumerate(patterns) if applies(pattern, path)), None) for path in paths}
     for i, pattern in enumerate(patterns):
+        # Whatever matches a path that no model has is a rule for all others.
         if i in first or re.fullmatch(pattern, "?/?") is not None:
             continue
-        own = [path for path in paths if _applies(pattern, path)]
+        own = [path for path in paths if applies(pattern, path)]
         if not own:
             raise ValueError(
                 f"{what}: the rule {pattern!r} matches none of the {len(paths)} layers that are adapted.{_close(pattern, paths)}"
             )
-        before = next(other for other in patterns if _applies(other, own[0]))
-        mend = "leave one out" if before == pattern else "the first match wins, so swap them"
-        raise ValueError(f"{what}: the rule {pattern!r} never applies, because {before!r} stands before it: {mend}.")
+        before = next(other for other in patterns if applies(other, own[0]))
+        advice = "leave one out" if before == pattern else "the first match wins, so swap them"
+        raise ValueError(f"{what}: the rule {pattern!r} never applies, because {before!r} stands before it: {advice}.")
     for path in paths:
         first_match(path, rules, what)
 
 
-def _applies(pattern: str, path: Path) -> bool:
+def applies(pattern: str, path: Path) -> bool:
     """Whether a rule is for a path: a regex for the whole of it, or a name in it, as in a list of targets."""
     return matches(pattern, path) or named(pattern, path)
 

@@ -14,7 +14,7 @@ from jpeft.models.common.attention import AttentionCore, Ids, Mask
 from jpeft.models.common.block_stack import Hidden, make_blocks, run_blocks
 from jpeft.models.common.layers import dense, embedding, layer_norm
 from jpeft.models.common.lookup import look_up
-from jpeft.models.common.positions import TokenPositions
+from jpeft.models.common.positions import TokenPositions, check_positions
 
 # --- embeddings ---
 
@@ -57,9 +57,7 @@ class Embeddings(nn.Module):
 
     def __call__(self, input_ids: Ids, positions: TokenPositions, deterministic: bool) -> Float[Array, "batch positions width"]:
         """Embed a batch; raise a ValueError if there are more positions than rows in the position table, or for an id without a row."""
-        length = positions.offset + positions.position_ids.shape[-1]
-        if length > self.config.max_length:  # a lookup past the end of the table would return NaN without an error
-            raise ValueError(f"{length} positions, but the position table holds {self.config.max_length}. Truncate the input.")
+        check_positions(positions.offset + positions.position_ids.shape[-1], self.config.max_length)
         hidden = look_up(self.word_embeddings, input_ids) + self.position_embeddings(positions.position_ids)
         if self.config.type_vocab_size:
             hidden += look_up(self.token_type_embeddings, jnp.asarray(positions.token_type_ids), "token_type_ids")

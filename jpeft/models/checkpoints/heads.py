@@ -14,7 +14,7 @@ class Choice:
     """What is done with a checkpoint's head.
 
     Attributes:
-      kept: whether its values are read; False makes the head anew.
+      kept: whether its values are read; False initialises a new head.
       rows: for each label the row of the checkpoint's head; None if the rows stand in the right order.
       remark: what the user is told; empty if there is nothing to tell.
     """

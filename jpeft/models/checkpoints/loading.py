@@ -35,7 +35,7 @@ class Loaded:
     initialised: frozenset[str]  # paths of parameters that the checkpoint lacks, so that they are freshly initialised
     unused: frozenset[str]  # names of tensors that the model does not have
     folder: Path  # the local folder that everything was read from
-    note: str = ""  # in one line, what was made anew and what has no place; empty if there is nothing to say
+    note: str = ""  # in one line, what is newly initialised and what has no place; empty if there is nothing to say
     # The tokens that `load(add_tokens=...)` gave rows to, with their ids. These rows are to be trained.
     added: Mapping[str, int] = dataclasses.field(default_factory=dict)
 
@@ -75,8 +75,8 @@ def load(
     """Return a model with the weights of a local folder or of a repository on the Hugging Face hub.
 
     A head with labels is kept where its labels are those asked for; its rows then follow the names. Labels without names (LABEL_0, LABEL_1,
-    ...) stay in their order if they are as many. Otherwise the head is made anew. A warning, `CheckpointNote`, says what was made anew and
-    which tensors of the checkpoint have no place in the model.
+    ...) stay in their order if they are as many. Otherwise a new head is initialised. A warning, `CheckpointNote`, says what is newly
+    initialised and which tensors of the checkpoint have no place in the model.
 
     Args:
       path: a folder with config.json and model.safetensors (or its shards and their index), or a hub id.
@@ -88,7 +88,7 @@ def load(
       param_dtype: of the parameters, whatever the checkpoint's dtype is.
       remat: recompute each block in the backward pass; "dots" stores the results of matrix products and recomputes the rest.
       scan: stack the parameters of the blocks and trace one block.
-      fresh_head: make the head with labels anew even if the checkpoint has one for them.
+      fresh_head: initialise a new head with labels even if the checkpoint has one for them.
       keep_head: keep the checkpoint's head with labels even if its labels have other names: its outputs are taken in their order.
       add_tokens: tokens that the model does not have, such as ("<ENT>",): they are added to the tokenizer, and as rows to the embedding
         (and to the head of a language model). A row begins as the mean of the checkpoint's rows; `jpeft.trainable_tokens` trains it.

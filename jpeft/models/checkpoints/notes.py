@@ -16,11 +16,11 @@ def make_note(folder: Path, initialised: Iterable[str], unused: Iterable[str], r
     """Return the line about a checkpoint; empty if there is nothing to say.
 
     >>> make_note(Path("base"), ["classifier/bias", "classifier/kernel"], [], ())
-    'Pretrained checkpoint base: made anew: classifier/bias, classifier/kernel.'
+    'Pretrained checkpoint base: newly initialised: classifier/bias, classifier/kernel.'
     """
     parts = list(remarks)
     if initialised := sorted(initialised):
-        parts.append(f"made anew: {_list(initialised)}")
+        parts.append(f"newly initialised: {_list(initialised)}")
     if unused := sorted(unused):
         parts.append(f"without a place in the model: {_list(unused)}")
     return f"Pretrained checkpoint {folder}: {'; '.join(parts)}." if parts else ""

@@ -1,4 +1,4 @@
-"""What will be read of a checkpoint and what will be made anew, decided from configuration and headers, before a tensor is read."""
+"""What will be read of a checkpoint and what will be newly initialised, decided from configuration and headers, before a tensor is read."""
 
 import dataclasses
 from collections.abc import Mapping, Sequence
@@ -51,7 +51,7 @@ class Plan:
       model: the model.
       layout: its parameters, and the tensors that make them up.
       labels: names of its outputs; () for a model without labels.
-      fresh: paths of the parameters that are made anew.
+      fresh: paths of the parameters that are newly initialised.
       rows: of a head with labels: for each label the row of the checkpoint's head; None if the rows stand in the right order.
       remarks: what the user is told.
     """
@@ -110,7 +110,7 @@ def plan_with_labels(
       described: the model of its family.
       labels: names of the classes; None for the checkpoint's own.
       num_labels: their number, if they have no names.
-      fresh: make the head anew in any case.
+      fresh: initialise a new head in any case.
       keep: keep the checkpoint's head in any case.
 
     Raises:

@@ -24,8 +24,8 @@ def read_params(tensors: Tensors, plan: Plan, key: jax.Array, shard: Shard | Non
 
     Args:
       tensors: of the checkpoint.
-      plan: what is read and what is made anew.
-      key: for what is made anew.
+      plan: what is read and what is newly initialised.
+      key: for what is newly initialised.
       shard: where each parameter goes; None for the default device.
 
     Raises:

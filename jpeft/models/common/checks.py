@@ -4,7 +4,8 @@ import math
 import typing
 from typing import Any
 
-LARGEST = 2**31 - 1  # of a size: no table of a model has more rows
+from jpeft.core.limits import LARGEST
+from jpeft.core.options import shown
 
 # Whole numbers that are no sizes.
 _MAY_BE_ZERO = ("type_vocab_size",)
@@ -33,21 +34,13 @@ def check_value(name: str, field: str, annotation: Any, value: Any) -> None:
     if kinds - {type(None)} == {int}:
         low = -LARGEST if field in _ANY_NUMBER else 0 if field in _MAY_BE_ZERO else 1
         if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= LARGEST:
-            raise ValueError(f"{name} must be a whole number from {low} to {LARGEST}, not {_shown(value)}.")
+            raise ValueError(f"{name} must be a whole number from {low} to {LARGEST}, not {shown(value)}.")
     elif kinds - {type(None)} == {float}:
         high = 1.0 if "drop" in field else math.inf
         if isinstance(value, bool) or not isinstance(value, int | float) or not (0 <= value <= high and math.isfinite(value)):
             range_ = "from 0 to 1" if high == 1 else "of at least 0"
-            raise ValueError(f"{name} must be a number {range_}, not {_shown(value)}.")
+            raise ValueError(f"{name} must be a number {range_}, not {shown(value)}.")
     elif kinds == {bool} and not isinstance(value, bool):
-        raise ValueError(f"{name} must be true or false, not {_shown(value)}.")
+        raise ValueError(f"{name} must be true or false, not {shown(value)}.")
     elif kinds == {str} and not isinstance(value, str):
-        raise ValueError(f"{name} must be text, not {_shown(value)}.")
-
-
-def _shown(value: Any) -> str:
-    """Return a value as an error message shows it: cut if it is long."""
-    if isinstance(value, int) and abs(value) > 10**30:
-        return "a number of more than 30 digits"
-    text = repr(value)
-    return text if len(text) <= 60 else f"{text[:60]}..."
+        raise ValueError(f"{name} must be text, not {shown(value)}.")

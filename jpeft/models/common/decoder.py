@@ -15,7 +15,7 @@ from jpeft.models.common.cache import CausalMask, View
 from jpeft.models.common.decoder_config import DecoderConfig
 from jpeft.models.common.layers import dense, embedding
 from jpeft.models.common.lookup import look_up
-from jpeft.models.common.positions import TokenPositions
+from jpeft.models.common.positions import TokenPositions, check_positions
 
 
 class DecoderPositions(nn.Module):
@@ -105,9 +105,7 @@ class Decoder(nn.Module):
         start = self.causal.count_cached_tokens()
         positions = self.positions(input_ids, attention_mask, start)
         view = self.extend_view(self.causal(positions, cache_length))
-        length, rows = positions.offset + view.mask.shape[-1], self.config.position_rows
-        if rows is not None and length > rows:  # a lookup past the end of the table would return NaN without an error
-            raise ValueError(f"{length} positions, but the position table holds {rows}. Truncate the input.")
+        check_positions(positions.offset + view.mask.shape[-1], self.config.position_rows)
         hidden = self.embed(input_ids, view, deterministic)
         _, blocks, norm = (getattr(self, name) for name in self.NAMES)
         hidden, states = run_blocks(

@@ -80,7 +80,7 @@ class Roles:
       final_norm: the norm behind the last block.
       word_head: the untied head that scores words.
       label_head: the last layer of a head with labels.
-      head: every module of every head, from the top of the tree. A checkpoint may lack them, and then they are made anew.
+      head: every module of every head, from the top of the tree. A checkpoint may lack them, and then they are newly initialised.
       pooler: a layer between the blocks and a head, which a checkpoint may lack too.
     """
 

@@ -5,6 +5,24 @@ from typing import NamedTuple
 from jaxtyping import Array
 
 
+class PositionsError(ValueError):
+    """A call takes more positions than the model's position table has."""
+
+
+def check_positions(length: int, rows: int | None) -> None:
+    """Check that the position table is long enough: a lookup beyond its end would return NaN without an error.
+
+    Args:
+      length: Positions that the call takes, those of a prefix, a prompt and the cache included.
+      rows: Rows of the table; None for a model without one.
+
+    Raises:
+      PositionsError: if it is too short.
+    """
+    if rows is not None and length > rows:
+        raise PositionsError(f"{length} positions, but the position table holds {rows}. Truncate the input.")
+
+
 class TokenPositions(NamedTuple):
     """Where each token of a call stands, and whether it is a token.
 

@@ -15,11 +15,10 @@ import numpy as np
 from jax.core import Tracer
 from jaxtyping import Array, Float, Int
 
-from jpeft.core.limits import WIDEST
-from jpeft.core.options import Count, CountOrZero, fits, shown
 from jpeft.models.common.attention import Ids, Mask
 from jpeft.models.generation import beam
-from jpeft.models.generation.sampling import check_sampling, filter_logits
+from jpeft.models.generation.decoding import Decoding
+from jpeft.models.generation.sampling import filter_logits
 
 
 class Generated(NamedTuple):
@@ -98,65 +97,31 @@ def generate(
     Differs from Hugging Face: only new tokens are returned, prompts may also be padded on the right, and the defaults are greedy whatever
     a checkpoint's generation_config.json says.
     """
-    given = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "beams": beams, "length_penalty": length_penalty}
-    options = given | {"stop": stop, "pad": pad, "key": key, "early_stopping": early_stopping}
-    generated = continue_prompts(forward, variables, input_ids, attention_mask, max_new_tokens=max_new_tokens, **options)
+    options = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "beams": beams, "length_penalty": length_penalty}
+    decoding = Decoding(max_new_tokens, stop, pad, key, early_stopping=early_stopping, **options)
+    generated = continue_prompts(forward, variables, input_ids, attention_mask, decoding)
     if not isinstance(generated.scores, Tracer) and (bad := np.flatnonzero(~np.isfinite(np.asarray(generated.scores)))).size:
         raise ValueError(
             f"The model's outputs for prompt {bad[0] + 1} are not finite numbers: the prompt holds a token that the model has no embedding "
-            "for, or the weights are not finite, or the numbers grow too large on the way."
+            "for, or the weights are not finite, or the computation overflows."
         )
     return generated
 
 
 def continue_prompts(
-    forward: Callable[..., Any],
-    variables: Mapping[str, Any],
-    input_ids: Ids,
-    attention_mask: Mask | None = None,
-    *,
-    max_new_tokens: int,
-    stop: int | Sequence[int] | None = None,
-    pad: int = 0,
-    key: jax.Array | None = None,
-    temperature: float | None = None,
-    top_k: int | None = None,
-    top_p: float | None = None,
-    beams: int = 1,
-    length_penalty: float = 1.0,
-    early_stopping: bool | str = False,
+    forward: Callable[..., Any], variables: Mapping[str, Any], input_ids: Ids, attention_mask: Mask | None, decoding: Decoding
 ) -> Generated:
     """Do what `generate` does without waiting for the result: where the logits were not finite, the score of the row is NaN."""
-    if not fits(max_new_tokens, Count):
-        raise ValueError(f"max_new_tokens={shown(max_new_tokens)} must be a whole number of at least 1 and at most {WIDEST:,}.")
-    stop_ids = () if stop is None else tuple(np.atleast_1d(np.asarray(stop)).tolist())
-    for name, ids in (("stop", stop_ids), ("pad", (pad,))):
-        if not fits(ids, Sequence[CountOrZero]):
-            raise ValueError(f"{name}={shown(stop if name == 'stop' else pad)} is no token id: ids are whole numbers from 0 on.")
-    _check_search(beams, length_penalty, early_stopping, key)
-    check_sampling(key, temperature, top_k, top_p)
+    decoding.check()
     input_ids = jnp.asarray(input_ids, jnp.int32)
     mask = jnp.ones(input_ids.shape, bool) if attention_mask is None else jnp.asarray(attention_mask) != 0
-    static: dict[str, Any] = {"new": max_new_tokens, "stop": stop_ids, "pad": int(pad)}
-    if beams > 1:
-        options = {"beams": beams, "length_penalty": float(length_penalty), "early_stopping": early_stopping}
-        return _search(forward, dict(variables), input_ids, mask, **static, **options)
-    return _sample(forward, dict(variables), input_ids, mask, key, temperature, top_p, **static, top_k=top_k)
-
-
-def _check_search(beams: Any, length_penalty: Any, early_stopping: Any, key: Any) -> None:
-    """Raise a ValueError for options of a beam search that are out of range or have no effect."""
-    if not fits(length_penalty, float):
-        raise ValueError(f"length_penalty={shown(length_penalty)} must be a finite number.")
-    if not fits(beams, Count) or (beams == 1 and (length_penalty != 1.0 or early_stopping is not False)):
-        raise ValueError(
-            f"beams={shown(beams)}, length_penalty={length_penalty}, early_stopping={early_stopping!r}: beams must be a whole "
-            "number of at least 1, and the others have no effect unless it is more."
-        )
-    if beams > 1 and key is not None:
-        raise ValueError(f"beams={beams} searches for the most likely text and key= asks for random ones; give one of them.")
-    if early_stopping not in (True, False, "never") or not isinstance(early_stopping, bool | str):
-        raise ValueError(f"early_stopping={early_stopping!r} is not one of True, False, 'never'.")
+    static: dict[str, Any] = {"new": decoding.max_new_tokens, "stop": decoding.stop_ids, "pad": int(decoding.pad)}
+    if decoding.beams > 1:
+        length_penalty = float(decoding.length_penalty)
+        search = {"beams": decoding.beams, "length_penalty": length_penalty, "early_stopping": decoding.early_stopping}
+        return _search(forward, dict(variables), input_ids, mask, **static, **search)
+    drawn = (decoding.key, decoding.temperature, decoding.top_p)
+    return _sample(forward, dict(variables), input_ids, mask, *drawn, **static, top_k=decoding.top_k)
 
 
 # --- the program ---
