@@ -358,4 +358,4 @@ def test_bad_predictions(world, fails):
     run = world / "pairs"
     assert "1 of 1 texts are longer than max_length=12 tokens: --text, row 1." in fails("predict", run, "--text", "a " * 13)
     assert "position" in fails("predict", run, "--text", "a " * 12, "--max-new-tokens", "40")
-    assert "temperature: only for tokens drawn at random, with --seed" in fails("predict", run, "--text", "a", "--temperature", "2")
+    assert "--temperature: only for tokens drawn at random, with --seed" in fails("predict", run, "--text", "a", "--temperature", "2")

@@ -136,7 +136,7 @@ def test_what_is_not_a_text_is_named(run):
             predict(texts)
     with pytest.raises(ValueError, match="single texts, without pairs: got 1 texts and 1 second texts"):
         predict("a", "b")
-    with pytest.raises(ValueError, match="max_new_tokens: only for a model that generates text"):
+    with pytest.raises(ValueError, match="`max_new_tokens`: only for a model that generates text"):
         predict("a", max_new_tokens=3)
 
 

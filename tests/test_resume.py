@@ -194,7 +194,7 @@ def test_resume_on_other_data_or_base_is_refused(base, tmp_path, capfd):
     run = tmp_path / "run"
     copy_unfinished(unbroken, run)
     about = json.loads((run / "config.json").read_text())
-    about["data"]["train"] = about["base"] = about["base_files"]["tokenizer.json"] = "0"
+    about["data"]["train"] = about["base"] = about["pretrained"] = about["base_files"]["tokenizer.json"] = "0"
     (run / "config.json").write_text(json.dumps(sealed(about, config_checksum)))
     assert main([*flags, "--output", str(run), "--resume"]) == 2
     assert "since it began, its base, data, tokenizer.json changed" in capfd.readouterr().err

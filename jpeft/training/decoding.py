@@ -1,6 +1,7 @@
 """How a finished run generates text, from what its caller asks for."""
 
 import numbers
+from collections.abc import Iterable
 from typing import Any
 
 import jax
@@ -39,9 +40,9 @@ def make_decoding(task: Task, loaded: models.Loaded, **options: Any) -> Decoding
         if isinstance(value, bool) or not isinstance(value, kind):
             raise ValueError(f"{name} must be {word}, not {value!r}.")
     if given and not task.generates:
-        raise ValueError(f"{', '.join(given)}: only for a model that generates text, and this one does {task.name}.")
+        raise ValueError(f"{_list(given)}: only for a model that generates text, and this one does {task.name}.")
     if given and "seed" not in given and set(given) != {"max_new_tokens"}:
-        raise ValueError(f"{', '.join(sorted(given.keys() - {'max_new_tokens'}))}: only for tokens drawn at random, with seed=.")
+        raise ValueError(f"{_list(sorted(given.keys() - {'max_new_tokens'}))}: only for tokens drawn at random, with `seed`.")
     if task.generates:
         # Some models have several end tokens: the tokenizer names one, the configuration all of them.
         end = loaded.tokenizer.eos_token_id
@@ -50,3 +51,7 @@ def make_decoding(task: Task, loaded: models.Loaded, **options: Any) -> Decoding
     if "seed" in given:
         given["key"] = jax.random.key(given.pop("seed"))
     return Decoding(**given)
+
+
+def _list(names: Iterable[str]) -> str:
+    return ", ".join(f"`{name}`" for name in names)

@@ -1,7 +1,6 @@
 """Everything that a configuration names, loaded and checked in order, before anything is written."""
 
 import dataclasses
-import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -17,7 +16,7 @@ from jpeft.core.method import Method
 from jpeft.core.peft import Peft
 from jpeft.core.stages import Segment, plan
 from jpeft.extras import explained
-from jpeft.models.checkpoints.notes import CheckpointNote
+from jpeft.models.checkpoints.notes import unsaid
 from jpeft.tasks.task import Arrays, Task, task_of
 from jpeft.training.added_tokens import warn_of_absent
 from jpeft.training.base_files import base_files
@@ -127,8 +126,7 @@ def prepare(config: TrainConfig, recorded: dict[str, Any] | None = None) -> Setu
     tables = data.splits(config.data, **read_columns(config, task))
     labels = task.label_names(tables["train"])
     mesh = find_mesh(config)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", CheckpointNote)  # it is said once all is checked
+    with unsaid():  # it is said once all is checked
         loaded = load_base(config, labels, mesh)
     splits = encode_splits(config, task, tables, labels, loaded)
     warn_of_absent(loaded, splits["train"])

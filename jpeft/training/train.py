@@ -16,7 +16,7 @@ import jpeft
 from jpeft.checkpoint.adapter import WrongBaseError
 from jpeft.checkpoint.plain_paths import check_path
 from jpeft.distributed import check_equal, is_first, on_first_process
-from jpeft.models.checkpoints.notes import say
+from jpeft.models.checkpoints.notes import say, unsaid
 from jpeft.training.base_files import changed_files
 from jpeft.training.config import TrainConfig, check_values, from_json, resolved, to_json
 from jpeft.training.finish import finish
@@ -56,7 +56,9 @@ def train(config: TrainConfig, *, report: Reporter | None = None) -> Result:
         recorded = on_first_process(lambda: to_json(folder.as_recorded(config)))
         config = from_json(recorded)
     on_first_process(lambda: _check_folder(folder, config))
-    if (finished := _read_finished(config, folder)) is not None:
+    with unsaid():  # it was said when the run was trained
+        finished = _read_finished(config, folder)
+    if finished is not None:
         return finished
     try:
         # For the run's life. It also shows that the folder can be written, before the model is loaded.

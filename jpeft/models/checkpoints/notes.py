@@ -1,8 +1,9 @@
 """What `load` says of a checkpoint that does not fit the model exactly: one line, as a warning."""
 
+import contextlib
 import re
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 from jpeft import distributed
@@ -30,6 +31,14 @@ def say(note: str) -> None:
     """Show a note, if there is one, in the first of several processes."""
     if note and distributed.is_first():
         warnings.warn(note, CheckpointNote, stacklevel=3)
+
+
+@contextlib.contextmanager
+def unsaid() -> Iterator[None]:
+    """Load checkpoints without their notes: the caller says them later, or they were said before."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", CheckpointNote)
+        yield
 
 
 def _list(names: Sequence[str], most: int = 6) -> str:
