@@ -7,7 +7,8 @@ from collections.abc import Callable
 
 import flax.linen as nn
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+import numpy as np
+from jaxtyping import Array, Float, Shaped
 
 from jpeft.models.bert.config import BertConfig
 from jpeft.models.bert.model import BertModel
@@ -133,7 +134,7 @@ class BertForMaskedLM(nn.Module):
         token_type_ids: Ids | None = None,
         *,
         deterministic: bool = True,
-        labels: Ids | None = None,
+        labels: Shaped[Array | np.ndarray, "..."] | None = None,
         label_smoothing: float = 0.0,
     ) -> Logits | TokenLoss:
         """Return float32 logits; with labels, the loss of each token in their place.

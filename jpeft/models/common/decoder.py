@@ -7,7 +7,7 @@ import flax.linen as nn
 import flax.struct
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, Shaped
 
 from jpeft.models.common.attention import Ids, Mask
 from jpeft.models.common.block_stack import Hidden, make_blocks, run_blocks
@@ -152,7 +152,7 @@ class LanguageModel(nn.Module):
         deterministic: bool = True,
         cache_length: int | None = None,
         logits_at: Int[Array | np.ndarray, " batch"] | None = None,
-        labels: Ids | None = None,
+        labels: Shaped[Array | np.ndarray, "..."] | None = None,
         label_smoothing: float = 0.0,
     ) -> Float[Array, "batch positions vocab"] | TokenLoss:
         """Return float32 logits; with labels, the loss of each token in their place.

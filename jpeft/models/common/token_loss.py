@@ -21,7 +21,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
-from jaxtyping import Array, Bool, Float, Int, PyTree
+from jaxtyping import Array, Bool, Float, Int, PyTree, Shaped
 
 from jpeft.models.common.traced_method import TracedMethod, trace_method
 
@@ -64,7 +64,7 @@ def token_loss(
     model: nn.Module,
     method: str,
     hidden: Float[Array, "batch length width"],
-    labels: Int[Array | np.ndarray, "batch length"],
+    labels: Shaped[Array | np.ndarray, "..."],
     vocabulary: int,
     smoothing: float = 0.0,
 ) -> TokenLoss:
