@@ -90,7 +90,6 @@ def check_equal(forward: Any, variables_of: Any, trained: Any) -> None:
 
 FAMILIES = {
     "llama": UNTIED,
-    "gpt2": GPT2,
     "bert": bert(),
     "roberta-own": bert("roberta", tie_word_embeddings=False),
     "electra": bert("electra", embedding_size=8),
@@ -161,7 +160,10 @@ def test_labels_that_are_no_words():
 # --- what is trained --------------------------------------------------------------------------------------------------
 
 # The head is frozen, adapted or trained by one or the other.
-METHODS = {name: row.method for name, row in ROWS.items()} | {
+# Those that are left out differ from one that is here inside of the blocks alone.
+NAMES = ("freeze", "bitfit", "trainable_tokens", "fish_mask", "diff_pruning", "far", "adapter", "lora", "lora-two-view", "lora-factored")
+NAMES += ("dora", "ia3", "prompt_tuning", "p_tuning", "prefix_tuning", "chain")
+METHODS = {name: row.method for name, row in ROWS.items() if name in NAMES} | {
     "lora-head": jpeft.lora(rank={"lm_head": 3, ".*": 2}, alpha={"lm_head": 5.0, ".*": 7.0}),
     "lora-embedding": jpeft.lora(rank=2, target=["embed_tokens"]),
     "lora-body": jpeft.lora(rank=2, target=".*_proj/kernel"),
@@ -180,13 +182,13 @@ def test_every_method_has_the_gradients_of_the_logits(name):
     check_equal(jpeft.wrap(model.apply, method), lambda adapter: peft.replace(adapter=adapter).variables, peft.adapter)
 
 
-@pytest.mark.parametrize("model", [TIED, UNTIED, GPT2, bert()], ids=["llama-tied", "llama", "gpt2", "bert"])
+@pytest.mark.parametrize("model", [TIED, GPT2, bert()], ids=["llama-tied", "gpt2", "bert"])
 def test_full_fine_tuning_has_the_gradients_of_the_logits(model):
     """A tied embedding gets the gradient of the lookup and that of the head."""
     check_equal(model.apply, lambda params: {"params": params}, base(model))
 
 
-@pytest.mark.parametrize("name", ["bitfit", "lora", "lora-factored", "prompt_tuning", "prefix_tuning"])
+@pytest.mark.parametrize("name", ["bitfit", "lora-factored", "prompt_tuning"])
 def test_a_masked_model_has_the_gradients_of_the_logits(name):
     model, method = bert(), METHODS[name]
     peft = jpeft.apply(base(model), method=method, key=jax.random.key(7))

@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -50,7 +51,7 @@ class Source:
     labels: tuple[str, ...]
     arrays: Arrays
     loaded: models.Loaded
-    forward: Callable[[Params, dict[str, Array]], PyTree]
+    forward: Callable[[Params, dict[str, Any]], Any]
     params: Params
 
     def losses(self, params: Params, batch: Batch) -> Array:

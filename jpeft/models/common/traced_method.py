@@ -52,14 +52,17 @@ def trace_method(module: nn.Module, method: str, example: jax.ShapeDtypeStruct) 
     others = [example] if key is None else [example, key]
     program, used = partial_eval.dce_jaxpr(closed.jaxpr, [True], [False] * len(leaves) + [True] * len(others))
     reads = tuple(leaf for leaf, is_read in zip(leaves, used) if is_read)
-    # Whatever else the layers read, such as arrays that a method closes over, is an argument too, so that it can be differentiated.
-    count = len(closed.consts)
+    # An array that a layer closes over is an argument too, so that it can be differentiated. Numbers of NumPy are constants.
+    closed_over = {i: const for i, const in enumerate(closed.consts) if isinstance(const, jax.Array)}
+    constants = {i: const for i, const in enumerate(closed.consts) if i not in closed_over}
 
     def run(reads: tuple[Array, ...], x: Array, key: Array | None) -> Array:
-        (out,) = jaxpr_as_fun(ClosedJaxpr(program, reads[:count]))(*reads[count:], x, *([] if key is None else [key]))
+        consts = constants | dict(zip(closed_over, reads))
+        inputs = [*reads[len(closed_over) :], x, *([] if key is None else [key])]
+        (out,) = jaxpr_as_fun(ClosedJaxpr(program, [consts[i] for i in range(len(consts))]))(*inputs)
         return out
 
-    return TracedMethod(run, (*closed.consts, *reads), key)
+    return TracedMethod(run, (*closed_over.values(), *reads), key)
 
 
 def _at(module: nn.Module, scope: flax.core.Scope, method: str) -> Callable[[Array], Array]:
