@@ -39,6 +39,7 @@ class Linear:
       scale_outputs: ``(y, g) -> y``: the layer's outputs times g, which has the kernel's output axes.
       scale_inputs: ``(x, g) -> x``: the layer's inputs times g, which has the kernel's input axes.
       add_bias: ``(y, bias) -> y``: the layer's outputs with its bias added.
+      reads_once: Whether each number of x is an input at one position only, as in a dense layer and not in a convolution.
     """
 
     name: str
@@ -48,6 +49,7 @@ class Linear:
     scale_outputs: Callable[[jax.Array, jax.Array], jax.Array] | None = None
     scale_inputs: Callable[[jax.Array, jax.Array], jax.Array] | None = None
     add_bias: Callable[[jax.Array, jax.Array], jax.Array] | None = None
+    reads_once: bool = False
 
 
 @jax.tree_util.register_dataclass

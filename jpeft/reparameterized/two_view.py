@@ -100,7 +100,8 @@ def applies(layer: Layer, linear: Linear, inputs: tuple[Any, ...], a: A) -> bool
     kernel, dtypes = layer.params[linear.name], (layer.params[linear.name].dtype, inputs[0].dtype, layer.dtype, a.dtype)
     if not all(jnp.issubdtype(d, jnp.floating) and jnp.finfo(d).bits >= 32 for d in dtypes):
         return False
-    # N, the number of positions at which the kernel is applied, is the size of the output divided by the number of outputs.
     stack = math.prod(kernel.shape[i] for i in linear.axes.stack)
     ins, outs = linear.axes.fan_in(kernel.shape), linear.axes.fan_out(kernel.shape)
-    return layer.shape(*inputs).size / (outs * stack) > ins * outs / (ins + outs)
+    # N, the number of positions at which the kernel is applied. Tracing the layer for the size of its output costs more than the layer.
+    positions = inputs[0].size / (ins * stack) if linear.reads_once else layer.shape(*inputs).size / (outs * stack)
+    return positions > ins * outs / (ins + outs)
