@@ -23,6 +23,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from jpeft.core.layer import Layer, Linear
+from jpeft.core.residuals import changed
 
 Run = Callable[..., jax.Array]
 A = Float[Array, "..."]  # [*stack, *inputs, r], in the order of the kernel's axes
@@ -40,8 +41,9 @@ def low_rank(layer: Layer, linear: Linear, scale: float, inputs: tuple[Any, ...]
 def factored(layer: Layer, linear: Linear, scale: float, inputs: tuple[Any, ...], x: jax.Array, a: A, b: B) -> jax.Array:
     """``layer(inputs) + s (x a) b``; ``x`` is the branch's own input, which dropout may have thinned."""
     y = layer(*inputs)  # [*batch, *outputs]
-    # The branch computes in the layer's own dtype; only its sum is brought to the dtype of y.
-    return y + (scale * linear.apply_low_rank(x, a, b)).astype(y.dtype)
+    # The branch computes in the layer's own dtype, where float32 leaves would widen all its activations; its sum is brought to that of y.
+    a, b = a.astype(layer.dtype), b.astype(layer.dtype)
+    return changed(y + (scale * linear.apply_low_rank(x, a, b)).astype(y.dtype))
 
 
 def add(kernel: Float[Array, "*kernel"], delta: Float[Array, "*kernel"]) -> jax.Array:
