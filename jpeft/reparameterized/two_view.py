@@ -96,11 +96,14 @@ def _substituted(linear: Linear, scale: float, params: Mapping[str, Any], a: A, 
 def applies(layer: Layer, linear: Linear, inputs: tuple[Any, ...], a: A) -> bool:
     """Whether the merged forward pass is both exact enough and cheaper: N > D F / (D + F).
 
-    A sum in bfloat16 would round a small update away, in the kernel's own dtype or in the one that the layer computes in, so the factored
-    view is used there; also where the input takes no gradient, as token ids.
+    A kernel that is *stored* in bfloat16 would round a small update away: W is a number of that grid, and W + s a b goes back to it. The
+    factored view is used there; also where the input takes no gradient, as token ids. A kernel that is stored in float32 and *computed with*
+    in bfloat16 loses nothing: it is rounded in any case, and as it lies anywhere between two numbers of the grid, an update far below their
+    distance moves as many of its entries across as it should. `y` is then not read and written once more.
     """
-    kernel, dtypes = layer.params[linear.name], (layer.params[linear.name].dtype, inputs[0].dtype, layer.dtype, a.dtype)
-    if not all(jnp.issubdtype(d, jnp.floating) and jnp.finfo(d).bits >= 32 for d in dtypes):
+    kernel, x = layer.params[linear.name], inputs[0]
+    wide = all(jnp.issubdtype(dtype, jnp.floating) and jnp.finfo(dtype).bits >= 32 for dtype in (kernel.dtype, a.dtype))
+    if not wide or not jnp.issubdtype(x.dtype, jnp.floating):
         return False
     stack = math.prod(kernel.shape[i] for i in linear.axes.stack)
     ins, outs = linear.axes.fan_in(kernel.shape), linear.axes.fan_out(kernel.shape)
