@@ -100,11 +100,19 @@ def _dense(module: nn.Dense) -> Linear:
     def apply_low_rank(x: jax.Array, a: Float[Array, "d r"], b: Float[Array, "r f"]) -> jax.Array:
         return apply_columns(apply_columns(x, a), b)
 
+    run = direct(module, "__call__")
+
+    def apply_joined(params: Mapping[str, Any], x: jax.Array, h: Float[Array, "*rows r"], b: Float[Array, "r f"]) -> jax.Array:
+        assert run is not None
+        kernel = jnp.concatenate([params["kernel"], b.astype(params["kernel"].dtype)])
+        return run({**params, "kernel": kernel}, jnp.concatenate([x, h.astype(x.dtype)], axis=-1))
+
     return Linear(
         "kernel",
         MATRIX,
         functools.partial(_on_rows, apply_low_rank, 1),
         apply_columns=functools.partial(_on_rows, apply_columns, 1),
+        apply_joined=None if run is None else apply_joined,
         scale_outputs=_scale((-1,)),
         scale_inputs=_scale((-1,)),
         add_bias=_add((-1,)),

@@ -24,6 +24,7 @@ from jaxtyping import Array, Float
 
 from jpeft.core.layer import Layer, Linear
 from jpeft.core.residuals import changed
+from jpeft.reparameterized import joined
 
 Run = Callable[..., jax.Array]
 A = Float[Array, "..."]  # [*stack, *inputs, r], in the order of the kernel's axes
@@ -31,7 +32,12 @@ B = Float[Array, "..."]  # [*stack, r, *outputs], likewise
 
 
 def low_rank(layer: Layer, linear: Linear, scale: float, inputs: tuple[Any, ...], a: A, b: B, *, view: str = "auto") -> jax.Array:
-    """A layer with the update ``s a b``, in the view that is asked for; "auto" takes the cheaper one for the layer's shape."""
+    """A layer with the update ``s a b``, in the view that is asked for; "auto" takes the cheaper one for the layer's shape.
+
+    A layer that cannot be run in the view takes the factored one.
+    """
+    if view == "joined" and joined.applies(layer, linear, inputs):
+        return changed(joined.joined(layer, linear, scale, inputs[0], a, b))
     # With middleware of another method in between, a bottleneck say, the outputs are no longer linear in the kernel.
     if not layer.is_wrapped and (applies(layer, linear, inputs, a) if view == "auto" else view == "two-view"):
         return two_view(layer, linear, scale, inputs, a, b)
@@ -97,9 +103,9 @@ def applies(layer: Layer, linear: Linear, inputs: tuple[Any, ...], a: A) -> bool
     """Whether the merged forward pass is both exact enough and cheaper: N > D F / (D + F).
 
     A kernel that is *stored* in bfloat16 would round a small update away: W is a number of that grid, and W + s a b goes back to it. The
-    factored view is used there; also where the input takes no gradient, as token ids. A kernel that is stored in float32 and *computed with*
-    in bfloat16 loses nothing: it is rounded in any case, and as it lies anywhere between two numbers of the grid, an update far below their
-    distance moves as many of its entries across as it should. `y` is then not read and written once more.
+    factored view is used there; also where the input takes no gradient, as token ids. A kernel that is stored in float32 and *computed
+    with* in bfloat16 loses nothing. It is rounded in any case, and since it lies anywhere between two numbers of the grid, an update far
+    below their distance moves as many of its entries across as it should. `y` is then not read and written once more.
     """
     kernel, x = layer.params[linear.name], inputs[0]
     wide = all(jnp.issubdtype(dtype, jnp.floating) and jnp.finfo(dtype).bits >= 32 for dtype in (kernel.dtype, a.dtype))
