@@ -37,6 +37,8 @@ class ModelConfig:
     # Recompute the activations of each block in the backward pass instead of storing them. True recomputes everything. "dots" stores the
     # results of matrix products and recomputes the rest, which costs little time and saves less memory.
     remat: bool | Literal["dots"] = False
+    # Who computes attention: "auto" takes the device's kernel where it can (`jpeft.models.common.attention_kernels`), else XLA.
+    attention: Literal["auto", "xla", "cudnn", "splash"] = "auto"
     scan: bool = False  # trace one block over parameters stacked on axis 0, instead of `num_hidden_layers` blocks
 
     def __post_init__(self):

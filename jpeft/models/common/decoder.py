@@ -36,7 +36,7 @@ class DecoderPositions(nn.Module):
         position_ids = jnp.maximum(jnp.cumsum(mask, axis=1, dtype=jnp.int32) - 1, 0)
         if start is not None:
             position_ids += start[:, None]
-        return TokenPositions(position_ids, mask[:, None, None, :])
+        return TokenPositions(position_ids, None if attention_mask is None else mask[:, None, None, :])
 
 
 @flax.struct.dataclass
@@ -106,7 +106,7 @@ class Decoder(nn.Module):
         start = self.causal.count_cached_tokens()
         positions = self.positions(input_ids, attention_mask, start)
         view = self.extend_view(self.causal(positions, cache_length))
-        check_positions(positions.offset + view.mask.shape[-1], self.config.position_rows)
+        check_positions(positions.offset + (view.slots if view.slots is not None else input_ids).shape[1], self.config.position_rows)
         hidden = self.embed(input_ids, view, deterministic)
         _, blocks, norm = (getattr(self, name) for name in self.NAMES)
         hidden, states = run_blocks(
@@ -120,9 +120,9 @@ class Decoder(nn.Module):
             select_context=View.for_layer,
         )
         hidden = norm(hidden)
-        if start is not None and view.slot is not None:
+        if start is not None and view.slot is not None and view.slots is not None:
             # A full cache would overwrite older tokens without an error. NaN shows it, as for a lookup past the end of a table.
-            hidden = jnp.where(view.slot + input_ids.shape[1] > view.mask.shape[-1], jnp.nan, hidden)
+            hidden = jnp.where(view.slot + input_ids.shape[1] > view.slots.shape[1], jnp.nan, hidden)
         return DecoderOutput(hidden, (*states, hidden) if output_hidden_states else None)
 
     def attend(self, hidden: Hidden) -> Float[Array, "batch length vocab"]:
