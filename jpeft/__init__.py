@@ -50,6 +50,7 @@ from jpeft.tree.paths import unflatten as unflatten
 __version__: str
 
 if _TYPE_CHECKING:
+    from jpeft.estimation.estimate import estimate as estimate
     from jpeft.training.run import load_run as load_run
 else:
 
@@ -63,6 +64,10 @@ else:
             from jpeft.training.run import load_run  # says what to install where a package is missing
 
             return load_run
+        if name == "estimate":
+            from jpeft.estimation.estimate import estimate
+
+            return estimate
         from jpeft.registry import classes
 
         if name in classes():
@@ -71,4 +76,4 @@ else:
 
     def __dir__() -> list[str]:
         """All public names, those of `__getattr__` among them."""
-        return sorted({*globals(), "load_run"})
+        return sorted({*globals(), "estimate", "load_run"})
