@@ -57,9 +57,12 @@ else:
     def __getattr__(name: str) -> _Any:
         """What takes long to import; or the class of a method whose file is newer than `make docs`, so that `jpeft.factories` lacks it."""
         if name == "__version__":
-            from importlib.metadata import version
+            from importlib.metadata import PackageNotFoundError, version
 
-            return version("jpeft")
+            try:
+                return version("jpeft")
+            except PackageNotFoundError:  # run from its folder, without being installed
+                return "0+folder"
         if name == "load_run":
             from jpeft.training.run import load_run  # says what to install where a package is missing
 
