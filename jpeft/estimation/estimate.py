@@ -142,7 +142,7 @@ def estimate(
     >>> config = BertConfig(vocab_size=64, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32)
     >>> found = estimate(config, "lora rank=2", batch_size=4, max_length=8)
     >>> found.trained, found.weights_bytes == 4 * found.base
-    (354, True)
+    (546, True)
     """
     limit = None if memory is None else parse_memory(memory)
     rows = parse_rows([method] if isinstance(method, str) else list(method))
@@ -199,7 +199,10 @@ class _Subject:
         """Return what one method needs."""
         stages = self._stages(row, self.run.batch_size, self.config.remat)
         costs = [cost for _, cost in stages]
-        most = lambda name: max((value for cost in costs if (value := getattr(cost, name)) is not None), default=None)
+
+        def most(name: str) -> Any:
+            return max((value for cost in costs if (value := getattr(cost, name)) is not None), default=None)
+
         summaries = [jpeft.summary(peft) for peft, _ in stages]
         settings = {
             "task": self.task.name,
@@ -242,11 +245,11 @@ class _Subject:
             return max(cost.total_bytes or 0 for _, cost in self._stages(row, number * unit, remat))
 
         asked = self.run.batch_size // unit
-        for remat in REMATS[REMATS.index(self.config.remat) :]:
-            if fits := bytes_of(asked, remat) <= memory:
-                break
+        able = (remat for remat in REMATS[REMATS.index(self.config.remat) :] if bytes_of(asked, remat) <= memory)
+        found = next(able, None)
+        remat = REMATS[-1] if found is None else found
         largest = largest_that_fits(lambda number: bytes_of(number, remat), memory, asked)
-        return Fit(memory, fits, remat, largest * unit)
+        return Fit(memory, found is not None, remat, largest * unit)
 
 
 _DEFAULTS = {field.name: field.default for field in dataclasses.fields(TrainConfig)}

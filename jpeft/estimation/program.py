@@ -56,7 +56,7 @@ def step_cost(run: TrainConfig, loaded: models.Loaded, task: Task, peft: Peft) -
     placed = peft if mesh is None else sharding.shard(peft, mesh, models.partition_rules(loaded.model))
     if mesh is not None:
         opt_state = _placed(opt_state, sharding.state_shardings(opt_state, placed.adapter))
-    sizes = [_bytes(tree) for tree in (placed.params, placed.adapter, opt_state)]
+    sizes = (_bytes(placed.params), _bytes(placed.adapter), _bytes(opt_state))
     if mesh is not None and not isinstance(mesh, Mesh):
         step = make_step(forward, tx, task, peft, run.grad_accum, run)
         traced = jax.jit(step).trace(peft.adapter, jax.eval_shape(tx.init, peft.adapter), peft.params, batch, *rest)
