@@ -13,9 +13,11 @@ from tables import optimised
 import jpeft
 import jpeft.estimation.estimate
 from jpeft.cli import main
+from jpeft.cli.estimate import print_estimates
 from jpeft.estimation import program
 from jpeft.estimation.estimate import Fit
 from jpeft.estimation.memory import largest_that_fits, parse_memory
+from jpeft.estimation.shapes import find_config
 from jpeft.models import BertConfig, BertForSequenceClassification, LlamaConfig, LlamaForCausalLM, abstract_params
 from jpeft.tasks.task import find_task
 from jpeft.training.config import parse_options
@@ -99,7 +101,7 @@ def test_a_config_alone_on_the_command_line(tmp_path, capfd):
     python = jpeft.estimate(tmp_path / "config.json", "lora rank=4", batch_size=4, max_length=16, scan=True)
     assert found == python.to_json()
     assert found["settings"]["task"] == "generation"
-    assert main(["estimate", str(tmp_path), "lora rank=4", *flags]) == 0
+    print_estimates([python])
     head, row, _, about, compiled = capfd.readouterr().out.splitlines()
     assert head.split() == ["method", "trained", "stored", "GFLOP/step", "weights", "adapter", "optimizer", "temporaries", "total"]
     assert row.split()[:4] == ["lora", "rank=4", f"{python.trained:,}", f"{python.stored:,}"]
@@ -159,6 +161,16 @@ def test_the_costliest_stage():
     assert far.flops == max(priming.flops, learners.flops)
 
 
+def test_of_a_model_on_the_hub_config_json_alone_is_downloaded(tmp_path, monkeypatch):
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama", **LLAMA.to_hf()}))
+    asked = []
+    download = lambda *given, **more: asked.append((given, more)) or str(tmp_path / "config.json")
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", download)
+    config, folder = find_config("owner/model", "v2")
+    assert asked == [(("owner/model", "config.json"), {"revision": "v2"})]
+    assert (config, folder) == (LLAMA, tmp_path)
+
+
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
@@ -187,6 +199,9 @@ def test_a_model_that_is_none(tmp_path):
         jpeft.estimate(3)
     with pytest.raises(ValueError, match="method must name one method or more"):
         jpeft.estimate(BERT, [])
+    for wrong, said in {"dtype": "int8", "param_dtype": "nothing", "batch_size": 0, "mesh": "rows=3"}.items():
+        with pytest.raises(ValueError, match=f"^{wrong}"):
+            jpeft.estimate(BERT, **{wrong: said})
     (Path(tmp_path) / "config.json").write_text('{"model_type": "mamba"}')
     with pytest.raises(ValueError, match="model_type 'mamba'; supported: "):
         jpeft.estimate(tmp_path)

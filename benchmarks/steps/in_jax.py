@@ -117,8 +117,8 @@ class Step:
         self.trained, self.state, self.loss = self.compiled(self.trained, self.state, self.frozen)
         self.loss.block_until_ready()
 
-    def line(self, case: Case, size: Size, rate: float, *, full: bool = False) -> Line:
-        """Measure it."""
+    def line(self, case: Case, size: Size, rate: float, *, full: bool = False, alone: bool = True) -> Line:
+        """Measure it. Where it is not alone in its process, its peak is what the compiler says that it needs."""
         seconds = timed(self, size)
         spent, memory = cost(self.compiled, self.traced.jaxpr), self.compiled.memory_analysis()
         return numbers(
@@ -129,7 +129,7 @@ class Step:
             full=full,
             TFLOP=float(f"{(spent.flops or 0) / 1e12:.4g}"),
             temp_GiB=round(memory.temp_size_in_bytes / GIB, 3) if memory else None,
-            peak_GiB=peak(),
+            peak_GiB=peak() if alone else needs(self.compiled),
             compile_s=round(self.compile_seconds, 1),
             loss=round(float(self.loss), 3),
         )
@@ -146,6 +146,15 @@ def peak() -> float:
     """Return the most memory that the device has held, in GiB; of the process on a CPU."""
     found = (jax.devices()[0].memory_stats() or {}).get("peak_bytes_in_use")
     return host_peak() if found is None else round(found / GIB, 3)
+
+
+def needs(compiled: Any) -> float | None:
+    """Return the memory that a compiled function needs with its arguments, in GiB."""
+    memory = compiled.memory_analysis()
+    if memory is None:
+        return None
+    held = memory.argument_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
+    return round((held + memory.temp_size_in_bytes) / GIB, 3)
 
 
 def train_llama(case: Case, size: Size, *, remat: Any = False, full: bool = False) -> Iterator[Line]:
@@ -208,7 +217,7 @@ def train_bert(case: Case, size: Size, *, methods: tuple[str, ...] = ()) -> Iter
         concurrent.futures.wait([future for _, future in waiting])
         for name, future in waiting:
             try:
-                yield case.line(method=name, **future.result().line(case, size, rate, full=name == "full"))
+                yield case.line(method=name, **future.result().line(case, size, rate, full=name == "full", alone=False))
             except Exception as error:
                 yield case.line(method=name, failed=reason(error))
 
@@ -266,7 +275,7 @@ def sweep(case: Case, size: Size, *, adapters: int = 8) -> Iterator[Line]:
             ms=round(1e3 * spent, 3),
             tokens_s=round(adapters * case.batch * case.length / spent),
             temp_GiB=round(memory.temp_size_in_bytes / GIB, 3),
-            peak_GiB=peak(),
+            peak_GiB=needs(compiled),
             compile_s=round(seconds, 1),
             loss=round(float(jnp.mean(call()[0][2])), 3),
         )

@@ -10,7 +10,9 @@ import functools
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal, overload
+from typing import Any, Literal
+
+import jax.numpy as jnp
 
 import jpeft
 from jpeft.comparison.rows import ALL, Row, parse_rows
@@ -87,10 +89,6 @@ class Estimate:
         return dataclasses.asdict(self)
 
 
-@overload
-def estimate(model: Any, method: str = ..., **options: Any) -> Estimate: ...
-@overload
-def estimate(model: Any, method: Sequence[str], **options: Any) -> list[Estimate]: ...
 def estimate(
     model: Any,
     method: str | Sequence[str] = "lora",
@@ -99,8 +97,8 @@ def estimate(
     batch_size: int = 16,
     max_length: int = 128,
     labels: int = 2,
-    dtype: str | None = None,
-    param_dtype: str | None = None,
+    dtype: Any = None,
+    param_dtype: Any = None,
     remat: Remat | None = None,
     scan: bool | None = None,
     mesh: str | None = None,
@@ -154,8 +152,9 @@ def estimate(
     chosen = shapes.find_task_of(config, task)
     # A configuration says what it wants; a checkpoint is trained with the trainer's defaults.
     usual = {} if isinstance(model, ModelConfig) else {name: _DEFAULTS[name] for name in ("dtype", "remat", "scan")}
-    given = {name: value for name, value in (("dtype", dtype), ("remat", remat), ("scan", scan)) if value is not None}
-    config = shapes.with_numerics(config, **usual | given, param_dtype=param_dtype)
+    numerics = {"dtype": _checked_dtype("dtype", dtype), "remat": remat, "scan": scan}
+    given = {name: value for name, value in numerics.items() if value is not None}
+    config = shapes.with_numerics(config, **usual | given, param_dtype=_checked_dtype("param_dtype", param_dtype))
     run = TrainConfig(
         model=str(folder),
         data="",
@@ -245,11 +244,28 @@ class _Subject:
             return max(cost.total_bytes or 0 for _, cost in self._stages(row, number * unit, remat))
 
         asked = self.run.batch_size // unit
-        able = (remat for remat in REMATS[REMATS.index(self.config.remat) :] if bytes_of(asked, remat) <= memory)
-        found = next(able, None)
-        remat = REMATS[-1] if found is None else found
+        able: list[Remat] = []
+        for each in REMATS[REMATS.index(self.config.remat) :]:
+            if not able and bytes_of(asked, each) <= memory:
+                able.append(each)
+        remat: Remat = able[0] if able else True
         largest = largest_that_fits(lambda number: bytes_of(number, remat), memory, asked)
-        return Fit(memory, found is not None, remat, largest * unit)
+        return Fit(memory, bool(able), remat, largest * unit)
+
+
+def _checked_dtype(name: str, dtype: Any) -> str | None:
+    """Return the name of a dtype that is given by its name or as one.
+
+    Raises:
+      ValueError: for anything that is not float32 or bfloat16.
+    """
+    try:
+        found = None if dtype is None else jnp.dtype(dtype).name
+    except TypeError:
+        found = ""
+    if found not in (None, "float32", "bfloat16"):
+        raise ValueError(f"{name}={dtype!r} is not one of float32, bfloat16.")
+    return found
 
 
 _DEFAULTS = {field.name: field.default for field in dataclasses.fields(TrainConfig)}
