@@ -26,7 +26,7 @@ COLUMNS = {
     "tokens_s": "tokens/s",
     "limit_share": "share of the limit",
     "temp_GiB": "temporaries, GiB",
-    "peak_GiB": "peak of the process, GiB",
+    "peak_GiB": "peak, GiB",
     "compile_s": "compile, s",
 }
 
@@ -91,7 +91,8 @@ def table(lines: Iterable[Line]) -> str:
 NOTE = """
 ms: a training step, or the continuation of all prompts; the median. Share of the limit: the time of the matrix products that a step cannot
 do without (twice the forward pass with an adapter, three times in full fine-tuning) at the rate of one large product, by the time of the
-step. Temporaries: of the compiled step, as XLA reports them. A sweep trains 8 adapters a step, together under `vmap` or one after another.
+step. Temporaries: of the compiled step, as XLA reports them. Peak: of the process; in rows of an encoder and of a sweep by jpeft, of the
+compiled step with its arguments, as XLA reports them. A sweep trains 8 adapters a step, together under `vmap` or one after another.
 """
 
 
