@@ -166,12 +166,14 @@ def train_llama(case: Case, size: Size, *, remat: Any = False, full: bool = Fals
         apply, tx, trained, frozen = of_qwix(model, ids)
     elif full:
         tx, trained, frozen = optax.adamw(1e-4), params, {}
-        apply = lambda trained, frozen: lambda *given: model.apply({"params": trained}, *given)
+        apply = lambda trained, frozen: lambda *given, **more: model.apply({"params": trained}, *given, **more)
     else:
         peft = jpeft.apply(params, method="lora", rank=RANK, alpha=ALPHA, target=PROJECTIONS)
         forward = jpeft.wrap(model.apply, peft.method)
         tx, trained, frozen = jpeft.optimizer(optax.adamw(1e-4), peft), peft.adapter, params
-        apply = lambda trained, frozen: lambda *given: forward(peft.replace(adapter=trained, params=frozen).variables, *given)
+        apply = lambda trained, frozen: (
+            lambda *given, **more: forward(peft.replace(adapter=trained, params=frozen).variables, *given, **more)
+        )
     step = Step(lambda trained, frozen: next_token_loss(apply(trained, frozen), ids), tx, trained, frozen)
     del params, trained
     step.trace()
@@ -182,8 +184,8 @@ def train_llama(case: Case, size: Size, *, remat: Any = False, full: bool = Fals
 
 def next_token_loss(apply: Callable[..., Any], ids: jax.Array) -> jax.Array:
     """Return the mean loss of predicting each token from those before it."""
-    logits = apply(ids)[:, :-1].astype(jnp.float32)
-    return optax.softmax_cross_entropy_with_integer_labels(logits, ids[:, 1:]).mean()
+    labels = jnp.pad(ids[:, 1:], ((0, 0), (0, 1)), constant_values=-100)  # the last token predicts nothing
+    return apply(ids, labels=labels).loss.sum() / ids[:, 1:].size
 
 
 def of_qwix(model: Any, ids: jax.Array) -> Any:
@@ -195,7 +197,7 @@ def of_qwix(model: Any, ids: jax.Array) -> Any:
     flat = traverse_util.flatten_dict(jax.jit(lambda key: lora.init(key, ids[:1, :8])["params"])(jax.random.key(1)))
     split = lambda adapter: traverse_util.unflatten_dict({path: leaf for path, leaf in flat.items() if ("lora" in path[-1]) == adapter})
     whole = lambda *trees: traverse_util.unflatten_dict({k: v for tree in trees for k, v in traverse_util.flatten_dict(tree).items()})
-    apply = lambda trained, frozen: lambda *given: lora.apply({"params": whole(frozen, trained)}, *given)
+    apply = lambda trained, frozen: lambda *given, **more: lora.apply({"params": whole(frozen, trained)}, *given, **more)
     return apply, optax.adamw(1e-4), split(True), split(False)
 
 
