@@ -252,7 +252,8 @@ class Method(metaclass=MethodType):
     def expected(self, params: Params, adapter: Adapter) -> Adapter:
         """The shapes that an adapter read from disk must have on this base. By default they are those that `init` makes.
 
-        A method whose `init` lets the *values* of statistics decide how large the leaves are defines this from the adapter.
+        A method whose `init` lets the *values* of statistics decide how large the leaves are defines this from the adapter; for an empty
+        adapter, which asks what a new one may look like, it spreads them evenly.
 
         Raises:
           ValueError: if the method does not fit the base, or, where the method can tell, if the adapter does not.
