@@ -16,7 +16,8 @@ once. Dicts and lists among the options become tuples, and every option is check
 Rules that every method keeps (``tests/test_conformance.py`` checks them):
 
 * `init` works on abstract parameters (`jax.eval_shape`) and never looks at a value that it does not need.
-* `bind` and `call` never change the dtype of a base leaf or of an output.
+* What is trained is float32 or wider, whatever the dtype of the base; `bind` and `call` never change the dtype of an output. A leaf that
+  replaces one of the base stays float32 in `bind`: it is rounded where a layer computes with it, and once by `jpeft.merge`.
 * `merge` gives the same tree as the base and the same outputs as the bound model, or refuses with the reason.
 * The base is never an argument of `grad`. Frozen leaves *inside* the adapter are named by `labels`.
 * Randomness comes from the `rng` of `bind` and `call` alone. It is None at evaluation and in `merge`, which then agree.
@@ -43,7 +44,7 @@ from jpeft.core.stages import Stage
 from jpeft.core.statistics import Statistic
 from jpeft.tree.adapters import Adapter, graft, split
 from jpeft.tree.head import head_leaves
-from jpeft.tree.paths import Params, copy, flatten, unflatten
+from jpeft.tree.paths import Params, flatten, trained_copy, unflatten
 
 TRAIN, FREEZE = "train", "freeze"  # labels
 
@@ -343,5 +344,5 @@ def with_head(adapter: Mapping[str, Any], params: Params, head: str | None) -> d
       head: ``"auto"`` for a head under one of the usual names, a regex, or None.
     """
     own = flatten(adapter)
-    leaves = {path: copy(leaf) for path, leaf in head_leaves(params, head).items() if path not in own}
+    leaves = {path: trained_copy(leaf) for path, leaf in head_leaves(params, head).items() if path not in own}
     return unflatten(own | leaves)
