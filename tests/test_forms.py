@@ -37,7 +37,9 @@ def test_an_adapter_loads_onto_either_form(name, model, tmp_path):
     peft = jpeft.apply(params, method=method, stats=stats)
     # Integers that are stored as floats must stay what they are.
     labels = jpeft.flatten(method.labels(peft.adapter))
-    noisy = jpeft.flatten(noised(peft.adapter)) | {path: leaf for path, leaf in jpeft.flatten(peft.adapter).items() if labels[path] == "freeze"}
+    noisy = jpeft.flatten(noised(peft.adapter)) | {
+        path: leaf for path, leaf in jpeft.flatten(peft.adapter).items() if labels[path] == "freeze"
+    }
     peft = peft.replace(adapter=jpeft.unflatten(noisy))
     given = method if name.startswith("skeleton") else None
     jpeft.save(tmp_path / "numbered", peft)

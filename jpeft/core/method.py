@@ -30,8 +30,9 @@ again.
 import abc
 import dataclasses
 import inspect
+import re
 import typing
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import jax
@@ -302,6 +303,16 @@ class Method(metaclass=MethodType):
         return {"method": self.name, **{name: opt.plain(value) for name, value in self.options}}
 
     @classmethod
+    def picks_blocks(cls, options: Mapping[str, Any]) -> bool:
+        """Whether these options speak of single blocks of a model, which must then be numbered: stacked, they share their paths.
+
+        >>> import jpeft
+        >>> jpeft.lora.picks_blocks({"target": r".*layer/(10|11)/.*query/kernel"}), jpeft.lora.picks_blocks({"target": ["query"]})
+        (True, False)
+        """
+        return any(_NUMBERED.search(text) for text in _texts(dict(options)))
+
+    @classmethod
     def of_stage(cls, stage: Any) -> "type[Method]":
         """The class of one of the method's stages.
 
@@ -333,6 +344,23 @@ class Method(metaclass=MethodType):
                 "Call the wrapped function with peft.variables."
             )
         return {name: variables[name] for name in names} if self.parts else variables[self.name]
+
+
+# In a regex or a name: a component of a path that is, or begins with, a number.
+_NUMBERED = re.compile(r"(^|[/(|])(\d|\\d|\[\d|\(\d|\(\\d)")
+
+
+def _texts(value: Any) -> Iterator[str]:
+    """All texts in the options of a method, the keys of rules included."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, Mapping):
+        for key, part in value.items():
+            yield from _texts(key)
+            yield from _texts(part)
+    elif isinstance(value, Sequence):
+        for part in value:
+            yield from _texts(part)
 
 
 def with_head(adapter: Mapping[str, Any], params: Params, head: str | None) -> dict[str, Any]:

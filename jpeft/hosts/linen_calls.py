@@ -33,7 +33,7 @@ def own_params(module: nn.Module) -> dict[str, Any]:
 
 
 def dtypes_of(module: nn.Module, narrow: Mapping[str, Any], args: tuple[Any, ...]) -> tuple[Any, Any]:
-    """The dtype that a layer computes in, with its parameters as they are, and with some of them in other dtypes, which are given by path."""
+    """The dtype that a layer computes in, with its parameters as they are, and with some in other dtypes, which are given by path."""
     own = own_params(module)
     narrowed = {name: narrow.get("/".join([*module.path, name])) for name in own}
     if all(dtype is None for dtype in narrowed.values()) or getattr(module, "dtype", None) is not None:

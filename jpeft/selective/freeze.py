@@ -1,6 +1,7 @@
 """Freeze: train the top layers, keep the rest."""
 
 import re
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -63,6 +64,11 @@ class Freeze(Method):
         """Refuse a regex for the layers that has no group for their index."""
         if self.layers is not None and re.compile(self.layers).groups != 1:
             raise ValueError(f"freeze: layers={self.layers!r} needs exactly one group, (\\d+), for the layer's index.")
+
+    @classmethod
+    def picks_blocks(cls, options: Mapping[str, Any]) -> bool:
+        """Whether single layers are trained: the backward pass ends at the lowest of numbered layers, and runs through all stacked ones."""
+        return super().picks_blocks(options) or (options.get("target") is None and options.get("top", cls.top) != 0)
 
     def init(self, key: jax.Array, params: tree.Params, *, stats: Any = None) -> tree.Adapter:
         """Copies of the trained leaves, of a scanned stack its top slice, and the head."""

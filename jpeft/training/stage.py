@@ -20,6 +20,7 @@ from jpeft.training.cost import Cost, StageCost, cost
 from jpeft.training.evaluate import Evaluator
 from jpeft.training.keys import keys
 from jpeft.training.prepare import Setup
+from jpeft.training.remat import Remat, choose_remat, memory_limit, with_remat
 from jpeft.training.schedule import clipped_adamw, learning_rate_schedule
 from jpeft.training.snapshot import Progress
 from jpeft.training.step import make_step
@@ -38,6 +39,8 @@ class StageState:
       step: The compiled training step.
       cost: What a step costs.
       compile_seconds: Time of compiling the step.
+      remat: In one line, how activations are recomputed, and why.
+      scanned: Whether the blocks are one scanned loop.
       adapter: The adapter as it is now.
       opt_state: State of the optimizer.
       best_adapter: Adapter of the best evaluation; None if the last adapter is kept.
@@ -51,6 +54,8 @@ class StageState:
     step: Callable[..., Any]
     cost: Cost
     compile_seconds: float
+    remat: str
+    scanned: bool
     adapter: PyTree
     opt_state: PyTree
     best_adapter: PyTree | None
@@ -67,7 +72,7 @@ class StageState:
 
     def summary(self, config: TrainConfig, end: int) -> StageCost:
         """Return what the stage did until step `end`, and what its step cost."""
-        countable = not config.scan and config.grad_accum == 1
+        countable = not self.scanned and config.grad_accum == 1
         return StageCost(
             name=self.segment.name,
             begin=self.segment.begin,
@@ -107,20 +112,27 @@ def begin_stage(setup: Setup, peft: Peft, stage: int) -> StageState:
     opt_state = devices.state(tx, adapter)
 
     begun = time.perf_counter()
-    step = make_step(forward, tx, setup.task, peft, config.grad_accum, config)
     arguments = (adapter, opt_state, peft.params, setup.batch(0), keys(config.seed).dropout, np.int32(0))
-    # Compiled ahead for the shapes that it will meet: another shape is an error, not a second compilation.
-    jitted = jax.jit(step, donate_argnums=(0, 1), out_shardings=devices.out_shardings(adapter, opt_state))
-    compiled = jitted.lower(*arguments).compile()
+
+    def compile_with(remat: Remat) -> Any:
+        model = with_remat(setup.loaded.model, remat)
+        step = make_step(devices.forward(jpeft.wrap(model.apply, peft.method)), tx, setup.task, peft, config.grad_accum, config)
+        # Compiled ahead for the shapes that it will meet: another shape is an error, not a second compilation.
+        jitted = jax.jit(step, donate_argnums=(0, 1), out_shardings=devices.out_shardings(adapter, opt_state))
+        return jitted.lower(*arguments).compile()
+
+    chosen = choose_remat(config.remat, compile_with, memory_limit())
     return StageState(
         peft=peft,
         segment=segment,
         schedule=schedule,
         forward=forward,
         evaluator=Evaluator(forward, setup.task, config.batch_size, setup.labels, put=devices.batch),
-        step=compiled,
-        cost=cost(compiled),
+        step=chosen.compiled,
+        cost=cost(chosen.compiled),
         compile_seconds=time.perf_counter() - begun,
+        remat=chosen.line,
+        scanned=setup.loaded.config.scan,
         adapter=adapter,
         opt_state=opt_state,
         best_adapter=jax.tree.map(jnp.copy, adapter) if setup.keeps_best else None,

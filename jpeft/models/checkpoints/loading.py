@@ -86,8 +86,8 @@ def load(
       dtype: of the computation; None for bfloat16 on an accelerator with parameters in bfloat16, and float32 elsewhere.
       param_dtype: of the parameters; None to keep each as the checkpoint stores it. What a method trains is float32 in any case.
       remat: recompute each block in the backward pass; "dots" stores the results of matrix products and recomputes the rest.
-      scan: stack the parameters of the blocks and trace one block; None to do so in decoders, and in encoders of 12 blocks or more. Adapters
-        and exported models do not depend on it.
+      scan: stack the parameters of the blocks and trace one block; None to do so in decoders, and in encoders of 12 blocks or more.
+        Adapters and exported models do not depend on it.
       fresh_head: initialise a new head with labels even if the checkpoint has one for them.
       keep_head: keep the checkpoint's head with labels even if its labels have other names: its outputs are taken in their order.
       add_tokens: tokens that the model does not have, such as ("<ENT>",): they are added to the tokenizer, and as rows to the embedding
