@@ -18,6 +18,7 @@ from jpeft.models.checkpoints.foreign import NEEDS_FLOATS, list_weights
 # The types of weights that are read, as safetensors writes them. Integers and floats of 8 bits or fewer are quantised weights.
 _FLOATS = {"F64": np.dtype(np.float64), "F32": np.dtype(np.float32), "F16": np.dtype(np.float16), "BF16": np.dtype(jnp.bfloat16)}
 _BLOCK = 16 * 2**20  # bytes that are read at once
+_TILE = 16  # rows that are transposed at once
 
 
 class Header(NamedTuple):
@@ -190,8 +191,12 @@ class Tensors:
         elif not header.shape:
             out[...] = next(_blocks(header))[1].reshape(())
         else:
+            # Into a transposed array a few rows at a time, so that what is written to stays in the processor's cache.
+            step = _TILE if out.ndim == 2 and out.flags.f_contiguous else _BLOCK
             for start, block in _blocks(header):
-                out[start : start + len(block)] = block
+                for row in range(0, len(block), step):
+                    part_of_block = block[row : row + step]
+                    out[start + row : start + row + len(part_of_block)] = part_of_block
 
     def release(self) -> None:
         """Close the files, which ends their maps and frees the memory that these hold. Reading opens them again."""
