@@ -49,7 +49,7 @@ def stored(tmp_path_factory):
 @pytest.mark.parametrize("method", ["lora rank=2", "bitfit"])
 def test_the_command_line_keeps_the_base_as_it_is_stored(stored, tmp_path, method, capsys):
     run = tmp_path / "run"
-    arguments = ["train", *method.split()[1:], "--method", method.split()[0], "--export", "--steps", "2", "--output", str(run)]
+    arguments = ["train", *method.split()[1:], "--method", method.split()[0], "--export", "--steps", "2", "--progress", "lines", "--output", str(run)]
     assert main([*arguments, *(part for name, value in stored.items() for part in (f"--{name.replace('_', '-')}", str(value)))]) == 0
     assert re.search(r"^remat +none: the device does not tell", capsys.readouterr().err, re.MULTILINE)
     opened = load_run(run)
