@@ -43,13 +43,13 @@ def stored(tmp_path_factory):
     fields = make_base(tmp_path_factory.mktemp("base"), train=16, validation=6, test=6)
     file = f"{fields['model']}/model.safetensors"
     save_file({name: np.asarray(tensor).astype(HALF) for name, tensor in load_file(file).items()}, file)
-    return fields
+    return fields | {"progress": "lines"}
 
 
 @pytest.mark.parametrize("method", ["lora rank=2", "bitfit"])
 def test_the_command_line_keeps_the_base_as_it_is_stored(stored, tmp_path, method, capsys):
     run = tmp_path / "run"
-    arguments = ["train", *method.split()[1:], "--method", method.split()[0], "--export", "--steps", "2", "--progress", "lines", "--output", str(run)]
+    arguments = ["train", *method.split()[1:], "--method", method.split()[0], "--export", "--steps", "2", "--output", str(run)]
     assert main([*arguments, *(part for name, value in stored.items() for part in (f"--{name.replace('_', '-')}", str(value)))]) == 0
     assert re.search(r"^remat +none: the device does not tell", capsys.readouterr().err, re.MULTILINE)
     opened = load_run(run)
@@ -62,7 +62,7 @@ def test_the_command_line_keeps_the_base_as_it_is_stored(stored, tmp_path, metho
     assert (recorded["dtype"], recorded["scan"]) == ("float32", False)
     assert load_run(run).config.scan is False
     # The same command continues the run, though what it leaves open is recorded.
-    assert main([*arguments, "--resume", *(part for name, value in stored.items() for part in (f"--{name}", str(value)))]) == 0
+    assert main([*arguments, "--resume", *(part for name, value in stored.items() for part in (f"--{name.replace('_', '-')}", str(value)))]) == 0
 
 
 def test_each_parameter_keeps_its_own_type(stored, tmp_path):
