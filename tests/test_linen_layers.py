@@ -116,3 +116,49 @@ def test_tied_embeddings_agree_with_merge(kind):
 def test_equations_that_are_no_product_with_a_kernel(equation):
     module = nn.Einsum((D, N, N), equation, use_bias=False)
     assert linen_layers.linear_of(module, "__call__", {"kernel": jnp.ones((D, N, N))}) is None
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_number_of_positions(name):
+    """Where every input is read once, the size of the input tells at how many positions the kernel stands."""
+    module, own, x = build(name)
+    linear = linen_layers.linear_of(module, "__call__", own, (x,))
+    assert linear is not None
+    assert linear.reads_once == name.startswith("dense")
+    if linear.reads_once:
+        shape = own["kernel"].shape
+        positions = jax.eval_shape(module.apply, {"params": own}, x).size // linear.axes.fan_out(shape)
+        assert positions == x.size // linear.axes.fan_in(shape)
+
+
+DENSE = {
+    "plain": nn.Dense(5),
+    "without bias": nn.Dense(5, use_bias=False),
+    "bfloat16": nn.Dense(5, dtype=jnp.bfloat16),
+    "precision": nn.Dense(5, precision="highest"),
+    "own product": nn.Dense(5, dot_general=lambda *args, **options: 2 * jax.lax.dot_general(*args, **options)),
+    "own promotion": nn.Dense(5, promote_dtype=lambda *arrays, dtype: [a if a is None else a.astype(jnp.float16) for a in arrays]),
+}
+
+
+@pytest.mark.parametrize("name", DENSE)
+def test_dense_layers_without_scopes_compute_the_same(name):
+    module = DENSE[name]
+    x = jax.random.normal(KEY, (2, 3, D))
+    own = noised(module.init(KEY, x)["params"], 0.5)
+    run = linen_layers.direct(module, "__call__")
+    assert run is not None
+    out, expected = run(own, x), module.apply({"params": own}, x)
+    assert out.dtype == expected.dtype
+    chex.assert_trees_all_equal(out, expected)
+
+
+class Doubled(nn.Dense):
+    def __call__(self, inputs):
+        return 2 * super().__call__(inputs)
+
+
+def test_layers_of_other_classes_run_by_linen():
+    assert linen_layers.direct(Doubled(5), "__call__") is None
+    assert linen_layers.direct(nn.DenseGeneral(5), "__call__") is None
+    assert linen_layers.direct(nn.Dense(5, dot_general_cls=lambda: jax.lax.dot_general), "__call__") is None

@@ -44,7 +44,7 @@ LAYERS = {
 
 
 @pytest.mark.parametrize("name", LAYERS)
-@pytest.mark.parametrize("view", ["auto", "two-view", "factored"])
+@pytest.mark.parametrize("view", ["auto", "two-view", "factored", "joined"])
 def test_every_layer_class_in_every_view(name, view):
     """Outputs and gradients against the layer run on the merged kernel, differentiated as it stands."""
     layer, shape = LAYERS[name]
@@ -204,14 +204,39 @@ def test_views_are_chosen_by_cost_and_precision():
     linear = Linear("kernel", jpeft.KernelAxes((), (0,), (1,)), lambda x, a, b: x @ a @ b)
     a = jnp.zeros((32, 2))
 
-    def choice(tokens, dtype):
-        kernel = jnp.zeros((32, 32), dtype)
-        layer = Layer(lambda p, x: x @ p["kernel"], {"kernel": kernel}, "dense", linear, jnp.promote_types(dtype, dtype))
-        return applies(layer, linear, (jnp.zeros((tokens, 32), dtype),), a)
+    def choice(tokens, stored, computed):
+        kernel = jnp.zeros((32, 32), stored)
+        layer = Layer(lambda p, x: x @ p["kernel"].astype(computed), {"kernel": kernel}, "dense", linear, jnp.dtype(computed))
+        return applies(layer, linear, (jnp.zeros((tokens, 32), computed),), a)
 
-    assert choice(17, jnp.float32)  # D F / (D + F) = 16
-    assert not choice(16, jnp.float32)
-    assert not choice(1000, jnp.bfloat16)  # W + s a b would round the update away
+    assert choice(17, jnp.float32, jnp.float32)  # D F / (D + F) = 16
+    assert not choice(16, jnp.float32, jnp.float32)
+    assert choice(17, jnp.float32, jnp.bfloat16)
+    assert not choice(1000, jnp.bfloat16, jnp.bfloat16)  # W + s a b would round the update away
+
+
+def test_small_updates_survive_a_computation_in_bfloat16():
+    """On a kernel in float32, updates a hundred times below the grid of bfloat16 move the outputs as they should."""
+    model = nn.Dense(512, use_bias=False, dtype=jnp.bfloat16)
+    x = jax.random.normal(KEY, (1024, 512), jnp.bfloat16)
+    kernel = jax.random.normal(jax.random.key(1), (512, 512)) / 512**0.5
+
+    def slope(stored, view):
+        """How much of the update the outputs show: least squares of their change against the exact change."""
+        params = {"kernel": kernel.astype(stored)}
+        a, b = jax.random.normal(KEY, (512, 4)), jax.random.normal(jax.random.key(2), (4, 512))
+        small = 0.01 / 256 * jnp.abs(kernel).mean() / 2  # a b has the standard deviation 2; numbers of the grid are 1/256 apart
+        peft = jpeft.apply(params, method=jpeft.lora(rank=4, alpha=4, view=view)).replace(adapter={"kernel": {"a": small * a, "b": b}})
+        got = jpeft.wrap(model.apply)(peft, x).astype(jnp.float32) - model.apply({"params": params}, x).astype(jnp.float32)
+        exact = x.astype(jnp.float32) @ a @ b * small
+        return float((got * exact).sum() / (exact * exact).sum())
+
+    assert slope(jnp.float32, "auto") == slope(jnp.float32, "two-view")
+    assert slope(jnp.float32, "auto") == pytest.approx(1, abs=0.2)
+    assert slope(jnp.bfloat16, "auto") == slope(jnp.bfloat16, "factored")
+    assert slope(jnp.bfloat16, "factored") < 0.1  # lost: the sum goes back to the number of the grid that `y` was
+    assert slope(jnp.bfloat16, "joined") == pytest.approx(1, abs=0.2)
+    assert slope(jnp.bfloat16, "two-view") < 0.1  # lost: every entry goes back to the number that it was
 
 
 def test_two_view_step_flops():

@@ -36,18 +36,23 @@ class Linear:
       apply_low_rank: ``(x, a, b) -> y``: the layer without its bias on the kernel ``a b``, computed as ``(x a) b``.
       apply_columns: ``(x, kernel) -> y``: the layer without its bias on a kernel with another number of outputs, which are the last axis
         of y; None for a layer whose outputs have several axes.
+      apply_joined: ``(params, x, h, b) -> y``: the layer on inputs ``[x, h]`` and the kernel ``[W; b]``: ``x W + h b`` in one product. None
+        for a layer whose inputs are not the last axis of x.
       scale_outputs: ``(y, g) -> y``: the layer's outputs times g, which has the kernel's output axes.
       scale_inputs: ``(x, g) -> x``: the layer's inputs times g, which has the kernel's input axes.
       add_bias: ``(y, bias) -> y``: the layer's outputs with its bias added.
+      reads_once: Whether each number of x is an input at one position only, as in a dense layer and not in a convolution.
     """
 
     name: str
     axes: KernelAxes
     apply_low_rank: Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
     apply_columns: Callable[[jax.Array, jax.Array], jax.Array] | None = None
+    apply_joined: Callable[[Mapping[str, Any], jax.Array, jax.Array, jax.Array], jax.Array] | None = None
     scale_outputs: Callable[[jax.Array, jax.Array], jax.Array] | None = None
     scale_inputs: Callable[[jax.Array, jax.Array], jax.Array] | None = None
     add_bias: Callable[[jax.Array, jax.Array], jax.Array] | None = None
+    reads_once: bool = False
 
 
 @jax.tree_util.register_dataclass

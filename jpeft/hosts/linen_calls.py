@@ -12,7 +12,7 @@ from flax.core import meta
 from jpeft.core.layer import Layer
 from jpeft.hosts import flax_internals
 from jpeft.hosts.base import DROPOUT
-from jpeft.hosts.linen_layers import compute_dtype, linear_of
+from jpeft.hosts.linen_layers import compute_dtype, direct, linear_of
 from jpeft.tree.adapters import GRAFT
 
 LAYER_METHODS = ("__call__", "attend")  # the methods by which layers are run; `attend` is that of `nn.Embed`
@@ -61,11 +61,14 @@ def as_layer(module: nn.Module, method_name: str, next_fun: Callable[..., Any], 
     draws = module.has_rng(DROPOUT) and any(isinstance(value, Mapping) for value in own.values())
     rngs = {DROPOUT: module.make_rng(DROPOUT)} if draws else None
     in_place = [next_fun]  # emptied by the first run
+    short = direct(unbound, method_name)
 
     def run(params: Mapping[str, Any], *inputs: Any, **keywords: Any) -> Any:
         # `is`: equal parameters that went through a transformation are other arrays, which the scope does not hold.
         if params is own and in_place:
             return in_place.pop()(*inputs, **{**kwargs, **keywords})
+        if short is not None and not keywords:
+            return short(params, *inputs)
         return unbound.apply({"params": params}, *inputs, rngs=rngs, method=method_name, **{**kwargs, **keywords})
 
     return Layer(
@@ -90,7 +93,7 @@ def bind_by_position(
     """
     if not kwargs:
         return args, kwargs  # the common case, without the cost of a signature
-    signature = inspect.signature(getattr(type(module), method_name))
+    signature = _signature(type(module), method_name)
     try:
         bound = signature.bind(module, *args, **kwargs)
     except TypeError:
@@ -104,8 +107,13 @@ def bind_by_position(
 
 
 @functools.cache
+def _signature(cls: type, method_name: str) -> inspect.Signature:
+    return inspect.signature(getattr(cls, method_name))
+
+
+@functools.cache
 def _names(cls: type, method_name: str) -> tuple[str, ...]:
     """The names of a method's positional arguments, without self."""
     positional = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
-    parameters = inspect.signature(getattr(cls, method_name)).parameters.values()
+    parameters = _signature(cls, method_name).parameters.values()
     return tuple(parameter.name for parameter in parameters if parameter.kind in positional)[1:]

@@ -6,6 +6,9 @@ contractions are the layer's own.
 The letters of shapes in the comments: b batch, t positions, d width, n heads, h size of a head, e experts, r rank.
 """
 
+# Annotations of the functions that are made for each call of a layer would be evaluated each time.
+from __future__ import annotations
+
 import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -57,6 +60,22 @@ def _runs_as(module: nn.Module, cls: type, method_name: str) -> bool:
     return isinstance(module, cls) and getattr(type(module), method_name, None) is getattr(cls, method_name, ...)
 
 
+def direct(module: nn.Module, method_name: str) -> Callable[..., jax.Array] | None:
+    """``(params, x) -> y``: what `apply` of a dense layer computes, without the scopes of linen; None for other layers.
+
+    Methods run layers on other parameters, and most of the time that tracing a dense layer takes is linen's.
+    """
+    if not isinstance(module, nn.Dense) or not _runs_as(module, nn.Dense, method_name):
+        return None
+    if module.dot_general_cls is not None:  # which makes a module in the layer's scope
+        return None
+
+    def run(params: Mapping[str, Any], x: jax.Array) -> jax.Array:
+        return _product(module, x, params["kernel"], params["bias"] if module.use_bias else None)
+
+    return run
+
+
 def compute_dtype(module: nn.Module, own: Mapping[str, Any], args: tuple[Any, ...]) -> Any:
     """The dtype that a layer computes in: the one it declares, or what its parameters and inputs promote to."""
     declared = getattr(module, "dtype", None)
@@ -73,22 +92,40 @@ def compute_dtype(module: nn.Module, own: Mapping[str, Any], args: tuple[Any, ..
 def _dense(module: nn.Dense) -> Linear:
     """``x [..., d] @ kernel [d, f]``."""
 
-    def apply_low_rank(x: jax.Array, a: Float[Array, "d r"], b: Float[Array, "r f"]) -> jax.Array:
-        down, up = module.clone(use_bias=False, features=a.shape[-1]), module.clone(use_bias=False)
-        return _run(up, b, _run(down, a, x))
-
     def apply_columns(x: jax.Array, kernel: Float[Array, "d columns"]) -> jax.Array:
+        if direct(module, "__call__") is not None:
+            return _product(module, x, kernel, None)
         return _run(module.clone(use_bias=False, features=kernel.shape[-1]), kernel, x)
+
+    def apply_low_rank(x: jax.Array, a: Float[Array, "d r"], b: Float[Array, "r f"]) -> jax.Array:
+        return apply_columns(apply_columns(x, a), b)
+
+    run = direct(module, "__call__")
+
+    def apply_joined(params: Mapping[str, Any], x: jax.Array, h: Float[Array, "*rows r"], b: Float[Array, "r f"]) -> jax.Array:
+        assert run is not None
+        kernel = jnp.concatenate([params["kernel"], b.astype(params["kernel"].dtype)])
+        return run({**params, "kernel": kernel}, jnp.concatenate([x, h.astype(x.dtype)], axis=-1))
 
     return Linear(
         "kernel",
         MATRIX,
         functools.partial(_on_rows, apply_low_rank, 1),
         apply_columns=functools.partial(_on_rows, apply_columns, 1),
+        apply_joined=None if run is None else apply_joined,
         scale_outputs=_scale((-1,)),
         scale_inputs=_scale((-1,)),
         add_bias=_add((-1,)),
+        reads_once=True,
     )
+
+
+def _product(module: nn.Dense, x: jax.Array, kernel: Float[Array, "d f"], bias: Float[Array, " f"] | None) -> jax.Array:
+    """What `nn.Dense` computes: the same operations in the same order."""
+    x, kernel, bias = _promoted(module, x, kernel, bias)
+    dot_general = module.dot_general or jax.lax.dot_general
+    y = dot_general(x, kernel, (((x.ndim - 1,), (0,)), ((), ())), precision=module.precision)
+    return y if bias is None else y + jnp.reshape(bias, (1,) * (y.ndim - 1) + (-1,))
 
 
 def _dense_general(module: nn.DenseGeneral, ndim: int) -> Linear:
@@ -118,6 +155,7 @@ def _dense_general(module: nn.DenseGeneral, ndim: int) -> Linear:
         scale_outputs=_scale(at_outputs),
         scale_inputs=scale_inputs,
         add_bias=_add(at_outputs),
+        reads_once=True,
     )
 
 
@@ -139,7 +177,7 @@ def _conv(module: nn.Conv, ndim: int) -> Linear:
 def _lookup(module: nn.Embed) -> Linear:
     """Rows of a table [vocab, d]: the product of one-hot ids with the table."""
 
-    def apply_low_rank(ids: Int[Array, "..."], a: Float[Array, "vocab r"], b: Float[Array, "r d"]) -> jax.Array:
+    def apply_low_rank(ids: Int[Array, "*rows"], a: Float[Array, "vocab r"], b: Float[Array, "r d"]) -> jax.Array:
         a, b = _promoted(module, a, b, inexact=False)
         # An id beyond the table is a virtual token of another method: it has no row to update.
         return jnp.take(a, ids, axis=0, mode="fill", fill_value=0) @ b
@@ -230,7 +268,7 @@ def _add(places: Sequence[int]) -> Callable[[jax.Array, jax.Array], jax.Array]:
     return lambda y, bias: y + _spread(bias, places, y.ndim).astype(y.dtype)
 
 
-def _spread(v: Shaped[Array, "..."], places: Sequence[int], ndim: int) -> Shaped[Array, "..."]:
+def _spread(v: Shaped[Array, "*shape"], places: Sequence[int], ndim: int) -> Shaped[Array, "*spread"]:
     """An array with its axes at these places among `ndim` axes, all others of size one.
 
     >>> _spread(jnp.ones((4, 8)), (3, 2), 4).shape
@@ -266,6 +304,6 @@ def _on_rows(branch: Callable[..., jax.Array], contracted: int, x: jax.Array, *k
     return rows.reshape(*leading, *rows.shape[1:])
 
 
-def _promoted(module: Any, *arrays: jax.Array, **options: Any) -> tuple[jax.Array, ...]:
+def _promoted(module: Any, *arrays: Any, **options: Any) -> tuple[Any, ...]:
     """The arrays in the dtype that the layer computes in, by the layer's own rule."""
     return tuple(module.promote_dtype(*arrays, dtype=module.dtype, **options))

@@ -1,14 +1,14 @@
 """Leaves that no linen module reads: refused, because the method's change would be lost without a word."""
 
 import dataclasses
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Mapping
 from typing import Any
 
 import jax
 
 from jpeft.core.method import Method
 from jpeft.tree.adapters import pop_grafts
-from jpeft.tree.paths import Params, flatten
+from jpeft.tree.paths import Params
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,9 +37,8 @@ class UnreadLeaves:
           ValueError: if leaves stand on a module that does not exist, or on one that the call did not enter.
         """
         clean, grafts = pop_grafts(bound)
-        owners = flatten(clean)
         # A module with parameters exists. A path without parameters was made up by the method from the usual names of such modules.
-        guessed = [path for path in grafts if path and not any(owner.startswith(f"{path}/") for owner in owners)]
+        guessed = [path for path in grafts if path and not _exists(clean, path)]
         if guessed:
             self._refuse_missing(guessed, ran, _signature((bound, call)), trace)
         _refuse_passed_by(self.method, grafts, ran)
@@ -60,6 +59,15 @@ class UnreadLeaves:
                 "jpeft/models/common/contract.py."
             )
         self.known.add(signature)
+
+
+def _exists(params: Params, path: str) -> bool:
+    """Whether a module has parameters."""
+    for name in path.split("/"):
+        if not isinstance(params, Mapping) or name not in params:
+            return False
+        params = params[name]
+    return bool(jax.tree.leaves(params))
 
 
 def _missing(guessed: list[str], ran: set[str]) -> list[str]:

@@ -31,8 +31,9 @@ class LoRA(WeightMethod):
       init: ``a`` is uniform in +-1/sqrt(fan_in) ("kaiming", the authors' code) or N(0, 1/r^2) ("gaussian"). For embeddings it is ``b``
         that is random, N(0, 1), and ``a`` that is zero.
       view: How training computes it. "two-view" takes forward and dX from the merged kernel and da, db from the factors
-        (`jpeft.reparameterized.two_view`); "factored" is the equation above, and the one for forward-mode derivatives; "auto" takes
-        the cheaper one for each layer's shape.
+        (`jpeft.reparameterized.two_view`); "factored" is the equation above, and the one for forward-mode derivatives; "joined" adds
+        the update inside the layer's product, which spares bfloat16 a trip of the outputs and a rounding for copies of inputs and kernel
+        (`jpeft.reparameterized.joined`); "auto" takes the cheaper one of the first two for each layer's shape and dtypes.
       axes: Geometry of kernels with more than two axes, ``((regex, KernelAxes), ...)``, e.g. from `jpeft.kernel_axes`.
       head: Task head to train along: "auto", a regex, or None.
 
@@ -61,7 +62,7 @@ class LoRA(WeightMethod):
     dropout: Probability = 0.0
     rslora: bool = False
     initializer: low_rank.Initializer = option(default="kaiming", alias="init")
-    view: Literal["auto", "two-view", "factored"] = "auto"
+    view: Literal["auto", "two-view", "factored", "joined"] = "auto"
 
     name = "lora"
     summary = "low-rank updates of kernels, merged for inference"

@@ -23,6 +23,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from jpeft.core.layer import Layer, Linear
+from jpeft.core.residuals import changed
+from jpeft.reparameterized import joined
 
 Run = Callable[..., jax.Array]
 A = Float[Array, "..."]  # [*stack, *inputs, r], in the order of the kernel's axes
@@ -30,7 +32,12 @@ B = Float[Array, "..."]  # [*stack, r, *outputs], likewise
 
 
 def low_rank(layer: Layer, linear: Linear, scale: float, inputs: tuple[Any, ...], a: A, b: B, *, view: str = "auto") -> jax.Array:
-    """A layer with the update ``s a b``, in the view that is asked for; "auto" takes the cheaper one for the layer's shape."""
+    """A layer with the update ``s a b``, in the view that is asked for; "auto" takes the cheaper one for the layer's shape.
+
+    A layer that cannot be run in the view takes the factored one.
+    """
+    if view == "joined" and joined.applies(layer, linear, inputs):
+        return changed(joined.joined(layer, linear, scale, inputs[0], a, b))
     # With middleware of another method in between, a bottleneck say, the outputs are no longer linear in the kernel.
     if not layer.is_wrapped and (applies(layer, linear, inputs, a) if view == "auto" else view == "two-view"):
         return two_view(layer, linear, scale, inputs, a, b)
@@ -40,8 +47,9 @@ def low_rank(layer: Layer, linear: Linear, scale: float, inputs: tuple[Any, ...]
 def factored(layer: Layer, linear: Linear, scale: float, inputs: tuple[Any, ...], x: jax.Array, a: A, b: B) -> jax.Array:
     """``layer(inputs) + s (x a) b``; ``x`` is the branch's own input, which dropout may have thinned."""
     y = layer(*inputs)  # [*batch, *outputs]
-    # The branch computes in the layer's own dtype; only its sum is brought to the dtype of y.
-    return y + (scale * linear.apply_low_rank(x, a, b)).astype(y.dtype)
+    # The branch computes in the layer's own dtype, where float32 leaves would widen all its activations; its sum is brought to that of y.
+    a, b = a.astype(layer.dtype), b.astype(layer.dtype)
+    return changed(y + (scale * linear.apply_low_rank(x, a, b)).astype(y.dtype))
 
 
 def add(kernel: Float[Array, "*kernel"], delta: Float[Array, "*kernel"]) -> jax.Array:
@@ -94,13 +102,17 @@ def _substituted(linear: Linear, scale: float, params: Mapping[str, Any], a: A, 
 def applies(layer: Layer, linear: Linear, inputs: tuple[Any, ...], a: A) -> bool:
     """Whether the merged forward pass is both exact enough and cheaper: N > D F / (D + F).
 
-    A sum in bfloat16 would round a small update away, in the kernel's own dtype or in the one that the layer computes in, so the factored
-    view is used there; also where the input takes no gradient, as token ids.
+    A kernel that is *stored* in bfloat16 would round a small update away: W is a number of that grid, and W + s a b goes back to it. The
+    factored view is used there; also where the input takes no gradient, as token ids. A kernel that is stored in float32 and *computed
+    with* in bfloat16 loses nothing. It is rounded in any case, and since it lies anywhere between two numbers of the grid, an update far
+    below their distance moves as many of its entries across as it should. `y` is then not read and written once more.
     """
-    kernel, dtypes = layer.params[linear.name], (layer.params[linear.name].dtype, inputs[0].dtype, layer.dtype, a.dtype)
-    if not all(jnp.issubdtype(d, jnp.floating) and jnp.finfo(d).bits >= 32 for d in dtypes):
+    kernel, x = layer.params[linear.name], inputs[0]
+    wide = all(jnp.issubdtype(dtype, jnp.floating) and jnp.finfo(dtype).bits >= 32 for dtype in (kernel.dtype, a.dtype))
+    if not wide or not jnp.issubdtype(x.dtype, jnp.floating):
         return False
-    # N, the number of positions at which the kernel is applied, is the size of the output divided by the number of outputs.
     stack = math.prod(kernel.shape[i] for i in linear.axes.stack)
     ins, outs = linear.axes.fan_in(kernel.shape), linear.axes.fan_out(kernel.shape)
-    return layer.shape(*inputs).size / (outs * stack) > ins * outs / (ins + outs)
+    # N, the number of positions at which the kernel is applied. Tracing the layer for the size of its output costs more than the layer.
+    positions = inputs[0].size / (ins * stack) if linear.reads_once else layer.shape(*inputs).size / (outs * stack)
+    return positions > ins * outs / (ins + outs)

@@ -73,9 +73,14 @@ class KernelAxes(NamedTuple):
 
     def product(self, a: jax.Array, b: jax.Array) -> jax.Array:
         """``a b`` in the shape of the kernel, summed over the rank axis."""
-        kernel = "abcdefghijklm"[: len(self.stack) + len(self.inputs) + len(self.outputs)]
-        left, right = self.letters(kernel, "r")
-        return jnp.einsum(f"{left},{right}->{kernel}", a, b)
+        # `jnp.einsum` would say this in one line, and take longer to trace than all else that a layer with an update does.
+        kernel = range(len(self.stack) + len(self.inputs) + len(self.outputs))
+        left, right = self.factors(kernel, -1)  # the kernel's axes in a and b; -1 is the rank's
+        stack = [tuple(side.index(axis) for axis in self.stack) for side in (left, right)]
+        a, b = (x.astype(jnp.promote_types(a.dtype, b.dtype)) for x in (a, b))
+        out = jax.lax.dot_general(a, b, (((left.index(-1),), (right.index(-1),)), (stack[0], stack[1])))
+        order = [*self.stack, *(axis for side in (left, right) for axis in side if axis != -1 and axis not in self.stack)]
+        return out if order == list(kernel) else out.transpose([order.index(axis) for axis in kernel])
 
 
 def _collapsed(values: Sequence[T], axes: tuple[int, ...], by: T) -> list[T]:

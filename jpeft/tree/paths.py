@@ -5,6 +5,7 @@ Everything in jpeft names a parameter by its path, the '/'-joined keys that lead
 wrapper's own key, ``value``, is not part of the path.
 """
 
+import functools
 import zlib
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -27,7 +28,12 @@ def path_str(keys: tuple[Any, ...]) -> Path:
 
 def _is_variable(node: Any) -> bool:
     """Whether a node is an ``nnx.Variable``, told by name so that jpeft need not import NNX."""
-    return any(cls.__name__ == "Variable" and cls.__module__.startswith("flax.nnx") for cls in type(node).__mro__)
+    return _is_variable_class(type(node))
+
+
+@functools.cache
+def _is_variable_class(cls: type) -> bool:
+    return any(base.__name__ == "Variable" and base.__module__.startswith("flax.nnx") for base in cls.__mro__)
 
 
 def paths(tree: Params) -> list[Path]:

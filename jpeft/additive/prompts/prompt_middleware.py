@@ -47,10 +47,31 @@ def look_up(layer: Layer, inputs: tuple[Any, ...], site: PromptSite, prompt: Flo
     first = first_row_id(layer, site)
     is_row = (ids >= first) & (ids < first + len(prompt))
     words = layer(jnp.where(is_row, 0, ids), *rest)  # [..., width]; ids beyond the vocabulary must not reach the table
-    # The index `len(prompt)` is out of range and gives zeros, so a word sends no gradient to any row. The rows are taken in the prompt's
-    # own dtype, in which their gradients are then summed over the batch.
-    rows = jnp.take(prompt, jnp.where(is_row, ids - first, len(prompt)), axis=0, mode="fill", fill_value=0)  # [..., width]
-    return jnp.where(is_row[..., None], rows.astype(words.dtype), words)
+    # The index `len(prompt)` is out of range and gives zeros, so a word sends no gradient to any row.
+    rows: Any = _take_rows(prompt, jnp.where(is_row, ids - first, len(prompt)), words.dtype)  # [..., width]
+    return jnp.where(is_row[..., None], rows, words)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def _take_rows(prompt: Float[Array, "rows width"], index: Int[Array, "*ids"], dtype: Any) -> Float[Array, "*ids width"]:
+    """Rows of the prompt in another dtype, zeros for an index that is out of range."""
+    return jnp.take(prompt.astype(dtype), index, axis=0, mode="fill", fill_value=0)
+
+
+def _take_forward(prompt: jax.Array, index: jax.Array, dtype: Any) -> tuple[jax.Array, Any]:
+    return _take_rows(prompt, index, dtype), (prompt, index)
+
+
+def _take_backward(dtype: Any, kept: Any, gradient: Float[Array, "*ids width"]) -> tuple[jax.Array, None]:
+    # Summed over the batch in the prompt's own dtype, which is wider as a rule, without a wider copy of what is summed.
+    prompt, index = kept
+    is_row = jax.nn.one_hot(index, len(prompt), dtype=dtype)  # [*ids, rows]
+    batch = tuple(range(index.ndim))
+    total = jax.lax.dot_general(is_row, gradient, ((batch, batch), ((), ())), precision="highest", preferred_element_type=prompt.dtype)
+    return total, None
+
+
+_take_rows.defvjp(_take_forward, _take_backward)
 
 
 # --- the body -------------------------------------------------------------------------------------------------------------------------

@@ -4,10 +4,10 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import flax.linen as nn
-import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from jpeft.core.residuals import save_products
 from jpeft.models.common.config import ModelConfig
 
 Hidden = Float[Array, "batch length hidden"]
@@ -46,7 +46,7 @@ def make_blocks(config: ModelConfig, block: type[nn.Module], name: str | None = 
     if config.remat:
         # Argument 3 is `deterministic` (0 is self). XLA does not merge the recomputation with the forward pass inside a scan, so the
         # barrier that prevents merging is not needed there.
-        policy = jax.checkpoint_policies.dots_saveable if config.remat == "dots" else None
+        policy = save_products() if config.remat == "dots" else None
         block = nn.remat(block, static_argnums=(3,), prevent_cse=not config.scan, policy=policy)
     return block(config, name=name) if config.scan else Blocks(config, block, name=name)
 
