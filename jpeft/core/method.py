@@ -30,9 +30,8 @@ again.
 import abc
 import dataclasses
 import inspect
-import re
 import typing
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import jax
@@ -44,8 +43,9 @@ from jpeft.core.layer import Layer
 from jpeft.core.stages import Stage
 from jpeft.core.statistics import Statistic
 from jpeft.tree.adapters import Adapter, graft, split
-from jpeft.tree.head import head_leaves
-from jpeft.tree.paths import Params, flatten, trained_copy, unflatten
+from jpeft.tree.head import with_head as with_head
+from jpeft.tree.paths import Params, flatten
+from jpeft.tree.select import names_numbers
 
 TRAIN, FREEZE = "train", "freeze"  # labels
 
@@ -304,13 +304,8 @@ class Method(metaclass=MethodType):
 
     @classmethod
     def picks_blocks(cls, options: Mapping[str, Any]) -> bool:
-        """Whether these options speak of single blocks of a model, which must then be numbered: stacked, they share their paths.
-
-        >>> import jpeft
-        >>> jpeft.lora.picks_blocks({"target": r".*layer/(10|11)/.*query/kernel"}), jpeft.lora.picks_blocks({"target": ["query"]})
-        (True, False)
-        """
-        return any(_NUMBERED.search(text) for text in _texts(dict(options)))
+        """Whether these options speak of single blocks of a model, which must then be numbered: stacked, they share their paths."""
+        return names_numbers(dict(options))
 
     @classmethod
     def of_stage(cls, stage: Any) -> "type[Method]":
@@ -344,33 +339,3 @@ class Method(metaclass=MethodType):
                 "Call the wrapped function with peft.variables."
             )
         return {name: variables[name] for name in names} if self.parts else variables[self.name]
-
-
-# In a regex or a name: a component of a path that is, or begins with, a number.
-_NUMBERED = re.compile(r"(^|[/(|])(\d|\\d|\[\d|\(\d|\(\\d)")
-
-
-def _texts(value: Any) -> Iterator[str]:
-    """All texts in the options of a method, the keys of rules included."""
-    if isinstance(value, str):
-        yield value
-    elif isinstance(value, Mapping):
-        for key, part in value.items():
-            yield from _texts(key)
-            yield from _texts(part)
-    elif isinstance(value, Sequence):
-        for part in value:
-            yield from _texts(part)
-
-
-def with_head(adapter: Mapping[str, Any], params: Params, head: str | None) -> dict[str, Any]:
-    """The leaves of an adapter, by path or nested, with the task head added: a head is made fresh for its task, so it is always trained.
-
-    Args:
-      adapter: The method's own leaves. A leaf of the head that is among them stays.
-      params: The base.
-      head: ``"auto"`` for a head under one of the usual names, a regex, or None.
-    """
-    own = flatten(adapter)
-    leaves = {path: trained_copy(leaf) for path, leaf in head_leaves(params, head).items() if path not in own}
-    return unflatten(own | leaves)

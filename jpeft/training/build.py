@@ -66,7 +66,7 @@ def load_base(config: TrainConfig, labels: tuple[str, ...], mesh: Mesh | None = 
 
 def picks_blocks(config: TrainConfig) -> bool:
     """Return whether the method is told about single blocks of the model, which stacked blocks do not let it choose."""
-    method = registry.methods()[config.method].factory
+    method: Any = registry.methods()[config.method].factory
     options = parse_options(config.options)
     return method.picks_blocks({name: value for name, value in options.items() if name != "tokens"})
 

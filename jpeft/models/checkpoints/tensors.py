@@ -241,7 +241,7 @@ def _blocks(header: Header, rows: int | None = None) -> Iterator[tuple[int, np.n
         raw.seek(header.start)
         for start in range(0, count, rows):
             block = np.empty((min(rows, count - start), *width), dtype)
-            left = memoryview(block.reshape(-1).view(np.uint8))
+            left: Any = memoryview(block.reshape(-1).view(np.uint8).data)
             while left:
                 if not (done := raw.readinto(left)):
                     raise ValueError(f"{header.file} ends before {header.name} does: it was changed while it was read.")
