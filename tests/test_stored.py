@@ -1,7 +1,6 @@
 """The base stays as its checkpoint stores it; what is trained is float32; a merged model is rounded once."""
 
 import json
-import re
 import shutil
 import struct
 import subprocess
@@ -47,13 +46,12 @@ def stored(tmp_path_factory):
 
 
 @pytest.mark.parametrize("method", ["lora rank=2", "bitfit"])
-def test_the_command_line_keeps_the_base_as_it_is_stored(stored, tmp_path, method, capsys):
+def test_the_command_line_keeps_the_base_as_it_is_stored(stored, tmp_path, method):
     run = tmp_path / "run"
     name, *options = method.split()
     flags = [part for name, value in stored.items() for part in (f"--{name.replace('_', '-')}", str(value))]
     arguments = ["train", *options, "--method", name, "--export", "--steps", "2", "--output", str(run), *flags]
     assert main(arguments) == 0
-    assert re.search(r"^remat +none: the device does not tell", "".join(capsys.readouterr()), re.MULTILINE)
     opened = load_run(run)
     assert dtypes(opened.peft.params) == {"bfloat16"}
     assert dtypes(opened.peft.adapter) == {"float32"}

@@ -11,7 +11,7 @@ def opening(setup: Setup, remat: str) -> str:
 
     Args:
       setup: The run.
-      remat: How activations are recomputed, and why.
+      remat: How activations are recomputed, and why; empty if there was nothing to choose by.
     """
     lines = {
         "method": " ".join([setup.config.method, *setup.config.options]),
@@ -21,7 +21,7 @@ def opening(setup: Setup, remat: str) -> str:
         "rate": _rate(setup),
         "trained": _trained(setup),
     }
-    if setup.config.remat == "auto":
+    if remat:
         lines["remat"] = remat
     if setup.labels:
         names = ", ".join(setup.labels[:8]) + (f", ... ({len(setup.labels)} in all)" if len(setup.labels) > 8 else "")

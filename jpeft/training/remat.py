@@ -23,7 +23,7 @@ class Choice(NamedTuple):
     Attributes:
       remat: The choice, for `ModelConfig.remat`.
       compiled: The step that was compiled with it.
-      reason: In words.
+      reason: In words; empty if there was nothing to choose by.
     """
 
     remat: Remat
@@ -32,8 +32,8 @@ class Choice(NamedTuple):
 
     @property
     def line(self) -> str:
-        """The choice in one line."""
-        return f"{_NAMES[self.remat]}: {self.reason}"
+        """The choice in one line; empty without a reason."""
+        return f"{_NAMES[self.remat]}: {self.reason}" if self.reason else ""
 
 
 def with_remat(model: nn.Module, remat: Remat) -> nn.Module:
@@ -50,13 +50,13 @@ def choose_remat(asked: Remat | Literal["auto"], compile_with: Callable[[Remat],
       compile_with: Compiles the step.
       limit: Bytes of one device; None where it does not tell.
 
-    >>> choose_remat("auto", lambda remat: None, None).line
-    'none: the device does not tell how much memory it has'
+    >>> choose_remat("auto", lambda remat: None, None).remat
+    False
     """
     if asked != "auto":
-        return Choice(asked, compile_with(asked), "as asked for")
+        return Choice(asked, compile_with(asked), "")
     if limit is None:
-        return Choice(False, compile_with(False), "the device does not tell how much memory it has")
+        return Choice(False, compile_with(False), "")
     for remat in _IN_ORDER:
         last = remat == _IN_ORDER[-1]
         try:
