@@ -52,11 +52,10 @@ forward = jpeft.wrap(loaded.model.apply, peft.method)
 tx = jpeft.optimizer(optax.adamw(optax.linear_schedule(1e-3, 0.0, args.steps)), peft)
 
 
-def mean_loss(logits, batch):
-    """Negative log-likelihood of a token of a target, averaged over all targets of the batch."""
-    seen = batch["label"] != generation.IGNORE
-    losses = optax.softmax_cross_entropy_with_integer_labels(logits.astype(jnp.float32), jnp.where(seen, batch["label"], 0))
-    return jnp.mean(losses, where=seen)
+def mean_loss(apply, variables, batch):
+    """Negative log-likelihood of a token of a target, averaged over all targets of the batch; the model computes it without logits."""
+    out = apply(variables, batch["input_ids"], batch["attention_mask"], labels=batch["label"])
+    return jnp.mean(out.loss, where=batch["label"] != generation.IGNORE)
 
 
 @jax.jit
@@ -64,7 +63,7 @@ def step(adapter, opt_state, peft, batch):
     """One step."""
 
     def loss_fn(adapter):
-        return mean_loss(forward(peft.replace(adapter=adapter).variables, batch["input_ids"], batch["attention_mask"]), batch)
+        return mean_loss(forward, peft.replace(adapter=adapter).variables, batch)
 
     loss, grads = jax.value_and_grad(loss_fn)(adapter)
     updates, opt_state = tx.update(grads, opt_state, adapter)
@@ -85,7 +84,7 @@ forward = jpeft.wrap(loaded.model.apply, folded.method)
 
 base = {"params": loaded.params}
 for name, apply, variables in (("base", loaded.model.apply, base), ("with prefix", forward, folded.variables)):
-    loss = mean_loss(jax.jit(apply)(variables, test["input_ids"], test["attention_mask"]), test)
+    loss = jax.jit(mean_loss, static_argnums=0)(apply, variables, test)
     print(f"perplexity of {len(test['label'])} summaries, {name}: {np.exp(loss):.1f}")
 
 # --- generated text -------------------------------------------------------------------------------------------------------------------

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float, Int
 
-IGNORE = -100  # label of a token that is not predicted
+from jpeft.models.common.token_loss import IGNORE as IGNORE
 
 
 def cross_entropy(logits: Float[Array, "*rows classes"], labels: Int[Array, "*rows"], smoothing: float = 0.0) -> Float[Array, "*rows"]:

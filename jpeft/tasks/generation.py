@@ -28,6 +28,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from jpeft.data import Table
+from jpeft.models.common.token_loss import TokenLoss
 from jpeft.models.generation.generate import continue_prompts
 from jpeft.tasks.cross_entropy import IGNORE, token_counts, token_losses
 from jpeft.tasks.task import Arrays, Batch, Decoding, Task
@@ -185,10 +186,13 @@ def _padded(columns: dict[str, list[list[int]]], tokenizer: Any, width: int) -> 
 # --- metrics --------------------------------------------------------------------------------------------------------
 
 
-def scores(logits: Float[Array, "batch length vocab"], batch: Mapping[str, Any]) -> dict[str, Array]:
+def scores(outputs: TokenLoss | Float[Array, "batch length vocab"], batch: Mapping[str, Any]) -> dict[str, Array]:
     """Return for each row the loss, the number of predicted tokens, and how many of them had the highest probability."""
-    label = jnp.asarray(batch["label"])
-    return {"loss": token_losses(logits, batch), "count": token_counts(batch), "correct": (logits.argmax(-1) == label).sum(-1)}
+    if isinstance(outputs, TokenLoss):
+        loss, correct = outputs.loss.sum(-1), outputs.correct
+    else:
+        loss, correct = token_losses(outputs, batch), outputs.argmax(-1) == jnp.asarray(batch["label"])
+    return {"loss": loss, "count": token_counts(batch), "correct": correct.sum(-1)}
 
 
 def metrics(scores: Mapping[str, np.ndarray], arrays: Mapping[str, np.ndarray]) -> dict[str, float]:
@@ -244,17 +248,24 @@ class Generation(Task):
         """Return rows of token ids and the tokens to predict; see `encode`."""
         return encode(table, tokenizer, labels=labels, max_length=max_length, overlong=self.overlong)
 
-    def losses(self, logits: Array, batch: Batch, settings: Settings | None = None) -> Float[Array, " batch"]:
-        """Return the cross entropy summed over the predicted tokens of each row."""
-        return token_losses(logits, batch, 0.0 if settings is None else settings.label_smoothing)
+    def loss_inputs(self, batch: Batch, settings: Settings | None = None) -> dict[str, Any]:
+        """Return the token ids and the labels: the model computes the loss of each token, without the logits of all of them."""
+        smoothing = {} if settings is None or not settings.label_smoothing else {"label_smoothing": settings.label_smoothing}
+        return {**self.model_inputs(batch), "labels": batch["label"], **smoothing}
+
+    def losses(self, outputs: TokenLoss | Array, batch: Batch, settings: Settings | None = None) -> Float[Array, " batch"]:
+        """Return the cross entropy summed over the predicted tokens of each row; of logits too, for a model that takes no labels."""
+        if isinstance(outputs, TokenLoss):
+            return outputs.loss.sum(-1)
+        return token_losses(outputs, batch, 0.0 if settings is None else settings.label_smoothing)
 
     def counts(self, batch: Batch) -> Float[Array, " batch"]:
         """Return the number of predicted tokens in each row."""
         return token_counts(batch)
 
-    def scores(self, logits: Array, batch: Batch) -> dict[str, Array]:
+    def scores(self, outputs: TokenLoss | Array, batch: Batch) -> dict[str, Array]:
         """Return loss and numbers of predicted and of correct tokens of each row; see `scores`."""
-        return scores(logits, batch)
+        return scores(outputs, batch)
 
     def metrics(self, scores: Mapping[str, np.ndarray], arrays: Arrays, labels: Sequence[str]) -> dict[str, float]:
         """Return loss, perplexity, accuracy and exact match; see `metrics`."""

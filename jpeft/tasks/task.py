@@ -1,4 +1,4 @@
-"""The contract of a task: how a table becomes arrays, and how logits become a loss, metrics and predictions.
+"""The contract of a task: how a table becomes arrays, and how the outputs of a model become a loss, metrics and predictions.
 
 Trainer and command line call these methods and ask no task for its name.
 """
@@ -83,12 +83,24 @@ class Task(abc.ABC):
 
     # --- training -----------------------------------------------------------------------------------------------------
 
+    def loss_inputs(self, batch: Batch, settings: Settings | None = None) -> dict[str, Any]:
+        """Return the arguments of the model in training and scoring: `model_inputs`, unless the model itself is to compute the loss.
+
+        A language model that is given ``labels=`` returns the loss of each token, and holds no logits of the whole batch.
+
+        Args:
+          batch: Columns of `encode`, [batch, ...].
+          settings: As in `losses`.
+        """
+        del settings
+        return self.model_inputs(batch)
+
     @abc.abstractmethod
-    def losses(self, logits: Array, batch: Batch, settings: Settings | None = None) -> Float[Array, " batch"]:
+    def losses(self, outputs: Any, /, batch: Batch, settings: Settings | None = None) -> Float[Array, " batch"]:
         """Return the loss of each row, summed over all predictions in the row.
 
         Args:
-          logits: Output of the model, [batch, ...].
+          outputs: What the model returns for `loss_inputs`: logits, [batch, ...], unless the task asks for something else.
           batch: Columns of `encode`, [batch, ...].
           settings: Configuration of the run, for the training loss. None for the negative log-likelihood alone, without smoothing or other
             regularisation, as metrics and Fisher information need it.
@@ -101,8 +113,8 @@ class Task(abc.ABC):
     # --- evaluation ---------------------------------------------------------------------------------------------------
 
     @abc.abstractmethod
-    def scores(self, logits: Array, batch: Batch) -> PyTree:
-        """Return what `metrics` needs of each row, as arrays [batch, ...]. This runs on the device, under `jit`."""
+    def scores(self, outputs: Any, /, batch: Batch) -> PyTree:
+        """Return what `metrics` needs of each row, as arrays [batch, ...]. `outputs` are as in `losses`. This runs under `jit`."""
 
     @abc.abstractmethod
     def metrics(self, scores: Any, arrays: Arrays, labels: Sequence[str]) -> dict[str, float]:

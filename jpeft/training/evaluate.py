@@ -8,7 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import PyTree
+from jaxtyping import Bool, PyTree
 
 from jpeft import data, distributed
 from jpeft.core.peft import Peft
@@ -45,8 +45,8 @@ class Evaluator:
         self.forward = forward
 
         def scores(peft: Peft, batch: Batch) -> tuple[PyTree, jax.Array]:
-            logits = forward(peft.variables, **task.model_inputs(batch), deterministic=True)
-            return task.scores(logits, batch), jnp.isfinite(logits).all(range(1, logits.ndim))
+            outputs = forward(peft.variables, **task.loss_inputs(batch), deterministic=True)
+            return task.scores(outputs, batch), _finite(outputs)
 
         self._scores = jax.jit(scores)
 
@@ -109,3 +109,9 @@ class Evaluator:
         if waiting is not None:
             take(*waiting)
         return jax.tree.map(lambda *columns: np.concatenate(columns), *parts)
+
+
+def _finite(outputs: PyTree) -> Bool[jax.Array, " rows"]:
+    """Return for each row whether all of its outputs are finite. A loss of tokens says nothing of those that are not predicted."""
+    floats = [leaf for leaf in jax.tree.leaves(outputs) if jnp.issubdtype(leaf.dtype, jnp.inexact)]
+    return jnp.stack([jnp.isfinite(leaf).all(range(1, leaf.ndim)) for leaf in floats]).all(0)

@@ -6,7 +6,7 @@ from typing import Any
 
 import jax
 import numpy as np
-from jaxtyping import Array, PyTree
+from jaxtyping import PyTree
 
 import jpeft
 from jpeft import data, models, registry
@@ -87,7 +87,7 @@ class Setup:
     def statistics(self, kinds: Kinds, peft: Peft, forward: Callable[..., Any]) -> Any:
         """Make statistics of a model in training: `peft`, run by `forward`."""
 
-        def run(params: Params, inputs: dict[str, Array]) -> Array:
+        def run(params: Params, inputs: dict[str, Any]) -> Any:
             return forward(peft.replace(params=params).variables, **inputs, deterministic=True)
 
         return make_statistics(kinds, Source(self.config, self.task, self.labels, self.splits["train"], self.loaded, run, peft.params))
@@ -185,7 +185,7 @@ def _attach(
     """Return the base with its adapter, after checking what later parts of the run need of the method."""
     apply: Callable[..., Any] = loaded.model.apply
 
-    def forward(params: Params, inputs: dict[str, Array]) -> Array:
+    def forward(params: Params, inputs: dict[str, Any]) -> Any:
         return apply({"params": params}, **inputs, deterministic=True)
 
     source = Source(config, task, labels, arrays, loaded, forward, loaded.params)

@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -41,7 +42,7 @@ class Source:
       labels: Names of the classes.
       arrays: The training split.
       loaded: The pretrained model.
-      forward: `(params, inputs) -> logits` of the model as it stands, with its adapter if it has one, without dropout.
+      forward: `(params, inputs) -> outputs` of the model as it stands, with its adapter if it has one, without dropout.
       params: The base.
     """
 
@@ -50,12 +51,12 @@ class Source:
     labels: tuple[str, ...]
     arrays: Arrays
     loaded: models.Loaded
-    forward: Callable[[Params, dict[str, Array]], Array]
+    forward: Callable[[Params, dict[str, Any]], Any]
     params: Params
 
     def losses(self, params: Params, batch: Batch) -> Array:
         """Return the negative log-likelihood of each row."""
-        return self.task.losses(self.forward(params, self.task.model_inputs(batch)), batch)
+        return self.task.losses(self.forward(params, self.task.loss_inputs(batch)), batch)
 
 
 def make_fisher(source: Source) -> Fisher:

@@ -36,7 +36,7 @@ def make_step(
       peft: Defines method and structure; its arrays are not used.
       grad_accum: Micro-batches that the batch is split into. The gradient is that of the whole batch's mean loss, the mean over all
         predictions in the batch (rows of a classifier, tokens of a text) with equal weights, in whichever micro-batch they are.
-      settings: Passed to `Task.losses`.
+      settings: Passed to `Task.loss_inputs` and `Task.losses`.
 
     Returns:
       `(adapter, opt_state, params, batch, key, step) -> (adapter, opt_state, loss)`.
@@ -44,8 +44,8 @@ def make_step(
 
     def loss_fn(adapter: PyTree, params: PyTree, batch: Batch, key: Array, count: Array) -> Array:
         bound = peft.replace(params=params, adapter=adapter)
-        logits = forward(bound.variables, **task.model_inputs(batch), deterministic=False, rngs={"dropout": key})
-        return task.losses(logits, batch, settings).sum() / count + jpeft.penalty(bound) / grad_accum
+        outputs = forward(bound.variables, **task.loss_inputs(batch, settings), deterministic=False, rngs={"dropout": key})
+        return task.losses(outputs, batch, settings).sum() / count + jpeft.penalty(bound) / grad_accum
 
     def step(adapter: PyTree, opt_state: PyTree, params: PyTree, batch: Batch, key: Array, step: Array) -> Any:
         key = jax.random.fold_in(key, step)

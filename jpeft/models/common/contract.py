@@ -17,11 +17,13 @@ is called with. They rely on these promises.
 4. **The body.** One module stands between all heads and everything else. It is called with the token ids first, and with `attention_mask`,
    `token_type_ids` or `position_ids`, all [batch, length], under these names. Its outputs are [batch, length, width]. *Prompts lengthen the
    inputs and cut the outputs.*
-5. **The cache.** A model that generates makes a cache when it is called with `cache_length=` and ``mutable=["cache"]``. The cache is in the
+5. **The loss.** A model that generates and is called with `labels=`, [batch, length], returns a `TokenLoss` of that shape in place of logits,
+   and never holds the logits of the whole batch (`jpeft.models.common.token_loss`). *The task `generation` trains and scores by it.*
+6. **The cache.** A model that generates makes a cache when it is called with `cache_length=` and ``mutable=["cache"]``. The cache is in the
    collection ``cache`` of all later calls and in no other call. `logits_at` gives the index of the one token of each row to score.
-6. **The blocks.** Block i of a stack is the module ``<stack>/<i>``; with ``config.scan`` its parameters are stacked on axis 0 under
+7. **The blocks.** Block i of a stack is the module ``<stack>/<i>``; with ``config.scan`` its parameters are stacked on axis 0 under
    ``<stack>``. Every block of a stack has the same parameters.
-7. **The roles.** Every role that all transformers have matches a module, and every parameter in a block has a role.
+8. **The roles.** Every role that all transformers have matches a module, and every parameter in a block has a role.
 
 >>> from jpeft.models import BertConfig, BertModel
 >>> from jpeft.models.families import family_of
@@ -37,6 +39,7 @@ import jax
 import jax.numpy as jnp
 
 from jpeft.models.common.family import Family, Roles
+from jpeft.models.common.token_loss import TokenLoss
 from jpeft.tree.paths import flatten
 
 CORE = "core"
@@ -69,7 +72,7 @@ def check_model(model: nn.Module, family: Family) -> None:
         *_check_blocks(model, family, leaves),
     ]
     if family.task_model(model).generates:
-        broken += _check_cache(model, variables, ids)
+        broken += _check_loss(model, variables, ids) + _check_cache(model, variables, ids)
     if broken:
         listed = "\n".join(f"- {line}" for line in broken)
         raise ValueError(f"{type(model).__name__} breaks promises of jpeft.models.common.contract:\n{listed}")
@@ -145,6 +148,17 @@ def _check_blocks(model: nn.Module, family: Family, leaves: Mapping[str, Any]) -
         kinds = sorted({re.sub(r"/\d+/", "/*/", path) for path in roleless})
         broken += [f"'{path}' is in a block and plays none of the roles {', '.join(_BLOCK_ROLES)}." for path in kinds]
     return broken
+
+
+def _check_loss(model: nn.Module, variables: Mapping[str, Any], ids: Any) -> list[str]:
+    """Return what is wrong with the loss of a model that is given labels."""
+    shape = tuple(ids.shape)
+    try:
+        out = jax.eval_shape(lambda variables, ids: model.apply(variables, ids, labels=ids), variables, ids)
+    except TypeError as error:
+        return [f"The model does not take labels=: {error}"]
+    found = out if isinstance(out, TokenLoss) else None
+    return [] if found is not None and found.loss.shape == found.correct.shape == shape else [f"With labels= the model returns {out}."]
 
 
 def _check_cache(model: nn.Module, variables: Mapping[str, Any], ids: Any) -> list[str]:

@@ -7,7 +7,7 @@ import flax.linen as nn
 import flax.struct
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, Shaped
 
 from jpeft.models.common.attention import Ids, Mask
 from jpeft.models.common.block_stack import Hidden, make_blocks, run_blocks
@@ -16,6 +16,7 @@ from jpeft.models.common.decoder_config import DecoderConfig
 from jpeft.models.common.layers import dense, embedding
 from jpeft.models.common.lookup import look_up
 from jpeft.models.common.positions import TokenPositions, check_positions
+from jpeft.models.common.token_loss import TokenLoss, token_loss
 
 
 class DecoderPositions(nn.Module):
@@ -137,7 +138,12 @@ class LanguageModel(nn.Module):
     BODY: ClassVar[type[Decoder]]
     NAME: ClassVar[str]  # of the body
 
-    @nn.compact
+    def setup(self):
+        """Make the parts here, not in a compact method: `score` needs the body too."""
+        setattr(self, self.NAME, self.BODY(self.config))
+        if not self.config.tie_word_embeddings:
+            self.lm_head = dense(self.config, self.config.vocab_size, bias=False)
+
     def __call__(
         self,
         input_ids: Ids,
@@ -146,13 +152,35 @@ class LanguageModel(nn.Module):
         deterministic: bool = True,
         cache_length: int | None = None,
         logits_at: Int[Array | np.ndarray, " batch"] | None = None,
-    ) -> Float[Array, "batch positions vocab"]:
-        """Return float32 logits. Arguments as in `Decoder`; `logits_at` is the index of the one token of each row to score."""
-        config = self.config
-        body = self.BODY(config, name=self.NAME)
-        output = body(input_ids, attention_mask, deterministic=deterministic, cache_length=cache_length)
-        hidden = select_tokens(output.last_hidden_state, logits_at)
-        logits = body.attend(hidden) if config.tie_word_embeddings else dense(config, config.vocab_size, "lm_head", bias=False)(hidden)
+        labels: Shaped[Array | np.ndarray, "..."] | None = None,
+        label_smoothing: float = 0.0,
+    ) -> Float[Array, "batch positions vocab"] | TokenLoss:
+        """Return float32 logits; with labels, the loss of each token in their place.
+
+        Args:
+          input_ids: As in `Decoder`.
+          attention_mask: As in `Decoder`.
+          deterministic: As in `Decoder`.
+          cache_length: As in `Decoder`.
+          logits_at: The index of the one token of each row to score.
+          labels: The token that each position predicts, [batch, length]: that of the next position, as a rule; -100 where nothing is
+            predicted. The logits of the whole batch are never held (`jpeft.models.common.token_loss`).
+          label_smoothing: Of the loss.
+
+        Raises:
+          ValueError: As `Decoder`; for labels that are no words, or of another shape than the ids.
+        """
+        output = getattr(self, self.NAME)(input_ids, attention_mask, deterministic=deterministic, cache_length=cache_length)
+        if labels is None:
+            return self.score(select_tokens(output.last_hidden_state, logits_at))
+        if logits_at is not None:
+            raise ValueError("labels= asks for the loss of all tokens and logits_at= for the scores of one: give one of them.")
+        return token_loss(self, "score", output.last_hidden_state, labels, self.config.vocab_size, label_smoothing)
+
+    def score(self, hidden: Hidden) -> Float[Array, "batch length vocab"]:
+        """Return the float32 logits of hidden states."""
+        body = getattr(self, self.NAME)
+        logits = body.attend(hidden) if self.config.tie_word_embeddings else self.lm_head(hidden)
         return logits.astype(jnp.float32)
 
 
