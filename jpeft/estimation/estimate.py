@@ -23,7 +23,7 @@ from jpeft.estimation.program import StepCost, find_any_mesh, step_cost
 from jpeft.models.common.config import ModelConfig
 from jpeft.sharding.mesh import batch_parts
 from jpeft.tasks.task import Task
-from jpeft.training.build import make_method
+from jpeft.training.build import make_method, picks_blocks
 from jpeft.training.config import TrainConfig, check_values
 
 Remat = bool | Literal["dots"]
@@ -120,8 +120,8 @@ def estimate(
       max_length: Tokens of an example.
       labels: Outputs of a head with labels.
       dtype: Of the computation; None for the trainer's default, or the configuration's if `model` is one. Like the three below.
-      param_dtype: Of the base.
-      remat: Recompute activations in the backward pass: False, "dots" or True.
+      param_dtype: Of the base; by default what config.json says of the checkpoint.
+      remat: Recompute activations in the backward pass: False, "dots" or True; by default not at all, which is what "auto" tries first.
       scan: Run the layers as one loop.
       mesh: Devices by axis, such as "data=2,fsdp=4"; None for one device. On more devices than there are, the step cannot be compiled:
         the bytes of temporaries are then unknown.
@@ -151,10 +151,15 @@ def estimate(
     config, folder = shapes.find_config(model, revision)
     chosen = shapes.find_task_of(config, task)
     # A configuration says what it wants; a checkpoint is trained with the trainer's defaults.
-    usual = {} if isinstance(model, ModelConfig) else {name: _DEFAULTS[name] for name in ("dtype", "remat", "scan")}
-    numerics = {"dtype": _checked_dtype("dtype", dtype), "remat": remat, "scan": scan}
-    given = {name: value for name, value in numerics.items() if value is not None}
-    config = shapes.with_numerics(config, **usual | given, param_dtype=_checked_dtype("param_dtype", param_dtype))
+    given = {
+        "dtype": _checked_dtype("dtype", dtype),
+        "param_dtype": _checked_dtype("param_dtype", param_dtype),
+        "remat": remat,
+        "scan": scan,
+    }
+    if not isinstance(model, ModelConfig):
+        config = shapes.with_usual_numerics(config, folder, given["param_dtype"])
+    config = shapes.with_numerics(config, **given)
     run = TrainConfig(
         model=str(folder),
         data="",
@@ -164,7 +169,7 @@ def estimate(
         max_length=max_length,
         dtype=config.dtype.name,
         remat=config.remat,
-        scan=config.scan,
+        scan=config.scan if scan is not None or isinstance(model, ModelConfig) else None,
         mesh=mesh,
         grad_accum=grad_accum,
     )
@@ -207,7 +212,9 @@ class _Subject:
             "task": self.task.name,
             **{name: getattr(self.run, name) for name in ("batch_size", "max_length", "dtype")},
             "param_dtype": self.config.param_dtype.name,
-            **{name: getattr(self.run, name) for name in ("remat", "scan", "mesh", "grad_accum")},
+            "remat": self.run.remat,
+            "scan": self._config_for(row).scan,
+            **{name: getattr(self.run, name) for name in ("mesh", "grad_accum")},
         }
         return Estimate(
             method=row.label,
@@ -219,9 +226,14 @@ class _Subject:
             fit=None if memory is None else self._fit(row, memory, most("total_bytes")),
         )
 
+    def _config_for(self, row: Row) -> ModelConfig:
+        """Return the configuration of the model for a method: unrolled by default for one that is told about single blocks."""
+        asked = dataclasses.replace(self.run, method=row.method, options=row.options)
+        return shapes.with_numerics(self.config, scan=False) if self.run.scan is None and picks_blocks(asked) else self.config
+
     def _stages(self, row: Row, batch_size: int, remat: Remat) -> list[tuple[Peft, StepCost]]:
         """Return each stage of the method with what its step needs."""
-        config = shapes.with_numerics(self.config, remat=remat)
+        config = shapes.with_numerics(self._config_for(row), remat=remat)
         loaded = shapes.make_loaded(config, self.folder, self.task, self.labels)
         run = dataclasses.replace(self.run, method=row.method, options=row.options, batch_size=batch_size, remat=remat)
         method = make_method(run, loaded)
@@ -266,6 +278,3 @@ def _checked_dtype(name: str, dtype: Any) -> str | None:
     if found not in (None, "float32", "bfloat16"):
         raise ValueError(f"{name}={dtype!r} is not one of float32, bfloat16.")
     return found
-
-
-_DEFAULTS = {field.name: field.default for field in dataclasses.fields(TrainConfig)}

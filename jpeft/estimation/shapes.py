@@ -16,7 +16,8 @@ from jpeft.core.method import Method
 from jpeft.core.peft import Peft
 from jpeft.extras import explained
 from jpeft.models import families
-from jpeft.models.checkpoints.folder import read_config
+from jpeft.models.checkpoints.folder import read_config, read_json
+from jpeft.models.checkpoints.plan import default_dtype, scans_by_default
 from jpeft.models.common.config import ModelConfig
 from jpeft.models.common.family import Family
 from jpeft.tasks.registry import TASKS
@@ -108,6 +109,21 @@ def with_numerics(config: ModelConfig, **given: Any) -> ModelConfig:
     return dataclasses.replace(config, **{name: value for name, value in given.items() if value is not None})
 
 
+def with_usual_numerics(config: ModelConfig, folder: Path, param_dtype: str | None) -> ModelConfig:
+    """Return the configuration of a checkpoint as the trainer takes it by default.
+
+    Args:
+      config: Of the model.
+      folder: With its config.json, which names the dtype of the checkpoint.
+      param_dtype: Of the parameters, if another one is asked for.
+    """
+    content = read_json(folder / "config.json", "")
+    stored = content.get("dtype") or content.get("torch_dtype")
+    params = param_dtype or (stored if stored in ("bfloat16", "float16") else "float32")
+    scan = scans_by_default(families.family_of(config.model_type), config)
+    return with_numerics(config, param_dtype=params, dtype=default_dtype(params, jax.default_backend()), scan=scan)
+
+
 def _find_folder(path: Path, name: str, revision: str | None) -> Path:
     if path.is_dir() or (path.name == "config.json" and path.is_file()):
         if revision is not None:
@@ -127,8 +143,6 @@ def _find_folder(path: Path, name: str, revision: str | None) -> Path:
 
 def _type_of(folder: Path) -> str:
     """Return the model type that config.json names; nothing where it cannot be read, which `read_config` says."""
-    from jpeft.models.checkpoints.folder import read_json
-
     try:
         return str(read_json(folder / "config.json", "").get("model_type"))
     except ValueError:

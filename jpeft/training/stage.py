@@ -19,6 +19,7 @@ from jpeft.training.evaluate import Evaluator
 from jpeft.training.keys import keys
 from jpeft.training.prepare import Setup
 from jpeft.training.program import compile_step, make_optimizer
+from jpeft.training.remat import Remat, choose_remat, memory_limit, with_remat
 from jpeft.training.schedule import learning_rate_schedule
 from jpeft.training.snapshot import Progress
 
@@ -36,6 +37,7 @@ class StageState:
       step: The compiled training step.
       cost: What a step costs.
       compile_seconds: Time of compiling the step.
+      remat: In one line, how activations are recomputed, and why.
       adapter: The adapter as it is now.
       opt_state: State of the optimizer.
       best_adapter: Adapter of the best evaluation; None if the last adapter is kept.
@@ -49,6 +51,7 @@ class StageState:
     step: Callable[..., Any]
     cost: Cost
     compile_seconds: float
+    remat: str
     adapter: PyTree
     opt_state: PyTree
     best_adapter: PyTree | None
@@ -104,17 +107,25 @@ def begin_stage(setup: Setup, peft: Peft, stage: int) -> StageState:
 
     begun = time.perf_counter()
     arguments = (adapter, opt_state, peft.params, setup.batch(0), keys(config.seed).dropout, np.int32(0))
-    placed = devices.out_shardings(adapter, opt_state)
-    step, costs = compile_step(forward, tx, setup.task, peft, config, arguments, placed)
+    placed, costs = devices.out_shardings(adapter, opt_state), {}
+
+    def compile_with(remat: Remat) -> Any:
+        model = with_remat(setup.loaded.model, remat)
+        run = devices.forward(jpeft.wrap(model.apply, peft.method))
+        compiled, costs[remat] = compile_step(run, tx, setup.task, peft, config, arguments, placed)
+        return compiled
+
+    chosen = choose_remat(config.remat, compile_with, memory_limit())
     return StageState(
         peft=peft,
         segment=segment,
         schedule=schedule,
         forward=forward,
         evaluator=Evaluator(forward, setup.task, config.batch_size, setup.labels, put=devices.batch),
-        step=step,
-        cost=costs,
+        step=chosen.compiled,
+        cost=costs[chosen.remat],
         compile_seconds=time.perf_counter() - begun,
+        remat=chosen.line,
         adapter=adapter,
         opt_state=opt_state,
         best_adapter=jax.tree.map(jnp.copy, adapter) if setup.keeps_best else None,
