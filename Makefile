@@ -5,7 +5,7 @@ PIP := .venv/bin/python -m pip --disable-pip-version-check -q
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help test fuzz demo compare docs lint format clean
+.PHONY: help test fuzz demo compare bench docs lint format clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-8s %s\n", $$1, $$2 }' Makefile
@@ -29,6 +29,9 @@ demo: .venv/.demo ## fine-tune a small pretrained encoder on the CPU; results in
 compare: .venv/.demo ## train every method with three seeds on the CPU (hours); table and picture of the README
 	@JAX_COMPILATION_CACHE_DIR="$(CURDIR)/.jax_cache" MALLOC_MMAP_THRESHOLD_=4294967296 MALLOC_TRIM_THRESHOLD_=4294967296 \
 	  .venv/bin/python benchmarks/scipy_docs.py --runs compare-out
+
+bench: .venv/.dev ## time jpeft beside HF PEFT, qwix and full fine-tuning on the CPU; benchmarks/gpu.py does it on a GPU
+	.venv/bin/python benchmarks/bench.py $(BENCH_ARGS)
 
 docs: .venv/.dev ## write the lists of methods from the methods' classes
 	.venv/bin/python docs/generate.py

@@ -50,19 +50,27 @@ from jpeft.tree.paths import unflatten as unflatten
 __version__: str
 
 if _TYPE_CHECKING:
+    from jpeft.estimation.estimate import estimate as estimate
     from jpeft.training.run import load_run as load_run
 else:
 
     def __getattr__(name: str) -> _Any:
         """What takes long to import; or the class of a method whose file is newer than `make docs`, so that `jpeft.factories` lacks it."""
         if name == "__version__":
-            from importlib.metadata import version
+            from importlib.metadata import PackageNotFoundError, version
 
-            return version("jpeft")
+            try:
+                return version("jpeft")
+            except PackageNotFoundError:  # run from its folder, without being installed
+                return "0+folder"
         if name == "load_run":
             from jpeft.training.run import load_run  # says what to install where a package is missing
 
             return load_run
+        if name == "estimate":
+            from jpeft.estimation.estimate import estimate
+
+            return estimate
         from jpeft.registry import classes
 
         if name in classes():
@@ -71,4 +79,4 @@ else:
 
     def __dir__() -> list[str]:
         """All public names, those of `__getattr__` among them."""
-        return sorted({*globals(), "load_run"})
+        return sorted({*globals(), "estimate", "load_run"})

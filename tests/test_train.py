@@ -18,8 +18,8 @@ from tiny_text import make_base, make_model
 
 import jpeft
 import jpeft.checkpoint.files
+import jpeft.training.program
 import jpeft.training.snapshot
-import jpeft.training.stage
 from jpeft.checkpoint.files import replace_folder
 from jpeft.tasks.metrics import accuracy, macro_f1
 from jpeft.tasks.registry import TASKS
@@ -191,7 +191,7 @@ def test_one_trace_one_donation_and_a_base_left_alone(config, monkeypatch):
     monkeypatch.setattr(Traced, "losses", losses, raising=False)
     monkeypatch.setitem(TASKS, "sequence-classification", f"{__name__}.Traced")
     before = bits(prepare(config).loaded.params)
-    compiled, cost = [], jpeft.training.stage.cost
+    compiled, cost = [], jpeft.training.program.cost
     monkeypatch.setattr(jpeft.training.stage, "cost", lambda step: compiled.append(step) or cost(step))
     result = train(config)
     # The adapter and both moments are written in place of the old ones.

@@ -17,7 +17,8 @@ from jpeft import registry, tree
 from jpeft.checkpoint.arrays import check_arrays, indexed
 from jpeft.checkpoint.background import QuietOrbax, in_short
 from jpeft.checkpoint.files import check_output, replace_folder
-from jpeft.checkpoint.fingerprint import damaged_files, file_checksums, fingerprint, leaf_table
+from jpeft.checkpoint.fingerprint import damaged_files, file_checksums, fingerprint, fingerprint_of, leaf_table
+from jpeft.checkpoint.forms import Blocks, Lazy, OneFormError, convert, other_form
 from jpeft.checkpoint.plain_paths import PlainPath, check_path
 from jpeft.checkpoint.records import check_record, sealed
 from jpeft.checkpoint.temporary import Temporary, remove_leftovers
@@ -73,7 +74,7 @@ def save_adapter(path: str | os.PathLike[str], peft: Peft, *, overwrite: bool = 
     record = {
         "format": _FORMAT,
         "method": _config(peft.method),
-        "base": fingerprint(peft.params, skip=replaced_paths(peft.params, peft.adapter, peft.method)),
+        "base": fingerprint(peft.params, skip=replaced_paths(peft.params, peft.adapter, peft.method), exact_dtypes=False),
         "leaves": leaf_table(peft.adapter),
     } | ({} if run is None else {"run": run})
     temporary = Temporary(target)
@@ -165,13 +166,69 @@ def load(path: str | os.PathLike[str], params: tree.Params, *, method: Method | 
         which = f"{len(damaged)} such files; {source / _RECORD} lists {len(record['files'])}"
         raise ValueError(f"The adapter in '{path}' is damaged: {source / _LEAVES / damaged[0]} is not as it was saved ({which}).")
     adapter = {name: {} for name, _ in method.parts} | _read_arrays(path, source / _LEAVES, record["leaves"])
-    _check_fit(params, adapter, method, path)
-    if check_base and fingerprint(params, skip=replaced_paths(params, adapter, method)) != record["base"]:
-        raise WrongBaseError(
-            f"The adapter in '{path}' was trained on another base: its fingerprint is {record['base'][:12]}, that of these parameters is "
-            "not. Load the checkpoint that it was trained on, in the same dtype; or, if you know better, jpeft.load(..., check_base=False)."
-        )
+    try:
+        _check_fit(params, adapter, method, path)
+        found = _has_fingerprint(params, None, adapter, method, record["base"]) if check_base else True
+        error = None
+    except WrongBaseError as misfit:
+        found, error = False, misfit
+    if not found and (other := other_form(params)) is not None:
+        adapter = _from_other_form(path, params, other, adapter, method, record["base"] if check_base else None, error)
+    elif not found:
+        raise error or _wrong_base(path, record["base"])
     return Peft(params, adapter, method)
+
+
+def _from_other_form(
+    path: Any,
+    params: tree.Params,
+    other: tuple[tree.Params, Lazy, Blocks],
+    adapter: tree.Adapter,
+    method: Method,
+    recorded: str | None,
+    error: WrongBaseError | None,
+) -> tree.Adapter:
+    """An adapter that was saved on the other form of its base, with blocks numbered instead of stacked or the other way round.
+
+    Args:
+      path: Of the adapter, for the message.
+      params: The base.
+      other: Its other form.
+      adapter: The adapter as it was saved.
+      method: Its method.
+      recorded: The fingerprint of its base; None if it does not matter.
+      error: Why the adapter does not fit the base as it is; None if it fits.
+
+    Raises:
+      WrongBaseError: if it does not fit the other form either, or that is another base.
+    """
+    shapes, leaves, blocks = other
+    try:
+        _check_fit(shapes, adapter, method, path)
+    except WrongBaseError:
+        raise error or _wrong_base(path, recorded or "") from None
+    if recorded is not None and not _has_fingerprint(shapes, leaves, adapter, method, recorded):
+        raise _wrong_base(path, recorded)
+    try:
+        converted = convert(adapter, method, shapes, params, blocks)
+    except OneFormError as reason:
+        raise WrongBaseError(f"The adapter in '{path}' was made for the blocks of its base in another form: {reason}") from reason
+    _check_fit(params, converted, method, path)
+    return converted
+
+
+def _has_fingerprint(shapes: tree.Params, leaves: Lazy | None, adapter: tree.Adapter, method: Method, recorded: str) -> bool:
+    """Whether a base is the recorded one. Earlier versions took the base's own dtypes into account."""
+    made = leaves or {path: lambda leaf=leaf: jnp.asarray(leaf) for path, leaf in tree.flatten(shapes).items()}
+    skip = replaced_paths(shapes, adapter, method)
+    return any(fingerprint_of(made, skip=skip, exact_dtypes=exact) == recorded for exact in (False, True))
+
+
+def _wrong_base(path: Any, recorded: str) -> WrongBaseError:
+    return WrongBaseError(
+        f"The adapter in '{path}' was trained on another base: its fingerprint is {recorded[:12]}, that of these parameters is "
+        "not. Load the checkpoint that it was trained on, in the same dtype; or, if you know better, jpeft.load(..., check_base=False)."
+    )
 
 
 def read_record(path: str | os.PathLike[str]) -> dict[str, Any]:

@@ -2,7 +2,7 @@
 
 import hashlib
 import zlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jpeft.tree.paths import Params, flatten
 
 
-def fingerprint(params: Params, *, skip: frozenset[str] = frozenset()) -> str:
+def fingerprint(params: Params, *, skip: frozenset[str] = frozenset(), exact_dtypes: bool = True) -> str:
     """A digest of the paths, shapes, dtypes and bits of all leaves.
 
     Each leaf's bits are summed with position-dependent odd weights modulo 2^32. Integer sums are exact and do not depend on their order,
@@ -21,6 +21,7 @@ def fingerprint(params: Params, *, skip: frozenset[str] = frozenset()) -> str:
     Args:
       params: Any pytree of arrays.
       skip: Paths to leave out, such as leaves that an adapter replaces.
+      exact_dtypes: Whether a tree of the same numbers in a wider dtype is another tree. Without, half precision counts as float32.
 
     >>> import jax.numpy as jnp
     >>> fingerprint({"a": jnp.ones(3)}) == fingerprint({"a": jnp.ones(3)})
@@ -28,10 +29,20 @@ def fingerprint(params: Params, *, skip: frozenset[str] = frozenset()) -> str:
     >>> fingerprint({"a": jnp.ones(3)}) == fingerprint({"a": jnp.zeros(3)})
     False
     """
-    leaves = {path: leaf for path, leaf in flatten(params).items() if path not in skip}
-    sums = jax.device_get({path: _digest(jnp.asarray(leaf)) for path, leaf in leaves.items()})
-    dtype = lambda leaf: jax.dtypes.canonicalize_dtype(leaf.dtype)
-    lines = (f"{path} {tuple(leaf.shape)} {dtype(leaf)} {int(sums[path]):08x}" for path, leaf in sorted(leaves.items()))
+    leaves = {path: lambda leaf=leaf: jnp.asarray(leaf) for path, leaf in flatten(params).items()}
+    return fingerprint_of(leaves, skip=skip, exact_dtypes=exact_dtypes)
+
+
+def fingerprint_of(leaves: Mapping[str, Callable[[], jax.Array]], *, skip: frozenset[str], exact_dtypes: bool) -> str:
+    """Do what `fingerprint` does for leaves that are made one after the other."""
+    sums, kinds = {}, {}
+    for path in sorted(leaves.keys() - skip):
+        leaf = leaves[path]()
+        wide = not exact_dtypes and jnp.issubdtype(leaf.dtype, jnp.floating) and leaf.dtype.itemsize < 4
+        sums[path] = _wide_digest(leaf) if wide else _digest(leaf)
+        kinds[path] = f"{tuple(leaf.shape)} {'float32' if wide else leaf.dtype}"
+    sums = jax.device_get(sums)
+    lines = (f"{path} {kinds[path]} {int(sums[path]):08x}" for path in sums)
     return hashlib.sha256("\n".join(lines).encode()).hexdigest()
 
 
@@ -50,6 +61,12 @@ def damaged_files(folder: Path, saved: Mapping[str, int], *, skip: str = "") -> 
     """The files of a folder that are not as they were saved, or are missing, or were not there."""
     found = file_checksums(folder, skip=skip)
     return sorted(name for name in saved.keys() | found.keys() if saved.get(name) != found.get(name))
+
+
+@jax.jit
+def _wide_digest(leaf: jax.Array) -> jax.Array:
+    """The digest of the same numbers in float32, which are formed inside of the sum."""
+    return _digest(leaf.astype(jnp.float32))
 
 
 @jax.jit

@@ -34,7 +34,7 @@ class Flag:
     """
 
     name: str
-    kind: typing.Literal["none", "one", "many"]
+    kind: typing.Literal["none", "switch", "one", "many"]  # a switch may be followed by True, False or none
 
 
 def flags_of(args: type) -> dict[str, Flag]:
@@ -45,7 +45,7 @@ def flags_of(args: type) -> dict[str, Flag]:
         if any(marker is tyro.conf.Positional or "Positional" in str(marker) for marker in markers):
             continue
         plain = typing.get_args(hint)[0] if markers else hint
-        kind = "none" if plain is bool else "many" if typing.get_origin(plain) is tuple else "one"
+        kind = "none" if plain is bool else "switch" if plain == (bool | None) else "many" if typing.get_origin(plain) is tuple else "one"
         flag = name.replace("_", "-")
         out[flag] = Flag(flag, kind)
     return out
@@ -90,6 +90,8 @@ def join_repeated(arguments: Sequence[str], command: str, args: type, whole: Seq
             raise ValueError(f"--{flag.name} takes no value: leave {'=' + value!r} out." if value else f"--{flag.name} takes no value.")
         while rest and not _is_flag(rest[0]) and (flag.kind == "many" or (flag.kind == "one" and not values)):
             values.append(rest.pop(0))
+        if flag.kind == "switch" and not values:
+            values.append(rest.pop(0) if rest and rest[0].lower() in ("true", "false", "none") else "True")
         if flag.name not in given:
             given[flag.name] = values
             parts.append(flag)

@@ -16,7 +16,8 @@ once. Dicts and lists among the options become tuples, and every option is check
 Rules that every method keeps (``tests/test_conformance.py`` checks them):
 
 * `init` works on abstract parameters (`jax.eval_shape`) and never looks at a value that it does not need.
-* `bind` and `call` never change the dtype of a base leaf or of an output.
+* What is trained is float32 or wider, whatever the dtype of the base; `bind` and `call` never change the dtype of an output. A leaf that
+  replaces one of the base stays float32 in `bind`: it is rounded where a layer computes with it, and once by `jpeft.merge`.
 * `merge` gives the same tree as the base and the same outputs as the bound model, or refuses with the reason.
 * The base is never an argument of `grad`. Frozen leaves *inside* the adapter are named by `labels`.
 * Randomness comes from the `rng` of `bind` and `call` alone. It is None at evaluation and in `merge`, which then agree.
@@ -42,8 +43,9 @@ from jpeft.core.layer import Layer
 from jpeft.core.stages import Stage
 from jpeft.core.statistics import Statistic
 from jpeft.tree.adapters import Adapter, graft, split
-from jpeft.tree.head import head_leaves
-from jpeft.tree.paths import Params, copy, flatten, unflatten
+from jpeft.tree.head import with_head as with_head
+from jpeft.tree.paths import Params, flatten
+from jpeft.tree.select import names_numbers
 
 TRAIN, FREEZE = "train", "freeze"  # labels
 
@@ -252,7 +254,8 @@ class Method(metaclass=MethodType):
     def expected(self, params: Params, adapter: Adapter) -> Adapter:
         """The shapes that an adapter read from disk must have on this base. By default they are those that `init` makes.
 
-        A method whose `init` lets the *values* of statistics decide how large the leaves are defines this from the adapter.
+        A method whose `init` lets the *values* of statistics decide how large the leaves are defines this from the adapter; for an empty
+        adapter, which asks what a new one may look like, it spreads them evenly.
 
         Raises:
           ValueError: if the method does not fit the base, or, where the method can tell, if the adapter does not.
@@ -301,6 +304,11 @@ class Method(metaclass=MethodType):
         return {"method": self.name, **{name: opt.plain(value) for name, value in self.options}}
 
     @classmethod
+    def picks_blocks(cls, options: Mapping[str, Any]) -> bool:
+        """Whether these options speak of single blocks of a model, which must then be numbered: stacked, they share their paths."""
+        return names_numbers(dict(options))
+
+    @classmethod
     def of_stage(cls, stage: Any) -> "type[Method]":
         """The class of one of the method's stages.
 
@@ -332,16 +340,3 @@ class Method(metaclass=MethodType):
                 "Call the wrapped function with peft.variables."
             )
         return {name: variables[name] for name in names} if self.parts else variables[self.name]
-
-
-def with_head(adapter: Mapping[str, Any], params: Params, head: str | None) -> dict[str, Any]:
-    """The leaves of an adapter, by path or nested, with the task head added: a head is made fresh for its task, so it is always trained.
-
-    Args:
-      adapter: The method's own leaves. A leaf of the head that is among them stays.
-      params: The base.
-      head: ``"auto"`` for a head under one of the usual names, a regex, or None.
-    """
-    own = flatten(adapter)
-    leaves = {path: copy(leaf) for path, leaf in head_leaves(params, head).items() if path not in own}
-    return unflatten(own | leaves)

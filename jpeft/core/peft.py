@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import re
 import warnings
+from collections import Counter
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -16,7 +17,7 @@ from jpeft.hosts import registry as registry_of_hosts
 from jpeft.hosts.base import Host, innermost
 from jpeft.tree.adapters import Adapter
 from jpeft.tree.head import unknown_heads
-from jpeft.tree.paths import Params, copy, first_few, flatten
+from jpeft.tree.paths import Params, copy, first_few, flatten, like, replace, trained_dtype
 
 
 @jax.tree_util.register_dataclass
@@ -244,7 +245,9 @@ def advance(peft: Peft, *, key: jax.Array | None = None, stats: Any = None) -> P
 
 
 def merge(peft: Peft) -> Params:
-    """Plain parameters with the adapter written in: the base's own tree, no trace of jpeft, no cost at inference.
+    """Plain parameters with the adapter written in: the base's own tree and dtypes, no trace of jpeft, no cost at inference.
+
+    The sum of base and adapter is taken in float32 and rounded once, to the dtype of the base.
 
     Raises:
       ValueError: with the reason, if the method adds computation that no weight can take up.
@@ -255,7 +258,11 @@ def merge(peft: Peft) -> Params:
     (8, 4)
     """
     check_peft(peft, "merge")
-    return peft.method.merge(peft.params, peft.adapter)
+    # What several parts of a chain change is handed from one to the next in float32.
+    counts = Counter(path for name, part in peft.method.parts for path in part.adapted_paths(peft.params, peft.adapter[name]))
+    base = flatten(peft.params) if counts else {}
+    wide = {path: base[path].astype(trained_dtype(base[path].dtype)) for path, count in counts.items() if count > 1 and path in base}
+    return like(peft.method.merge(replace(peft.params, wide) if wide else peft.params, peft.adapter), peft.params)
 
 
 def fold(peft: Peft) -> Peft:

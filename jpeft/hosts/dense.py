@@ -13,6 +13,7 @@ from typing import Any
 
 from jpeft.core.method import Method
 from jpeft.hosts.base import Host, dropout_key
+from jpeft.tree.paths import like
 
 
 class DenseHost(Host):
@@ -51,7 +52,8 @@ class DenseHost(Host):
                 params = method.merge(variables["params"], adapter)
             else:
                 params = method.bind(variables["params"], adapter, rng=dropout_key(rngs))
-            return fn(params, *args, **kwargs)
+            # Nobody knows in which dtype the function computes, so its parameters keep theirs.
+            return fn(like(params, variables["params"]), *args, **kwargs)
 
         return forward
 

@@ -23,11 +23,11 @@ from flax.core import meta
 
 from jpeft.core.method import Method
 from jpeft.hosts import base, linen_inspect, linen_variables
-from jpeft.hosts.linen_calls import LAYER_METHODS, as_layer, bind_by_position, dropout_key, is_layer_call
+from jpeft.hosts.linen_calls import LAYER_METHODS, as_layer, bind_by_position, dropout_key, dtypes_of, is_layer_call
 from jpeft.hosts.linen_unread import UnreadLeaves
 from jpeft.tree.adapters import GRAFT, pop_grafts, put_grafts
 from jpeft.tree.kernels import KernelAxes
-from jpeft.tree.paths import Params
+from jpeft.tree.paths import Params, Path, flatten
 
 
 class LinenHost(base.Host):
@@ -59,11 +59,13 @@ class LinenHost(base.Host):
             own = method.to_collections(adapter)
             # The model's own collections, such as running means or a cache, go to `fn` as they are.
             others = {name: tree for name, tree in variables.items() if name not in own}
-            bound = method.bind(self.unwrap(others["params"]), adapter, rng=base.dropout_key(kwargs.get("rngs")))
+            params = self.unwrap(others["params"])
+            bound = method.bind(params, adapter, rng=base.dropout_key(kwargs.get("rngs")))
+            narrow = narrower(params, bound)
 
             # 2. Read: the interceptor must be entered in here, inside of whatever `jit` or `grad` traces this function.
             def run(params: Params, tag: str) -> tuple[Any, set[str]]:
-                interceptor = Interceptor(method, tag)
+                interceptor = Interceptor(method, tag, narrow)
                 with nn.intercept_methods(interceptor):
                     out = fn({**others, "params": tag_grafts(params, tag)}, *args, **kwargs)
                 return out, interceptor.ran
@@ -116,17 +118,30 @@ class Interceptor:
     Attributes:
       method: The method.
       tag: The key under which the leaves stand, see `tag_grafts`.
+      narrow: For leaves of the base that a wider one replaces, the base's dtype, by path.
       ran: The paths of the modules that found leaves, filled while the model is traced.
       active: The scopes of the modules that are being run with the method around them.
     """
 
     method: Method
     tag: str
+    narrow: Mapping[Path, Any] = dataclasses.field(default_factory=dict)
     ran: set[str] = dataclasses.field(default_factory=set)
     active: list[Any] = dataclasses.field(default_factory=list)
 
     def __call__(self, next_fun: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], context: Any) -> Any:
         """Run one method of one module."""
+        if not self.narrow or not is_layer_call(context):
+            return self._run(next_fun, args, kwargs, context)
+        # A trained float32 leaf in place of one in half precision widens the outputs of a layer that declares no dtype of its own.
+        wide, narrow = dtypes_of(context.module, self.narrow, args)
+        out = self._run(next_fun, args, kwargs, context)
+        if wide == narrow:
+            return out
+        return jax.tree.map(lambda y: y.astype(narrow) if getattr(y, "dtype", None) == wide else y, out)
+
+    def _run(self, next_fun: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], context: Any) -> Any:
+        """Run it, with the method around it if it has leaves of the method."""
         module, name = context.module, context.method_name
         if not is_layer_call(context) or not module.scope.has_variable("params", GRAFT):
             return next_fun(*args, **kwargs)
@@ -147,6 +162,13 @@ class Interceptor:
             return self.method.call(layer, args, tagged[self.tag], dropout_key(module))
         finally:
             self.active.pop()
+
+
+def narrower(params: Params, bound: Params) -> dict[Path, Any]:
+    """The dtypes of the base's leaves that are wider where a method is bound, by path."""
+    leaves = flatten(bound)
+    dtypes = {path: leaf.dtype for path, leaf in flatten(params).items() if path in leaves and hasattr(leaf, "dtype")}
+    return {path: dtype for path, dtype in dtypes.items() if leaves[path].dtype != dtype}
 
 
 def tag_grafts(params: Params, tag: str) -> Params:

@@ -5,6 +5,7 @@ import inspect
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import jax
 from flax import linen as nn
 from flax.core import meta
 
@@ -29,6 +30,16 @@ def is_layer_call(context: nn.module.InterceptorContext) -> bool:
 def own_params(module: nn.Module) -> dict[str, Any]:
     """A bound module's own parameters, as arrays, and those of its submodules, as dicts."""
     return {name: meta.unbox(value) for name, value in flax_internals.collection(module, "params").items() if name != GRAFT}
+
+
+def dtypes_of(module: nn.Module, narrow: Mapping[str, Any], args: tuple[Any, ...]) -> tuple[Any, Any]:
+    """The dtype that a layer computes in, with its parameters as they are, and with some in other dtypes, which are given by path."""
+    own = own_params(module)
+    narrowed = {name: narrow.get("/".join([*module.path, name])) for name in own}
+    if all(dtype is None for dtype in narrowed.values()) or getattr(module, "dtype", None) is not None:
+        return None, None
+    like = {name: value if narrowed[name] is None else jax.ShapeDtypeStruct(value.shape, narrowed[name]) for name, value in own.items()}
+    return compute_dtype(module, own, args), compute_dtype(module, like, args)
 
 
 def dropout_key(module: nn.Module) -> Any:

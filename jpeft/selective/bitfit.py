@@ -66,7 +66,7 @@ class BitFit(Method):
         else:
             subset = SMALLER_SUBSET if self.subset == "query+middle" else self.subset
             chosen = select(biases, subset, option="subset", params=params)
-        return with_head({path: tree.copy(biases[path]) for path in chosen}, params, self.head)
+        return with_head({path: tree.trained_copy(biases[path]) for path in chosen}, params, self.head)
 
 
 bitfit = BitFit

@@ -73,7 +73,7 @@ class NeuronMethod(Method):
             at = largest_neurons(moved, max(1, round(self.retention * moved.shape[-1])))
             for name in names:
                 index = at if source[name].ndim == at.ndim else at[..., None, :]  # a kernel has an axis of inputs more
-                out[f"{name}/{VALUES}"] = jnp.take_along_axis(source[name], index, -1)
+                out[f"{name}/{VALUES}"] = tree.trained_copy(jnp.take_along_axis(source[name], index, -1))
                 out[f"{name}/{INDICES}"] = at.astype(jnp.float32)
         return out
 
@@ -127,7 +127,7 @@ class FAR(NeuronMethod):
         del key, stats
         base, (kernels, also) = tree.flatten(params), self.find_targets(params)
         paths = [path for kernel in kernels for path in (kernel, _bias_path(kernel)) if path in base]
-        return with_head({path: tree.copy(base[path]) for path in [*paths, *also]}, params, self.head)
+        return with_head({path: tree.trained_copy(base[path]) for path in [*paths, *also]}, params, self.head)
 
     @property
     def stages(self) -> tuple[Stage, ...]:
@@ -171,7 +171,7 @@ class FARLearners(NeuronMethod):
             raise ValueError(
                 f"far: stats lacks {len(wrong)} of the kernels, or has them in another shape, such as '{wrong[0]}'. {_HOW_TO_SCORE}"
             )
-        own = self.choose_learners(params, scores, base) | {path: tree.copy(base[path]) for path in also}
+        own = self.choose_learners(params, scores, base) | {path: tree.trained_copy(base[path]) for path in also}
         return with_head(own, params, self.head)
 
     def call(self, layer: Layer, inputs: tuple[Any, ...], leaves: dict[str, Any], rng: jax.Array | None) -> Any:

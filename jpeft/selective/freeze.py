@@ -1,6 +1,7 @@
 """Freeze: train the top layers, keep the rest."""
 
 import re
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -64,18 +65,23 @@ class Freeze(Method):
         if self.layers is not None and re.compile(self.layers).groups != 1:
             raise ValueError(f"freeze: layers={self.layers!r} needs exactly one group, (\\d+), for the layer's index.")
 
+    @classmethod
+    def picks_blocks(cls, options: Mapping[str, Any]) -> bool:
+        """Whether single layers are trained: the backward pass ends at the lowest of numbered layers, and runs through all stacked ones."""
+        return super().picks_blocks(options) or (options.get("target") is None and options.get("top", cls.top) != 0)
+
     def init(self, key: jax.Array, params: tree.Params, *, stats: Any = None) -> tree.Adapter:
         """Copies of the trained leaves, of a scanned stack its top slice, and the head."""
         del key, stats
         leaves = not_head(params, self.head)
         if self.target is not None:
-            chosen = {path: tree.copy(leaves[path]) for path in select(leaves, self.target, params=params)}
+            chosen = {path: tree.trained_copy(leaves[path]) for path in select(leaves, self.target, params=params)}
             return with_head(chosen, params, self.head)
         stack = find_layers(leaves, self.layers) if self.top else {}
         top = self._top_layers(stack, leaves)
-        trained = {path: self._top_slice(leaves[path]) if index is None else tree.copy(leaves[path]) for path, index in top.items()}
+        trained = {path: self._top_slice(leaves[path]) if index is None else tree.trained_copy(leaves[path]) for path, index in top.items()}
         outside = {path: leaf for path, leaf in leaves.items() if path not in stack}
-        trained |= {path: tree.copy(leaves[path]) for path in self._find_also(outside, params)}
+        trained |= {path: tree.trained_copy(leaves[path]) for path in self._find_also(outside, params)}
         return with_head(trained, params, self.head)
 
     def bind(self, params: tree.Params, adapter: tree.Adapter, *, rng: jax.Array | None = None) -> tree.Params:
@@ -83,7 +89,8 @@ class Freeze(Method):
         del rng
         base = tree.flatten(params)
         # An adapter leaf with fewer layers than the base's [layers, ...] holds the top ones.
-        whole = lambda path, leaf: leaf if leaf.shape == base[path].shape else jnp.concatenate([base[path][: -leaf.shape[0]], leaf])
+        below = lambda path, leaf: base[path][: -leaf.shape[0]].astype(leaf.dtype)
+        whole = lambda path, leaf: leaf if leaf.shape == base[path].shape else jnp.concatenate([below(path, leaf), leaf])
         return tree.replace(params, {path: whole(path, leaf) for path, leaf in tree.flatten(adapter).items()})
 
     def count_changed(self, params: tree.Params, adapter: tree.Adapter) -> int:
@@ -105,7 +112,7 @@ class Freeze(Method):
         return {path: index for path, index in stack.items() if index is None or index >= total - self.top}
 
     def _top_slice(self, leaf: Any) -> Any:
-        return jnp.array(leaf[leaf.shape[0] - self.top :], copy=True)
+        return tree.trained_copy(leaf[leaf.shape[0] - self.top :])
 
     def _find_also(self, outside: dict[str, Any], params: tree.Params) -> list[str]:
         """The leaves outside the stack of layers that the option `also` names."""

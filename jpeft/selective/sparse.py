@@ -18,6 +18,7 @@ from jaxtyping import Array, Float, Int
 
 from jpeft.selective.choice import is_abstract
 from jpeft.selective.indices import INDICES, VALUES, decode, encode
+from jpeft.tree.paths import trained_dtype
 
 KEPT = "kept"
 Chosen = Mapping[str, Int[np.ndarray, " chosen"]]  # path of a base leaf -> flat indices of its trained entries, ascending
@@ -106,4 +107,4 @@ def pairs_of(leaves: Mapping[str, Any]) -> Iterator[tuple[Any, Any]]:
 
 def difference_dtype(leaf: Any) -> Any:
     """The dtype of a leaf's differences: float32 or wider."""
-    return jnp.promote_types(leaf.dtype, jnp.float32)
+    return trained_dtype(leaf.dtype)

@@ -79,6 +79,8 @@ class SparseMethod(Method):
     def expected(self, params: tree.Params, adapter: tree.Adapter) -> tree.Adapter:
         """The shapes of an adapter on this base. Statistics choose the entries, so the adapter itself tells how many each leaf has.
 
+        Of an empty adapter, the shapes of a new one whose entries are spread evenly over all leaves.
+
         Raises:
           ValueError: if the number of trained entries is not the budget, or an index is out of range.
         """
@@ -94,9 +96,23 @@ class SparseMethod(Method):
             if sparse.KEPT in leaves:
                 out |= _expected_pair(f"{path}/{sparse.KEPT}", path, flat[path], leaves[sparse.KEPT])
         k = choice.budget(params, self.sparsity, self.head)
+        if not adapter:
+            return tree.unflatten(out | _spread(not_head(params, self.head), k))
         if trained != k:
             raise ValueError(f"The adapter changes {trained:,} entries, where sparsity={self.sparsity} of this base is {k:,}.")
         return tree.unflatten(out)
+
+
+def _spread(leaves: dict[str, Any], k: int) -> dict[str, Any]:
+    """The shapes of k differences that are spread evenly over some base leaves."""
+    out, total, seen, given = {}, sum(leaf.size for leaf in leaves.values()), 0, 0
+    for path, leaf in leaves.items():
+        seen += leaf.size
+        number, given = k * seen // total - given, k * seen // total
+        if number:
+            out[f"{path}/{VALUES}"] = jax.ShapeDtypeStruct((number,), sparse.difference_dtype(leaf))
+            out[f"{path}/{INDICES}"] = jax.ShapeDtypeStruct((count_digits(leaf.size), number), jnp.float32)
+    return out
 
 
 def _expected_pair(path: str, base_path: str, base: Any, pair: dict[str, Any]) -> dict[str, Any]:

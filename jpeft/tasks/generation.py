@@ -244,6 +244,10 @@ class Generation(Task):
         del table
         return ()
 
+    def row_shapes(self, max_length: int) -> dict[str, tuple[int, ...]]:
+        """Return the shapes of a row of token ids, each of which predicts the next one."""
+        return dict.fromkeys(("input_ids", "attention_mask", "label"), (max_length,))
+
     def encode(self, table: Table, tokenizer: Any, *, labels: Sequence[str] | None, max_length: int) -> Arrays:
         """Return rows of token ids and the tokens to predict; see `encode`."""
         return encode(table, tokenizer, labels=labels, max_length=max_length, overlong=self.overlong)

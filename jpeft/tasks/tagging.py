@@ -208,6 +208,10 @@ class TokenClassification(Task):
         """Return the tags of a training table; see `tag_names`."""
         return tag_names(table)
 
+    def row_shapes(self, max_length: int) -> dict[str, tuple[int, ...]]:
+        """Return the shapes of a row with at most as many words as tokens."""
+        return dict.fromkeys(("input_ids", "attention_mask", "label", *self.targets[1:]), (max_length,))
+
     def encode(self, table: Table, tokenizer: Any, *, labels: Sequence[str] | None, max_length: int) -> Arrays:
         """Return token ids, the first token of each word, and tag numbers; see `encode`."""
         return encode(table, tokenizer, labels=labels, max_length=max_length)

@@ -71,6 +71,13 @@ class Task(abc.ABC):
           max_length: Tokens of a row.
         """
 
+    def row_shapes(self, max_length: int) -> dict[str, tuple[int, ...]]:
+        """Return the shape of a row in each column that `encode` makes of plain texts; the numbers are int32. `jpeft.estimate` asks.
+
+        Token types are no part of it: a model that has them adds them. By default, token ids with a mask and one label a row.
+        """
+        return {"input_ids": (max_length,), "attention_mask": (max_length,), "label": ()}
+
     def configured(self, settings: Settings) -> "Task":
         """Return the task with what `encode` must know of a configuration besides its arguments; by default nothing.
 

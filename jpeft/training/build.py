@@ -8,7 +8,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 import jpeft
-from jpeft import models
+from jpeft import models, registry
 from jpeft.core.method import Method
 from jpeft.core.peft import Peft
 from jpeft.tasks.task import Task, find_task
@@ -49,8 +49,9 @@ def load_base(config: TrainConfig, labels: tuple[str, ...], mesh: Mesh | None = 
         task=find_task(config.task).model,
         labels=labels,
         dtype=config.dtype,
-        remat=config.remat,
-        scan=config.scan,
+        param_dtype=config.param_dtype,
+        remat=False if config.remat == "auto" else config.remat,
+        scan=False if config.scan is None and picks_blocks(config) else config.scan,
         add_tokens=config.add_tokens,
         fresh_head=config.fresh_head,
         keep_head=config.keep_head,
@@ -61,6 +62,13 @@ def load_base(config: TrainConfig, labels: tuple[str, ...], mesh: Mesh | None = 
     if config.max_length > loaded.config.max_length:
         raise ValueError(f"max_length={config.max_length} is more than the model's {loaded.config.max_length} positions.")
     return loaded
+
+
+def picks_blocks(config: TrainConfig) -> bool:
+    """Return whether the method is told about single blocks of the model, which stacked blocks do not let it choose."""
+    method: Any = registry.methods()[config.method].factory
+    options = parse_options(config.options)
+    return method.picks_blocks({name: value for name, value in options.items() if name != "tokens"})
 
 
 def method_options(config: TrainConfig, tokenizer: Any = None) -> dict[str, Any]:

@@ -108,12 +108,30 @@ class Settings:
         at_least=1,
         old_names=("accumulate",),
     )
-    dtype: Literal["float32", "bfloat16"] = setting("Type that the model computes in; parameters stay float32.", default="float32")
-    remat: bool | Literal["dots"] = setting(
-        'Recompute activations in the backward pass, to save memory; "dots" keeps the results of matrix products and costs little time.',
-        default=False,
+    dtype: Literal["float32", "bfloat16"] | None = setting(
+        "Type that the model computes in; none for bfloat16 on an accelerator with a base in bfloat16, and float32 elsewhere.",
+        default=None,
+        unrecorded="float32",
     )
-    scan: bool = setting("Run the layers as one scanned loop, to compile faster.", default=False)
+    param_dtype: Literal["float32", "bfloat16", "float16"] | None = setting(
+        "Type of the frozen base; none for the checkpoint's own. What is trained is float32 in any case.",
+        default=None,
+        unrecorded="float32",
+    )
+    remat: bool | Literal["dots", "auto"] = setting(
+        'Recompute activations in the backward pass, to save memory; "dots" keeps the results of matrix products and costs little time. '
+        '"auto" takes the first of False, "dots" and True whose step fits into the memory of the device, where the device tells it.',
+        default="auto",
+        # Another one changes the adapter by rounding errors only.
+        resume_safe=True,
+        unrecorded=False,
+    )
+    scan: bool | None = setting(
+        "Run the layers as one scanned loop, to compile faster; none to do so for decoders, and encoders of 12 layers or more, unless the "
+        "method is told about single layers.",
+        default=None,
+        unrecorded=False,
+    )
     mesh: str | None = setting(
         "Devices by axis, e.g. data=2,fsdp=4 or fsdp=-1 (-1: all remaining devices); none for one device. data and fsdp split the batch, "
         "fsdp and tensor the weights.",
@@ -239,6 +257,15 @@ def from_json(values: Mapping[str, Any]) -> TrainConfig:
         raise ValueError(f"The run's configuration has unknown fields {unknown}: it was written by another version of jpeft.")
     found: dict[str, Any] = {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
     return TrainConfig(**unrecorded(TrainConfig) | found)
+
+
+def pinned(config: TrainConfig, record: Mapping[str, Any]) -> TrainConfig:
+    """Return a configuration with what a run has found out for settings of the model that are left to it, as the run recorded them.
+
+    Earlier versions recorded a value where there is a default now. A run keeps the form that it began with.
+    """
+    found = {name: record.get(name) for name in ("dtype", "param_dtype", "scan") if getattr(config, name) is None}
+    return dataclasses.replace(config, **found)
 
 
 def check_values(config: TrainConfig) -> None:

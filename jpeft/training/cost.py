@@ -1,16 +1,21 @@
-"""The cost of a compiled function as XLA counts it, which unlike time is exact."""
+"""The cost of a compiled function, which unlike time is exact."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
 from typing import Any, NamedTuple
 
+import jax
+from jax.extend.core import ClosedJaxpr
+
+from jpeft.training.flops import count_flops
+
 
 class Cost(NamedTuple):
     """The cost of one call.
 
     Attributes:
-      flops: Floating point operations. XLA counts the body of a loop once, however often it runs.
+      flops: Floating point operations on one device.
       temporary_bytes: Peak of the memory that exists only during the call: activations and gradients, not arguments and results.
     """
 
@@ -26,7 +31,7 @@ class StageCost(NamedTuple):
       begin: Steps done before it.
       end: Steps done after it.
       trained: Scalars that the optimizer moved.
-      flops: Floating point operations of a step. None with grad_accum or scan, because XLA counts the body of a loop once.
+      flops: Floating point operations of a step on one device.
       temporary_bytes: Peak of a step's temporary memory.
     """
 
@@ -47,14 +52,27 @@ def largest(stages: Iterable[StageCost], number: str) -> Any:
     return max((value for stage in stages if (value := getattr(stage, number)) is not None), default=None)
 
 
-def cost(compiled: Any) -> Cost:
-    """Return the cost of ``jax.jit(fn).lower(...).compile()``; None for numbers that the backend does not report.
+def cost(compiled: Any, traced: ClosedJaxpr | None = None) -> Cost:
+    """Return the cost of a compiled function; None for numbers that are not known.
+
+    The operations are those that XLA counts in what it made of the program. XLA counts the body of a loop once, however often it runs, and
+    on a GPU it does not see into the libraries that compute matrix products. There `count_flops` counts the program as it was traced.
+
+    Args:
+      compiled: ``jax.jit(fn).trace(...).lower().compile()``.
+      traced: ``jax.jit(fn).trace(...).jaxpr``; None to take what XLA counts.
 
     >>> import jax, jax.numpy as jnp
     >>> x = jnp.ones((8, 8))
-    >>> cost(jax.jit(jnp.matmul).lower(x, x).compile()).flops
+    >>> traced = jax.jit(jnp.matmul).trace(x, x)
+    >>> cost(traced.lower().compile(), traced.jaxpr).flops
     1024.0
     """
     analysis, memory = compiled.cost_analysis(), compiled.memory_analysis()
     flops = (analysis or {}).get("flops")
+    if traced is not None:
+        counted = count_flops(traced)
+        devices = jax.tree.leaves(compiled.input_shardings)[0].device_set
+        if flops is None or counted.all > counted.once or any(device.platform == "gpu" for device in devices):
+            flops = counted.all / len(devices)
     return Cost(None if flops is None else float(flops), None if memory is None else int(memory.temp_size_in_bytes))

@@ -30,7 +30,7 @@ def finish(loop: Loop, run: str) -> Result:
     kept = state.kept
     check_adapter(kept, progress.step, setup.learning_rate)
     metrics = {name: state.evaluator.metrics(kept, setup.splits[name]) if name in setup.splits else {} for name in ("validation", "test")}
-    stages = (*(StageCost(**stage) for stage in progress.finished), state.summary(config, progress.step))
+    stages = (*(StageCost(**stage) for stage in progress.finished), state.summary(progress.step))
     # Parts that only training needs, such as a prompt encoder, are kept in checkpoints but not in the saved adapter.
     kept = jpeft.fold(kept)
     save_adapter(folder.adapter, kept, overwrite=True, run=run)

@@ -122,7 +122,7 @@ class Loop:
         peft = self.state.peft.replace(adapter=gather_to_host(self.state.adapter))
         stats = self.setup.statistics(stage.requires_stats, peft, self.state.forward)
         peft = jpeft.advance(peft, key=jax.random.fold_in(keys(self.config.seed).adapter, index), stats=stats)
-        finished = (*self.progress.finished, self.state.summary(self.config, step)._asdict())
+        finished = (*self.progress.finished, self.state.summary(step)._asdict())
         self.state = begin_stage(self.setup, peft, index)
         self.compile_seconds += self.state.compile_seconds
         self.progress = dataclasses.replace(self.progress, stage=index, best=None, best_step=0, stale=0, finished=finished)

@@ -6,8 +6,13 @@ from jpeft.core.summary import summary
 from jpeft.training.prepare import Setup
 
 
-def opening(setup: Setup) -> str:
-    """Return the block that is shown before the first step, a line for each thing."""
+def opening(setup: Setup, remat: str) -> str:
+    """Return the block that is shown before the first step, a line for each thing.
+
+    Args:
+      setup: The run.
+      remat: How activations are recomputed, and why; empty if there was nothing to choose by.
+    """
     lines = {
         "method": " ".join([setup.config.method, *setup.config.options]),
         "device": _device(setup),
@@ -16,6 +21,8 @@ def opening(setup: Setup) -> str:
         "rate": _rate(setup),
         "trained": _trained(setup),
     }
+    if remat:
+        lines["remat"] = remat
     if setup.labels:
         names = ", ".join(setup.labels[:8]) + (f", ... ({len(setup.labels)} in all)" if len(setup.labels) > 8 else "")
         lines["labels"] = f"{names}; the head for them is {'new' if setup.loaded.initialised else 'of the checkpoint'}"

@@ -96,16 +96,23 @@ class Setup:
         """Return what config.json records."""
         return {
             "jpeft": jpeft.__version__,
-            "run": to_json(self.config, learning_rate=self.learning_rate, head_lr_scale=self.head_lr_scale),
+            "run": to_json(
+                self.config,
+                learning_rate=self.learning_rate,
+                head_lr_scale=self.head_lr_scale,
+                dtype=self.loaded.config.dtype.name,
+                param_dtype=self.loaded.config.param_dtype.name if self.config.param_dtype else None,
+                scan=self.loaded.config.scan,
+            ),
             "method": self.peft.method.config(),
             "labels": list(self.labels),
             "learning_rate": self.learning_rate,
             "head_lr_scale": self.head_lr_scale,
             "head_learning_rate": self.head_learning_rate,
             "steps": self.steps,
-            "base": fingerprint(self.peft.params),
+            "base": fingerprint(self.peft.params, exact_dtypes=False),
             # Without what each seed initialises, so that runs of several seeds can be compared.
-            "pretrained": fingerprint(self.loaded.params, skip=self.loaded.initialised),
+            "pretrained": fingerprint(self.loaded.params, skip=self.loaded.initialised, exact_dtypes=False),
             "base_files": base_files(self.loaded.folder),
             "data": {name: fingerprint(self.task.identity(arrays)) for name, arrays in self.splits.items()},
             "examples": {name: len(next(iter(arrays.values()))) for name, arrays in self.splits.items()},

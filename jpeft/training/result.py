@@ -29,8 +29,7 @@ class Result:
       changed: Scalars of the base that take another value.
       adapter_bytes: Size of the saved adapter's files.
       step_seconds: Seconds per step: the median over the lines of metrics.jsonl, without evaluations and checkpoints.
-      flops: Floating point operations of a compiled step, of the costliest stage. None with grad_accum or scan, because XLA counts the body
-        of a loop once.
+      flops: Floating point operations of a step on one device, of the costliest stage; see `jpeft.training.cost.cost`.
       temporary_bytes: Peak of a step's temporary memory, of the stage that takes the most.
       device: Name of the device.
       stages: What each stage did and cost; the fields are those of `jpeft.training.cost.StageCost`.

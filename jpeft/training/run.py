@@ -19,7 +19,7 @@ from jpeft.distributed import gather_to_host, on_first_process
 from jpeft.tasks.task import Arrays, Task, task_of
 from jpeft.training.base_files import check_base_files
 from jpeft.training.build import load_base
-from jpeft.training.config import TrainConfig, from_json
+from jpeft.training.config import TrainConfig, from_json, pinned
 from jpeft.training.decoding import make_decoding
 from jpeft.training.evaluate import Evaluator
 from jpeft.training.finite import explain
@@ -198,7 +198,7 @@ def load_run(
     if not folder.adapter.exists():
         raise ValueError(f"The run in {folder.path} is not finished: continue it with --resume.")
     labels = tuple(about["labels"])
-    recorded = from_json(about["run"])
+    recorded = pinned(from_json(about["run"]), about["run"])
     if base is not None:
         _check_shareable(base, recorded, labels, folder)
         model = model or base.config.model
@@ -242,7 +242,7 @@ def _load_base(config: TrainConfig, labels: tuple[str, ...], *, named: bool) -> 
 
 def _check_shareable(base: Run, config: TrainConfig, labels: Sequence[str], folder: RunFolder) -> None:
     """Check that a run can take its base from another run: the model must be the same, its head included."""
-    names = ("task", "dtype", "scan", "add_tokens")
+    names = ("task", "dtype", "param_dtype", "scan", "add_tokens")
     pairs = [(name, getattr(base.config, name), getattr(config, name)) for name in names]
     pairs.append(("number of labels", len(base.labels), len(labels)))
     different = [f"{name} ({one} and {other})" for name, one, other in pairs if one != other]

@@ -23,7 +23,7 @@ from jpeft.checkpoint.files import read_file, replace_folder, write_atomically, 
 from jpeft.checkpoint.records import check_record, checksum, sealed
 from jpeft.checkpoint.temporary import LEFTOVER, Temporary, delete, remove_leftovers
 from jpeft.deprecation import renamed_fields
-from jpeft.training.config import TrainConfig, changed_fields, from_json, to_json
+from jpeft.training.config import TrainConfig, changed_fields, from_json, pinned, to_json
 from jpeft.training.overwrite import check_overwrite
 from jpeft.training.places import PLACES
 from jpeft.training.run_lock import LOCK, RunLock
@@ -129,7 +129,8 @@ class RunFolder:
         if not self.in_use:
             return config
         record = self.read_config()["run"]
-        return dataclasses.replace(config, **{name: value for name, value in unrecorded(TrainConfig).items() if name not in record})
+        known = dataclasses.replace(config, **{name: value for name, value in unrecorded(TrainConfig).items() if name not in record})
+        return pinned(known, record)
 
     def check(self, config: TrainConfig) -> None:
         """Raise an error if the folder is in use, or holds a run of another configuration than the one to be continued.
@@ -141,7 +142,8 @@ class RunFolder:
             return
         if config.resume:
             # `from_json` gives fields that are newer than the run the values that it behaved by.
-            changed = changed_fields(to_json(from_json(self.read_config()["run"])), to_json(config))
+            record = self.read_config()["run"]
+            changed = changed_fields(to_json(pinned(from_json(record), record)), to_json(config))
             # Base and data may be elsewhere now: their fingerprints tell whether they are the same.
             changed = {name: values for name, values in changed.items() if name not in PLACES}
             if changed:

@@ -12,17 +12,16 @@ import optax
 from jaxtyping import PyTree
 
 import jpeft
-from jpeft.core.lr_scale import scale_leaves
 from jpeft.core.peft import Peft
 from jpeft.core.stages import Segment
-from jpeft.training.config import TrainConfig
-from jpeft.training.cost import Cost, StageCost, cost
+from jpeft.training.cost import Cost, StageCost
 from jpeft.training.evaluate import Evaluator
 from jpeft.training.keys import keys
 from jpeft.training.prepare import Setup
-from jpeft.training.schedule import clipped_adamw, learning_rate_schedule
+from jpeft.training.program import compile_step, make_optimizer
+from jpeft.training.remat import Remat, choose_remat, memory_limit, with_remat
+from jpeft.training.schedule import learning_rate_schedule
 from jpeft.training.snapshot import Progress
-from jpeft.training.step import make_step
 
 
 @dataclasses.dataclass
@@ -38,6 +37,7 @@ class StageState:
       step: The compiled training step.
       cost: What a step costs.
       compile_seconds: Time of compiling the step.
+      remat: In one line, how activations are recomputed, and why.
       adapter: The adapter as it is now.
       opt_state: State of the optimizer.
       best_adapter: Adapter of the best evaluation; None if the last adapter is kept.
@@ -51,6 +51,7 @@ class StageState:
     step: Callable[..., Any]
     cost: Cost
     compile_seconds: float
+    remat: str
     adapter: PyTree
     opt_state: PyTree
     best_adapter: PyTree | None
@@ -65,15 +66,14 @@ class StageState:
         """The base with the adapter that the run would keep if it ended now."""
         return self.current if self.best_adapter is None else self.peft.replace(adapter=self.best_adapter)
 
-    def summary(self, config: TrainConfig, end: int) -> StageCost:
+    def summary(self, end: int) -> StageCost:
         """Return what the stage did until step `end`, and what its step cost."""
-        countable = not config.scan and config.grad_accum == 1
         return StageCost(
             name=self.segment.name,
             begin=self.segment.begin,
             end=end,
             trained=jpeft.summary(self.current).trained,
-            flops=self.cost.flops if countable else None,
+            flops=self.cost.flops,
             temporary_bytes=self.cost.temporary_bytes,
         )
 
@@ -99,28 +99,33 @@ def begin_stage(setup: Setup, peft: Peft, stage: int) -> StageState:
     config, devices, segment = setup.config, setup.devices, setup.segments[stage]
     peft = devices.put(peft)
     schedule = _schedule(setup, segment)
-    adamw = clipped_adamw(schedule, weight_decay=config.weight_decay, decay_biases=config.decay_biases, clip=config.clip)
-    tx = scale_leaves(jpeft.optimizer(adamw, peft), peft.adapter, setup.loaded.initialised, setup.head_lr_scale)
+    tx = make_optimizer(config, peft, schedule, setup.loaded.initialised, setup.head_lr_scale)
     forward = devices.forward(jpeft.wrap(setup.loaded.model.apply, peft.method))
     # A copy, because the step overwrites its arguments, and the caller still needs its own adapter.
     adapter = jax.tree.map(jnp.copy, peft.adapter)
     opt_state = devices.state(tx, adapter)
 
     begun = time.perf_counter()
-    step = make_step(forward, tx, setup.task, peft, config.grad_accum, config)
     arguments = (adapter, opt_state, peft.params, setup.batch(0), keys(config.seed).dropout, np.int32(0))
-    # Compiled ahead for the shapes that it will meet: another shape is an error, not a second compilation.
-    jitted = jax.jit(step, donate_argnums=(0, 1), out_shardings=devices.out_shardings(adapter, opt_state))
-    compiled = jitted.lower(*arguments).compile()
+    placed, costs = devices.out_shardings(adapter, opt_state), {}
+
+    def compile_with(remat: Remat) -> Any:
+        model = with_remat(setup.loaded.model, remat)
+        run = devices.forward(jpeft.wrap(model.apply, peft.method))
+        compiled, costs[remat] = compile_step(run, tx, setup.task, peft, config, arguments, placed)
+        return compiled
+
+    chosen = choose_remat(config.remat, compile_with, memory_limit())
     return StageState(
         peft=peft,
         segment=segment,
         schedule=schedule,
         forward=forward,
         evaluator=Evaluator(forward, setup.task, config.batch_size, setup.labels, put=devices.batch),
-        step=compiled,
-        cost=cost(compiled),
+        step=chosen.compiled,
+        cost=costs[chosen.remat],
         compile_seconds=time.perf_counter() - begun,
+        remat=chosen.line,
         adapter=adapter,
         opt_state=opt_state,
         best_adapter=jax.tree.map(jnp.copy, adapter) if setup.keeps_best else None,

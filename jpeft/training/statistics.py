@@ -19,7 +19,7 @@ from jpeft.tasks.token_ids import check_token_ids
 from jpeft.training.build import method_options
 from jpeft.training.config import TrainConfig
 from jpeft.training.keys import keys
-from jpeft.tree.paths import Params
+from jpeft.tree.paths import Params, trained_copy
 
 # As in `Method.requires_stats`.
 Kinds = tuple[type[Statistic], ...]
@@ -83,8 +83,8 @@ def make_movement(source: Source) -> Movement:
         updates, opt_state = tx.update(jax.grad(loss)(params, batch), opt_state, params)
         return optax.apply_updates(params, updates), opt_state
 
-    # A copy, because the step overwrites its arguments.
-    params = jax.tree.map(jnp.copy, source.params)
+    # A copy, because the step overwrites its arguments; in float32, like whatever is trained.
+    params = jax.tree.map(trained_copy, source.params)
     opt_state = jax.jit(tx.init)(params)
     for index in range(movement_steps(config, source.arrays)):
         params, opt_state = step(params, opt_state, ds[index])

@@ -163,7 +163,7 @@ def _run(setup: Setup, about: dict[str, Any], folder: RunFolder, lock: RunLock, 
         run = on_first_process(lambda: config_checksum(folder.read_config()))
         on_first_process(lambda: folder.rewind(progress.step, logged=progress.step - len(progress.losses)))
         loop = Loop(setup, folder, snapshots, state, progress, report)
-        report.message(opening(setup))
+        report.message(opening(setup, state.remat))
         say(setup.loaded.note)
         report.start(setup.steps, progress.step)
         try:

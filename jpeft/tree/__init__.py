@@ -22,6 +22,8 @@ from jpeft.tree.paths import path_str as path_str
 from jpeft.tree.paths import paths as paths
 from jpeft.tree.paths import replace as replace
 from jpeft.tree.paths import size as size
+from jpeft.tree.paths import trained_copy as trained_copy
+from jpeft.tree.paths import trained_dtype as trained_dtype
 from jpeft.tree.paths import unflatten as unflatten
 
 

@@ -3,13 +3,14 @@
 import math
 import re
 from collections import Counter
+from collections.abc import Mapping
 from typing import Any
 
 from jpeft import layouts
 from jpeft.layouts import Role
 from jpeft.layouts.roles import PROJECTIONS
 from jpeft.tree.kernels import axes_of
-from jpeft.tree.paths import Params, Path, flatten
+from jpeft.tree.paths import Params, Path, flatten, trained_copy, unflatten
 from jpeft.tree.select import select
 
 # A regex of the heads that most families have, for options that extend it.
@@ -32,6 +33,19 @@ def head_leaves(params: Params, head: str | None) -> dict[Path, Any]:
         return {path: flat[path] for path in layouts.find(flat, Role.HEAD, required=False)}
     chosen = select(flat, head, option="head", params=params)
     return {path: flat[path] for path in chosen}
+
+
+def with_head(adapter: Mapping[str, Any], params: Params, head: str | None) -> dict[str, Any]:
+    """The leaves of an adapter, by path or nested, with the task head added: a head is made fresh for its task, so it is always trained.
+
+    Args:
+      adapter: The method's own leaves. A leaf of the head that is among them stays.
+      params: The base.
+      head: ``"auto"`` for a head under one of the usual names, a regex, or None.
+    """
+    own = flatten(adapter)
+    leaves = {path: trained_copy(leaf) for path, leaf in head_leaves(params, head).items() if path not in own}
+    return unflatten(own | leaves)
 
 
 def not_head(params: Params, head: str | None) -> dict[str, Any]:

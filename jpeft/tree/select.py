@@ -6,12 +6,13 @@ matches nothing is an error that names what was asked for and what there is.
 
 import difflib
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from jpeft import layouts
 from jpeft.tree.paths import Params, Path, flatten
 
+_NUMBER = re.compile(r"(^|[/(|])(\d|\\d|\[\d|\(\d|\(\\d)")
 Rules = Mapping[str, Any] | Sequence[Any]  # {regex or name: value} or ((regex or name, value), ...)
 
 
@@ -141,6 +142,28 @@ def select(paths: Iterable[Path], target: str | Sequence[str], *, option: str = 
             raise ValueError(_nothing(option, name, paths, params))
         chosen.update(new)
     return [path for path in paths if path in chosen]
+
+
+def names_numbers(value: Any) -> bool:
+    """Whether a text in the options of a method, a regex or a name, has a component of a path that is, or begins with, a number.
+
+    >>> names_numbers({"target": r".*layer/(10|11)/.*query/kernel"}), names_numbers({"rank": {".*c_fc1/kernel": 4}})
+    (True, False)
+    """
+    return any(_NUMBER.search(text) for text in _texts(value))
+
+
+def _texts(value: Any) -> Iterator[str]:
+    """All texts in the options of a method, the keys of rules included."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, Mapping):
+        for key, part in value.items():
+            yield from _texts(key)
+            yield from _texts(part)
+    elif isinstance(value, Sequence):
+        for part in value:
+            yield from _texts(part)
 
 
 def _nothing(option: str, target: str, paths: list[Path], params: Params | None) -> str:

@@ -64,7 +64,7 @@ class BottleneckMethod(Method):
         del stats
         norms = layouts.find(not_head(params, self.head), "@norms", required=False) if self.train_norms else []
         base = tree.flatten(params)
-        out = {path: tree.copy(base[path]) for path in norms}
+        out = {path: tree.trained_copy(base[path]) for path in norms}
         for site in find_sites(params, self.target_in(params), axes=self.axes, head=self.head):
             out |= site.added(self.init_at(tree.key_for(key, site.leaf), site))
         return with_head(out, params, self.head)

@@ -7,7 +7,7 @@ are the blocks' tensors stacked.
 
 import dataclasses
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import flax.linen as nn
@@ -43,13 +43,20 @@ class Entry:
         names, within = (self.names[part[0]], part[1:]) if self.stacked else (self.names, part)
         return names, within[::-1] if self.transposed else within
 
-    def join(self, tensors: Sequence[np.ndarray]) -> np.ndarray:
-        """Return the parameter made of these tensors, or a part of it made of parts of them."""
-        parts = [tensor.T if self.transposed else tensor for tensor in tensors]
-        return (np.stack(parts) if self.stacked else parts[0]).astype(self.dtype)
+    def fill(self, out: np.ndarray, read: Callable[[str, np.ndarray], None], names: Sequence[str] | None = None) -> None:
+        """Fill an array that is this parameter, or a part of it, from its tensors.
+
+        Args:
+          out: the array.
+          read: ``read(name, out)`` reads one tensor, or its part, into an array of the tensor's form.
+          names: the tensors of the part; by default all of them.
+        """
+        names = self.names if names is None else names
+        for name, place in zip(names, out if self.stacked else [out], strict=True):
+            read(name, place.T if self.transposed else place)
 
     def split(self, leaf: jax.Array | np.ndarray) -> dict[str, np.ndarray]:
-        """Return the tensors that this parameter is made of, by name; the inverse of `join`."""
+        """Return the tensors that this parameter is made of, by name; the inverse of `fill`."""
         parts = np.asarray(leaf) if self.stacked else np.asarray(leaf)[None]
         # safetensors writes the underlying buffer whatever the strides: a transposed view would be stored untransposed.
         return {name: np.ascontiguousarray(part.T if self.transposed else part) for name, part in zip(self.names, parts)}

@@ -9,7 +9,6 @@ from typing import Any, Literal
 
 import flax.linen as nn
 import jax
-import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding
 
 from jpeft.deprecation import renamed_fields
@@ -60,10 +59,10 @@ def load(
     task: str = "sequence-classification",
     labels: Sequence[str] | None = None,
     num_labels: int | None = None,
-    dtype: Any = jnp.float32,
-    param_dtype: Any = jnp.float32,
+    dtype: Any = None,
+    param_dtype: Any = None,
     remat: bool | Literal["dots"] = False,
-    scan: bool = False,
+    scan: bool | None = None,
     fresh_head: bool = False,
     keep_head: bool = False,
     add_tokens: Sequence[str] = (),
@@ -84,10 +83,11 @@ def load(
         "causal-lm" for a decoder; "language-model" for "masked-lm" or "causal-lm", whichever the family has.
       labels: names of the classes; None for those in the checkpoint's configuration.
       num_labels: number of classes, instead of `labels`, if they have no names.
-      dtype: of the computation.
-      param_dtype: of the parameters, whatever the checkpoint's dtype is.
+      dtype: of the computation; None for bfloat16 on an accelerator with parameters in bfloat16, and float32 elsewhere.
+      param_dtype: of the parameters; None to keep each as the checkpoint stores it. What a method trains is float32 in any case.
       remat: recompute each block in the backward pass; "dots" stores the results of matrix products and recomputes the rest.
-      scan: stack the parameters of the blocks and trace one block.
+      scan: stack the parameters of the blocks and trace one block; None to do so in decoders, and in encoders of 12 blocks or more.
+        Adapters and exported models do not depend on it.
       fresh_head: initialise a new head with labels even if the checkpoint has one for them.
       keep_head: keep the checkpoint's head with labels even if its labels have other names: its outputs are taken in their order.
       add_tokens: tokens that the model does not have, such as ("<ENT>",): they are added to the tokenizer, and as rows to the embedding

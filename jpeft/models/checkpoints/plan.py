@@ -6,6 +6,9 @@ from pathlib import Path
 from typing import Any
 
 import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
 
 from jpeft.models import families
 from jpeft.models.checkpoints.foreign import check_adapted, check_quantised, find_prefix
@@ -15,6 +18,8 @@ from jpeft.models.checkpoints.sizes import check_blocks, check_tensors, has_bloc
 from jpeft.models.checkpoints.tensors import Tensors
 from jpeft.models.common.config import ModelConfig
 from jpeft.models.common.family import Family, TaskModel
+
+_DEEP = 12  # blocks of an encoder that are scanned by default
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,6 +33,7 @@ class Checkpoint:
       family: the family of its model type.
       config: our configuration.
       tensors: its tensors.
+      keeps_dtypes: each parameter has the type of its tensors, whatever the configuration's `param_dtype`, which is that of most of them.
     """
 
     folder: Path
@@ -36,6 +42,7 @@ class Checkpoint:
     family: Family
     config: ModelConfig
     tensors: Tensors
+    keeps_dtypes: bool = False
 
     @property
     def config_file(self) -> Path:
@@ -69,14 +76,19 @@ class Plan:
         return self.rows if self.labels and roles.matches("label_head", entry.path) else None
 
 
-def open_checkpoint(folder: Path, content: Mapping[str, Any], hf_config: Any, **options: Any) -> Checkpoint:
+def open_checkpoint(
+    folder: Path, content: Mapping[str, Any], hf_config: Any, *, param_dtype: Any, dtype: Any, scan: bool | None, **options: Any
+) -> Checkpoint:
     """Read the headers of a checkpoint and check them against its configuration.
 
     Args:
       folder: the local folder.
       content: of config.json.
       hf_config: the same as a configuration of `transformers`.
-      **options: fields of our configuration that config.json does not have.
+      param_dtype: of the parameters; None for the checkpoint's own.
+      dtype: of the computation; None for `default_dtype`.
+      scan: whether blocks are stacked; None for `scans_by_default`.
+      **options: further fields of our configuration that config.json does not have.
 
     Raises:
       ValueError: if the checkpoint is quantised or damaged, holds an adapter, or has fewer blocks than config.json says.
@@ -97,7 +109,60 @@ def open_checkpoint(folder: Path, content: Mapping[str, Any], hf_config: Any, **
             f"it holds {shown or 'none at all'}."
         )
     check_blocks(folder, family, config, tensors.stored)
-    return Checkpoint(folder, content, hf_config, family, config, tensors)
+    stored = tensors.most_common_dtype() or np.dtype(np.float32)
+    params = _without_doubles(stored if param_dtype is None else _float("param_dtype", param_dtype))
+    config = dataclasses.replace(
+        config,
+        param_dtype=params,
+        dtype=default_dtype(params, jax.default_backend()) if dtype is None else _float("dtype", dtype),
+        scan=scans_by_default(family, config) if scan is None else scan,
+    )
+    return Checkpoint(folder, content, hf_config, family, config, tensors, keeps_dtypes=param_dtype is None)
+
+
+def default_dtype(param_dtype: Any, platform: str) -> np.dtype[Any]:
+    """Return the type of computation that fits parameters and device: bfloat16 for such parameters on an accelerator, else float32.
+
+    A CPU is no faster in bfloat16, and float16 would overflow.
+
+    >>> default_dtype("bfloat16", "gpu"), default_dtype("bfloat16", "cpu")
+    (dtype(bfloat16), dtype('float32'))
+    """
+    return jnp.dtype(jnp.bfloat16 if platform != "cpu" and jnp.dtype(param_dtype) == jnp.bfloat16 else jnp.float32)
+
+
+def scans_by_default(family: Family, config: ModelConfig) -> bool:
+    """Return whether blocks are stacked and scanned where nobody says it: in decoders, and in encoders of 12 blocks or more.
+
+    The program of unrolled blocks, and the time to compile it, grows with their number. A decoder is compiled several times (for training,
+    for a prompt, for one more token). An encoder of a few blocks compiles in seconds, and its paths by number are those of the literature.
+
+    >>> from jpeft.models import BertConfig, families
+    >>> bert = families.family_of("bert")
+    >>> scans_by_default(bert, BertConfig(num_hidden_layers=6)), scans_by_default(bert, BertConfig(num_hidden_layers=12))
+    (False, True)
+    """
+    return family.is_decoder or max(getattr(config, stack.num_layers) for stack in family.stacks) >= _DEEP
+
+
+def _float(name: str, dtype: Any) -> np.dtype[Any]:
+    """Return a type of floats that the caller asked for.
+
+    Raises:
+      ValueError: naming the argument, for anything else.
+    """
+    try:
+        found = jnp.dtype(dtype)
+    except TypeError:
+        found = None
+    if found is None or not jnp.issubdtype(found, jnp.floating):
+        raise ValueError(f"{name}={dtype!r} is no type of floats: give 'float32', 'bfloat16' or 'float16', or None.")
+    return found
+
+
+def _without_doubles(dtype: Any) -> np.dtype[Any]:
+    """Return a type as JAX has it: float32 for float64, unless 64 bits are enabled."""
+    return np.dtype(jax.dtypes.canonicalize_dtype(dtype))
 
 
 def plan_with_labels(
@@ -192,7 +257,14 @@ def _finish(checkpoint: Checkpoint, model: Any, layout: Sequence[Entry], labels:
         )
     check_tensors([entry for entry in layout if entry.path not in fresh], tensors)
     remarks = (choice.remark,) if choice.remark else ()
+    if checkpoint.keeps_dtypes:
+        layout = [entry if entry.path in fresh else dataclasses.replace(entry, dtype=_stored_dtype(entry, tensors)) for entry in layout]
     return Plan(model, layout, labels, frozenset(fresh), choice.rows, remarks)
+
+
+def _stored_dtype(entry: Entry, tensors: Tensors) -> Any:
+    """Return the type of a parameter's tensors; of several types, the one that holds all of their numbers."""
+    return _without_doubles(jnp.result_type(*{dtype for name in entry.names if (dtype := tensors.dtype(name)) is not None}))
 
 
 def _find_head(checkpoint: Checkpoint, described: TaskModel, layout: Sequence[Entry], labels: tuple[str, ...]) -> Stored:

@@ -1,5 +1,7 @@
 """Reads the parameters that a plan names, onto the devices of a mesh if asked, and makes the others."""
 
+import functools
+import math
 import zlib
 from collections.abc import Callable
 from typing import Any
@@ -41,7 +43,8 @@ def read_params(tensors: Tensors, plan: Plan, key: jax.Array, shard: Shard | Non
             params[entry.path] = _read_shards(entry, tensors, shard(entry))
             continue
         else:
-            whole = entry.join([tensors.read(name, entry.tensor_shape) for name in entry.names])
+            whole = _aligned(entry.shape, entry.dtype)
+            entry.fill(whole, tensors.read)
             _check_finite(whole, entry, tensors)
             leaf = jnp.asarray(whole if rows is None else whole[..., list(rows)])
         params[entry.path] = leaf if shard is None else distributed.place(leaf, shard(entry))
@@ -60,19 +63,31 @@ def _read_shards(entry: Entry, tensors: Tensors, sharding: NamedSharding) -> jax
     shards = []
     for bounds, devices in holders.items():
         names, part = entry.find_part(tuple(slice(*bound) for bound in bounds))
-        leaf = entry.join([tensors.read(name, entry.tensor_shape, part) for name in names])
+        leaf = _aligned(tuple(stop - start for start, stop in bounds), entry.dtype)
+        entry.fill(leaf, functools.partial(tensors.read, part=part), names)
         _check_finite(leaf, entry, tensors)
         shards += [jax.device_put(leaf, device) for device in devices]
+    tensors.release()
     return jax.make_array_from_single_device_arrays(entry.shape, sharding, shards)
+
+
+def _aligned(shape: tuple[int, ...], dtype: Any) -> np.ndarray:
+    """Return an uninitialised array that begins where a CPU's device arrays do, so that JAX takes it over there without a copy."""
+    size, alignment = math.prod(shape) * np.dtype(dtype).itemsize, 64
+    raw = np.empty(size + alignment, np.uint8)
+    start = -raw.ctypes.data % alignment
+    return raw[start : start + size].view(dtype).reshape(shape)
 
 
 def _check_finite(leaf: np.ndarray, entry: Entry, tensors: Tensors) -> None:
     """Raise a ValueError for NaN and infinite values, which make every output of a model NaN.
 
-    Minimum and maximum need one pass and no memory, and are NaN if any value is.
+    The values are looked at some at a time, so that no mask of the leaf's size is made.
     """
-    if leaf.size and not (np.isfinite(leaf.min()) and np.isfinite(leaf.max())):
-        count = int((~np.isfinite(leaf)).sum())
+    flat, some = leaf.reshape(-1), 2**20
+    finite = sum(int(np.count_nonzero(np.isfinite(flat[start : start + some]))) for start in range(0, leaf.size, some))
+    if finite < leaf.size:
+        count = leaf.size - finite
         where, name = " and others" if len(entry.names) > 1 else "", next(iter(entry.names))
         raise ValueError(
             f"{tensors.file(name)}: {name}{where} holds {count:,} values of {leaf.size:,} that are NaN or infinite (as "
@@ -86,5 +101,5 @@ def _initialise(entry: Entry, config: ModelConfig, key: jax.Array) -> jax.Array:
     if last == "kernel":
         # The key depends on the path, so that the values do not depend on which other parameters are missing.
         key = jax.random.fold_in(key, zlib.crc32(entry.path.encode()))
-        return config.initializer_range * jax.random.normal(key, entry.shape, entry.dtype)
+        return (config.initializer_range * jax.random.normal(key, entry.shape, jnp.float32)).astype(entry.dtype)
     return jnp.full(entry.shape, 1 if last == "scale" else 0, entry.dtype)

@@ -3,9 +3,11 @@
 import json
 import re
 import struct
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import jax.numpy as jnp
 import numpy as np
 
 from jpeft.extras import explained
@@ -14,7 +16,9 @@ from jpeft.models.checkpoints.folder import read_json
 from jpeft.models.checkpoints.foreign import NEEDS_FLOATS, list_weights
 
 # The types of weights that are read, as safetensors writes them. Integers and floats of 8 bits or fewer are quantised weights.
-_FLOATS = ("F64", "F32", "F16", "BF16")
+_FLOATS = {"F64": np.dtype(np.float64), "F32": np.dtype(np.float32), "F16": np.dtype(np.float16), "BF16": np.dtype(jnp.bfloat16)}
+_BLOCK = 16 * 2**20  # bytes that are read at once
+_TILE = 16  # rows that are transposed at once
 
 
 class Header(NamedTuple):
@@ -24,6 +28,7 @@ class Header(NamedTuple):
     file: Path
     dtype: str
     shape: tuple[int, ...]
+    start: int  # the first byte of its numbers in the file
 
 
 class Tensors:
@@ -85,7 +90,8 @@ class Tensors:
             (size,) = struct.unpack("<Q", raw.read(8))
             content = json.loads(raw.read(size))
         content.pop("__metadata__", None)
-        return [Header(name, file, about["dtype"], tuple(about["shape"])) for name, about in content.items()]
+        begin = lambda about: 8 + size + about["data_offsets"][0]
+        return [Header(name, file, about["dtype"], tuple(about["shape"]), begin(about)) for name, about in content.items()]
 
     def _add(self, header: Header) -> None:
         """Note where a tensor is."""
@@ -127,6 +133,18 @@ class Tensors:
         """Return the shape of a tensor that is `in` these tensors."""
         return self._header(name).shape
 
+    def dtype(self, name: str) -> np.dtype[Any] | None:
+        """Return the type of a tensor that is `in` these tensors; None if it is none of floats."""
+        return _FLOATS.get(self._header(name).dtype)
+
+    def most_common_dtype(self) -> np.dtype[Any] | None:
+        """Return the type of floats that the most bytes are stored in; None without floats."""
+        sizes: dict[str, int] = {}
+        for header in self._where.values():
+            if header.dtype in _FLOATS:
+                sizes[header.dtype] = sizes.get(header.dtype, 0) + int(np.prod(header.shape)) * _FLOATS[header.dtype].itemsize
+        return _FLOATS[max(sizes, key=lambda dtype: sizes[dtype])] if sizes else None
+
     def file(self, name: str) -> Path:
         """Return the file that holds a tensor that is `in` these tensors."""
         return self._header(name).file
@@ -146,7 +164,7 @@ class Tensors:
         Raises:
           ValueError: naming the file and the tensor.
         """
-        stored, file, dtype, found = self._header(name)
+        stored, file, dtype, found, _ = self._header(name)
         if dtype not in _FLOATS:
             raise ValueError(f"{file}: {stored} holds numbers of the type {dtype}, which are no weights but quantised ones. {NEEDS_FLOATS}")
         if found != shape:
@@ -154,36 +172,44 @@ class Tensors:
             hint = " Pass fresh_head=True (--fresh-head) to leave out the checkpoint's head." if in_head else ""
             raise ValueError(f"{file}: {stored} has shape {found}, the model needs {shape} by its config.json.{hint}")
 
-    def read(self, name: str, shape: tuple[int, ...], part: tuple[slice, ...] | None = None) -> np.ndarray:
-        """Return one tensor, or a part of it. Only that part is read from the file.
+    def read(self, name: str, out: np.ndarray, part: tuple[slice, ...] | None = None) -> None:
+        """Read one tensor, or a part of it, into an array, whose type the numbers take.
+
+        The file is read a block at a time and not mapped: mapped pages count as memory of this process for as long as the file is open.
 
         Args:
-          name: a name that is `in` these tensors.
-          shape: the shape of the whole tensor.
-          part: a slice for each axis; None for the whole tensor.
-
-        Raises:
-          ValueError: if the file holds the tensor with another shape, or not as floats.
+          name: a name that is `in` these tensors, and was checked.
+          out: the array, of the shape of the tensor or the part. It may be a transposed view.
+          part: a slice for each axis; None for the whole tensor. Only that part is read from the file.
         """
-        self.check(name, shape)
-        stored, file, *_ = self._header(name)
+        header = self._header(name)
         canonical = self._find(name)
         assert canonical is not None
         self._read.add(canonical)
-        return self._open(file).get_tensor(stored) if part is None else self._open(file).get_slice(stored)[part]
+        if part is not None:
+            out[...] = self._open(header.file).get_slice(header.name)[part]
+        elif not header.shape:
+            out[...] = next(_blocks(header))[1].reshape(())
+        else:
+            # Into a transposed array a few rows at a time, so that what is written to stays in the processor's cache.
+            step = _TILE if out.ndim == 2 and out.flags.f_contiguous else _BLOCK
+            for start, block in _blocks(header):
+                for row in range(0, len(block), step):
+                    part_of_block = block[row : row + step]
+                    out[start + row : start + row + len(part_of_block)] = part_of_block
 
-    def equal(self, one: str, other: str, rows: int = 8192) -> bool:
-        """Return whether two tensors that are `in` these tensors hold the same numbers, comparing so many rows at a time."""
+    def release(self) -> None:
+        """Close the files, which ends their maps and frees the memory that these hold. Reading opens them again."""
+        self._files.clear()
+
+    def equal(self, one: str, other: str) -> bool:
+        """Return whether two tensors that are `in` these tensors hold the same numbers, comparing a block at a time."""
         first, second = self._header(one), self._header(other)
         if first.shape != second.shape:
             return False
-        slices = [self._open(header.file).get_slice(header.name) for header in (first, second)]
-        for start in range(0, first.shape[0], rows):
-            stop = min(start + rows, first.shape[0])
-            left, right = (np.asarray(tensor[start:stop], np.float32) for tensor in slices)
-            if not np.array_equal(left, right):
-                return False
-        return True
+        rows = _rows(first, second)
+        pairs = zip(_blocks(first, rows), _blocks(second, rows), strict=True)
+        return all(np.array_equal(left.astype(np.float32), right.astype(np.float32)) for (_, left), (_, right) in pairs)
 
     def unused(self, *, scores_words: bool) -> frozenset[str]:
         """Return the names, as in the files, of tensors that were not read.
@@ -195,6 +221,32 @@ class Tensors:
         # A tensor that stands in the file under a second name too has been read under that.
         left = [name for name in self._where.keys() - self._read if not re.fullmatch(ignored, name) and self._find(name) not in self._read]
         return frozenset(self._where[name].name for name in left)
+
+
+def _rows(*headers: Header) -> int:
+    """Return how many rows of tensors of one shape make a block."""
+    width = int(np.prod(headers[0].shape[1:])) * max(_FLOATS[header.dtype].itemsize for header in headers)
+    return max(1, _BLOCK // max(width, 1))
+
+
+def _blocks(header: Header, rows: int | None = None) -> Iterator[tuple[int, np.ndarray]]:
+    """Yield the rows of a tensor, some at a time, each block with the number of its first row. A scalar is one row.
+
+    Raises:
+      ValueError: if the file ends before the tensor does.
+    """
+    dtype, rows = _FLOATS[header.dtype], rows or _rows(header)
+    count, *width = header.shape or (1,)
+    with open(header.file, "rb", buffering=0) as raw:
+        raw.seek(header.start)
+        for start in range(0, count, rows):
+            block = np.empty((min(rows, count - start), *width), dtype)
+            left: Any = memoryview(block.reshape(-1).view(np.uint8).data)
+            while left:
+                if not (done := raw.readinto(left)):
+                    raise ValueError(f"{header.file} ends before {header.name} does: it was changed while it was read.")
+                left = left[done:]
+            yield start, block
 
 
 def find_shard(index: Path, shard: str) -> Path:

@@ -18,8 +18,8 @@ is called with. They rely on these promises.
 4. **The body.** One module stands between all heads and everything else. It is called with the token ids first, and with `attention_mask`,
    `token_type_ids` or `position_ids`, all [batch, length], under these names. Its outputs are [batch, length, width]. *Prompts lengthen the
    inputs and cut the outputs.*
-5. **The loss.** A model that generates and is called with `labels=`, [batch, length], returns a `TokenLoss` of that shape in place of logits,
-   and never holds the logits of the whole batch (`jpeft.models.common.token_loss`). *The task `generation` trains and scores by it.*
+5. **The loss.** A model that generates and is called with `labels=`, [batch, length], returns a `TokenLoss` of that shape in place of
+   logits, and never holds the logits of the whole batch (`jpeft.models.common.token_loss`). *The task `generation` trains and scores so.*
 6. **The cache.** A model that generates makes a cache when it is called with `cache_length=` and ``mutable=["cache"]``. The cache is in the
    collection ``cache`` of all later calls and in no other call. `logits_at` gives the index of the one token of each row to score.
 7. **The blocks.** Block i of a stack is the module ``<stack>/<i>``; with ``config.scan`` its parameters are stacked on axis 0 under

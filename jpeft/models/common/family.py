@@ -182,6 +182,11 @@ class Family:
     names: CheckpointNames = CheckpointNames()
     example_inputs: Callable[[Any], Inputs] = token_ids
 
+    @property
+    def is_decoder(self) -> bool:
+        """Whether the family has a model that generates texts."""
+        return any(model.generates for model in self.models.values())
+
     def task_model(self, model: nn.Module) -> TaskModel:
         """Return the description of one of the family's models.
 
