@@ -100,7 +100,8 @@ def prepend(
 def widen_mask(mask: Any, length: int) -> Any:
     """A mask over keys with `length` keys in front that every query sees.
 
-    A mask that is described by its structure says itself what it is with a prefix: `with_prefix`. Others are arrays [..., keys]. A boolean mask is True where a key is visible. A mask of numbers is added to the scores, so 0 leaves a key visible.
+    A mask that is described by its structure says itself what it is with a prefix: `with_prefix`. Others are arrays [..., keys]. A boolean
+    mask is True where a key is visible. A mask of numbers is added to the scores, so 0 leaves a key visible.
     """
     if hasattr(mask, "with_prefix"):
         return mask.with_prefix(length)

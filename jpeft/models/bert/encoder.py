@@ -6,7 +6,7 @@ so that methods can wrap them (see `jpeft.models.common.contract`): `positions` 
 
 import flax.linen as nn
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float
 
 from jpeft.models.bert.config import BertConfig
 from jpeft.models.common.activations import ACTIVATIONS
@@ -67,6 +67,9 @@ class Embeddings(nn.Module):
 # --- blocks ---
 
 
+Seen = Visible | Bool[Array, "#batch 1 #length keys"]
+
+
 class SelfAttention(nn.Module):
     """Query, key and value projections, the attention core, and an output projection if `output` names one."""
 
@@ -75,7 +78,7 @@ class SelfAttention(nn.Module):
     output: str | None = None
 
     @nn.compact
-    def __call__(self, hidden: Hidden, mask: Visible, deterministic: bool) -> Hidden:
+    def __call__(self, hidden: Hidden, mask: Seen, deterministic: bool) -> Hidden:
         """Attend over the sequence itself."""
         size, heads = self.config.hidden_size, self.config.num_attention_heads
         split = (*hidden.shape[:-1], heads, size // heads)
@@ -105,7 +108,7 @@ class BertAttention(nn.Module):
     config: BertConfig
 
     @nn.compact
-    def __call__(self, hidden: Hidden, mask: Visible, deterministic: bool) -> Hidden:
+    def __call__(self, hidden: Hidden, mask: Seen, deterministic: bool) -> Hidden:
         """Return the first half of a block."""
         context = SelfAttention(self.config, name="self")(hidden, mask, deterministic)
         return ResidualOutput(self.config, name="output")(context, hidden, deterministic)
@@ -128,7 +131,7 @@ class BertLayer(nn.Module):
     config: BertConfig
 
     @nn.compact
-    def __call__(self, hidden: Hidden, mask: Visible, deterministic: bool) -> Hidden:
+    def __call__(self, hidden: Hidden, mask: Seen, deterministic: bool) -> Hidden:
         """Apply attention and the feed-forward network, each followed by its residual and LayerNorm."""
         hidden = BertAttention(self.config, name="attention")(hidden, mask, deterministic)
         inner = Intermediate(self.config, name="intermediate")(hidden)
@@ -154,7 +157,7 @@ class DistilBertLayer(nn.Module):
     config: BertConfig
 
     @nn.compact
-    def __call__(self, hidden: Hidden, mask: Visible, deterministic: bool) -> Hidden:
+    def __call__(self, hidden: Hidden, mask: Seen, deterministic: bool) -> Hidden:
         """Apply attention and the feed-forward network, each followed by its residual and LayerNorm."""
         attention = SelfAttention(self.config, ("q_lin", "k_lin", "v_lin"), "out_lin", name="attention")
         hidden = layer_norm(self.config, "sa_layer_norm")(hidden + attention(hidden, mask, deterministic))
@@ -169,7 +172,7 @@ class Encoder(nn.Module):
 
     @nn.compact
     def __call__(
-        self, hidden: Hidden, mask: Visible, deterministic: bool, output_hidden_states: bool = False
+        self, hidden: Hidden, mask: Seen, deterministic: bool, output_hidden_states: bool = False
     ) -> tuple[Hidden, tuple[Hidden, ...] | None]:
         """Return the last hidden state and, on request, the input and the output of every block."""
         layer = make_blocks(self.config, DistilBertLayer if self.config.architecture == "distilbert" else BertLayer, "layer")

@@ -81,7 +81,9 @@ class BertModel(nn.Module):
         if self.config.embedding_width != self.config.hidden_size:
             hidden = self.embeddings_project(hidden)
         # Every query of a row may attend to the same keys: all that are tokens.
-        seen = Visible(None if positions.mask is None else jnp.broadcast_to(positions.mask[:, 0, 0], jnp.shape(input_ids)))
+        seen = Visible(
+            None if positions.mask is None else jnp.broadcast_to(positions.mask[:, 0, 0], (len(input_ids), positions.mask.shape[-1]))
+        )
         hidden, states = self.encoder(hidden, seen, deterministic, output_hidden_states)
         return BertOutput(hidden, None if self.pooler is None else self.pooler(hidden), states)
 

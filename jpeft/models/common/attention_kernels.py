@@ -13,23 +13,25 @@ References: Dao et al., FlashAttention, 2022, https://arxiv.org/abs/2205.14135; 
 """
 
 import functools
+from collections.abc import Sequence
 from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Bool, Float, Int, Shaped
 
 from jpeft.models.common.visible import Visible
 
 KERNELS = ("auto", "xla", "cudnn", "splash")
 
-Heads = Float[Array, "batch length heads head"]
+Queries = Float[Array, "batch queries heads head"]
+Keys = Float[Array, "batch keys groups head"]
 
 _LANES = 128  # of a TPU: lengths and head sizes of its kernel are multiples of it
 _SHORT = 128  # below so many queries there is nothing to gain
 
 
-def choose(wanted: str, query: Heads, key: Heads, mask: Any, *, drops: bool) -> str:
+def choose(wanted: str, query: Queries, key: Keys, mask: Any, *, drops: bool) -> str:
     """Return the kernel that computes an attention: "xla", "cudnn" or "splash".
 
     Calls that continue a cache are XLA's, whatever is wanted.
@@ -51,7 +53,8 @@ def choose(wanted: str, query: Heads, key: Heads, mask: Any, *, drops: bool) -> 
         if reason := why_not(wanted, query, key, mask, drops=drops):
             raise ValueError(f"attention={wanted!r} cannot compute this attention: {reason}. attention='auto' takes what can.")
         return wanted
-    kernel = {"gpu": "cudnn", "cuda": "cudnn", "tpu": "splash"}.get(jax.default_backend())
+    # A default device may be another than that of the default backend.
+    kernel = {"gpu": "cudnn", "cuda": "cudnn", "tpu": "splash"}.get(_platform())
     if kernel is None or query.shape[1] < _SHORT or why_not(kernel, query, key, mask, drops=drops):
         return "xla"
     # Mosaic kernels are not partitioned: on several devices splash attention runs where a shard_map gives each its own part.
@@ -60,7 +63,13 @@ def choose(wanted: str, query: Heads, key: Heads, mask: Any, *, drops: bool) -> 
     return kernel
 
 
-def why_not(kernel: str, query: Heads, key: Heads, mask: Any, *, drops: bool) -> str | None:
+def _platform() -> str:
+    """Return the platform that computes; a default device may be another than that of the default backend."""
+    device: Any = getattr(jax.config, "jax_default_device", None)
+    return getattr(device, "platform", device) or jax.default_backend()
+
+
+def why_not(kernel: str, query: Queries, key: Keys, mask: Any, *, drops: bool) -> str | None:
     """Return the reason why a kernel cannot compute an attention; None if it can."""
     if not isinstance(mask, Visible):
         return "what each query may see is a boolean mask of the model's own"
@@ -68,16 +77,16 @@ def why_not(kernel: str, query: Heads, key: Heads, mask: Any, *, drops: bool) ->
         return "attention weights are dropped in training (attention_dropout), which is done on the weights"
     if query.shape[1] + mask.prefix != key.shape[1]:
         return f"it takes as many keys as queries, and there are {key.shape[1]} for {query.shape[1]}"
-    if mask.windowed is not False and not mask.causal:
+    if mask.window is not None and not mask.causal:
         return "it has windows only where attention is causal"
-    if mask.windowed is not False and mask.prefix:
+    if mask.window is not None and mask.prefix:
         return "no window of it lets the keys of a prefix through"
     if mask.query_segments is not None and mask.prefix:
         return "the keys of a prefix belong to every segment"
     return {"cudnn": _why_not_cudnn, "splash": _why_not_splash}[kernel](query, mask)
 
 
-def _why_not_cudnn(query: Heads, mask: Visible) -> str | None:
+def _why_not_cudnn(query: Queries, mask: Visible) -> str | None:
     if query.dtype not in (jnp.bfloat16, jnp.float16):
         return f"it computes in bfloat16 or float16, and the model in {query.dtype}"
     if query.shape[-1] % 8 or query.shape[-1] > 128:
@@ -87,13 +96,13 @@ def _why_not_cudnn(query: Heads, mask: Visible) -> str | None:
     return None
 
 
-def _why_not_splash(query: Heads, mask: Visible) -> str | None:
+def _why_not_splash(query: Queries, mask: Visible) -> str | None:
     if query.dtype not in (jnp.bfloat16, jnp.float32):
         return f"it computes in bfloat16 or float32, and the model in {query.dtype}"
     return None
 
 
-def run_kernel(kernel: str, query: Heads, key: Heads, value: Heads, mask: Visible, *, interpret: bool = False) -> Heads:
+def run_kernel(kernel: str, query: Queries, key: Keys, value: Keys, mask: Visible, *, interpret: bool = False) -> Queries:
     """Return the context of each query, computed by a kernel.
 
     Args:
@@ -105,76 +114,119 @@ def run_kernel(kernel: str, query: Heads, key: Heads, value: Heads, mask: Visibl
       interpret: Run a Pallas kernel by its operations, on any device.
     """
     one = {"cudnn": _cudnn, "splash": functools.partial(_splash, interpret=interpret)}[kernel]
-    if isinstance(mask.windowed, bool):
+    if mask.uses_window is None:
         return one(query, key, value, mask)
     # One traced layer stands for layers with and without a window.
-    with_window, without = mask.replace(uses_window=True), mask.replace(window=None, uses_window=True)
-    return jax.lax.cond(mask.windowed, lambda *args: one(*args, with_window), lambda *args: one(*args, without), query, key, value)
+    with_window, without = mask.replace(uses_window=None), mask.replace(window=None, uses_window=None)
+    return jax.lax.cond(mask.uses_window, lambda *args: one(*args, with_window), lambda *args: one(*args, without), query, key, value)
 
 
 # --- cuDNN ----------------------------------------------------------------------------------------------------------------------------
 
 
-def _cudnn(query: Heads, key: Heads, value: Heads, mask: Visible, *, implementation: Literal["xla", "cudnn"] = "cudnn") -> Heads:
-    """cuDNN's flash attention. XLA takes the same arguments, on any device."""
-    lengths: dict[str, Array] = {}
-    back = None
+def _cudnn(query: Queries, key: Keys, value: Keys, mask: Visible, *, implementation: Literal["xla", "cudnn"] = "cudnn") -> Queries:
+    """CuDNN's flash attention. XLA takes the same arguments, on any device."""
+    order, back, batch = None, None, len(query)
+    length = query.shape[1]
+    # Lengths of an odd number are not supported everywhere.
+    odd = (key.shape[1] if mask.causal else 0) % 2, key.shape[1] % 2
+    keys = jnp.full((batch,), key.shape[1], jnp.int32)
     if mask.keys is not None:
-        tokens = mask.keys
-        order, back = _tokens_first(tokens)
-        count = tokens.sum(1, dtype=jnp.int32)
-        own = lambda x: jnp.concatenate([x[:, : mask.prefix], _take(x[:, mask.prefix :], order)], 1)
-        key, value = own(key), own(value)
-        if mask.causal:
-            query = _take(query, order)
-            lengths = {"query_seq_lengths": count + mask.prefix, "key_value_seq_lengths": count + mask.prefix}
-        else:
-            lengths = {"key_value_seq_lengths": count + mask.prefix}
+        order, back = _tokens_first(mask.keys)
+        own = lambda x: jnp.concatenate([x[:, : mask.prefix], _take(x[:, mask.prefix :], order, back)], 1)
+        query, key, value = _take(query, order, back) if mask.causal else query, own(key), own(value)
+        # A text without tokens sees one that it should not, and has numbers for contexts. Nobody reads them.
+        keys = jnp.maximum(mask.keys.sum(1, dtype=jnp.int32), 1) + mask.prefix
     if mask.causal:
-        query = jnp.pad(query, [(0, 0), (mask.prefix, 0), (0, 0), (0, 0)])
-    window = None if mask.windowed is False or mask.window is None else (mask.window - 1, 0)
+        query = jnp.pad(query, [(0, 0), (mask.prefix, odd[0]), (0, 0), (0, 0)])
+    key, value = (jnp.pad(x, [(0, 0), (0, odd[1]), (0, 0), (0, 0)]) for x in (key, value))
+    # All queries are computed, those of padding too: what cuDNN leaves out need not be finite.
+    queries = jnp.full((batch,), query.shape[1], jnp.int32)
+    query, key, value, queries, keys = _batched_alike(query, key, value, queries, keys)
+    window = None if mask.window is None else (mask.window - 1, 0)
+    # A causal query sees no key behind it, so what fills up must be hidden from others alone.
+    lengths = {} if mask.keys is None and (mask.causal or not odd[1]) else {"query_seq_lengths": queries, "key_value_seq_lengths": keys}
     out = jax.nn.dot_product_attention(
         query, key, value, is_causal=mask.causal, local_window_size=window, implementation=implementation, **lengths
     )
-    if mask.causal:
-        out = out[:, mask.prefix :]
-        if back is not None:
-            out = _take(out, back)
-    return out
+    out = _with_batched_gradient(out)
+    if not mask.causal:
+        return out
+    out = out[:, mask.prefix : mask.prefix + length]
+    return out if back is None else _take(out, back, order)
 
 
-def _tokens_first(tokens: Bool[Array, "batch length"]) -> tuple[Array, Array]:
+def _tokens_first(tokens: Bool[Array, "batch length"]) -> tuple[Int[Array, "batch length"], Int[Array, "batch length"]]:
     """Return the places of a row's tokens in their order, followed by those of its padding; and the inverse.
 
-    >>> _tokens_first(jnp.array([[False, True, True]]))
-    (Array([[1, 2, 0]], dtype=int32), Array([[2, 0, 1]], dtype=int32))
+    >>> [x.tolist() for x in _tokens_first(jnp.array([[False, True, True]]))]
+    [[[1, 2, 0]], [[2, 0, 1]]]
     """
     order = jnp.argsort(~tokens, axis=1, stable=True)
     return order, jnp.argsort(order, axis=1)
 
 
-def _take(x: Float[Array, "batch length heads head"], order: Array) -> Float[Array, "batch length heads head"]:
+@jax.custom_vjp
+def _take(x: Shaped[Array, "batch length heads head"], order: Array, back: Array) -> Shaped[Array, "batch length heads head"]:
+    """``x[order]`` of each text. Its gradient goes by the inverse order, `back`: JAX would sum into places, which is slow on a GPU."""
+    del back
     return jnp.take_along_axis(x, order[:, :, None, None], axis=1)
+
+
+_take.defvjp(lambda x, order, back: (_take(x, order, back), (order, back)), lambda kept, dy: (_take(dy, kept[1], kept[0]), None, None))
+
+
+# JAX's rule for `vmap` of cuDNN's attention takes all arrays with the new axis, or none.
+
+
+@jax.custom_batching.custom_vmap
+def _alike(*arrays: Array) -> tuple[Array, ...]:
+    """The arrays as they are; under `vmap` all with the new axis."""
+    return arrays
+
+
+@_alike.def_vmap
+def _(size: int, batched: Sequence[bool], *arrays: Array) -> tuple[tuple[Array, ...], tuple[bool, ...]]:
+    if not any(batched):
+        return arrays, tuple(batched)
+    out = (x if has else jnp.broadcast_to(x[None], (size, *x.shape)) for x, has in zip(arrays, batched, strict=True))
+    return tuple(out), (True,) * len(arrays)
+
+
+@jax.custom_vjp
+def _batched_alike(*arrays: Array) -> tuple[Array, ...]:
+    return _alike(*arrays)
+
+
+_batched_alike.defvjp(lambda *arrays: (_alike(*arrays), None), lambda _, gradients: tuple(gradients))
+
+
+@jax.custom_vjp
+def _with_batched_gradient(out: Array) -> Array:
+    return out
+
+
+_with_batched_gradient.defvjp(lambda out: (out, out), lambda out, gradient: (_alike(gradient, out)[0],))
 
 
 # --- splash attention -------------------------------------------------------------------------------------------------------------------
 
 
-def _splash(query: Heads, key: Heads, value: Heads, mask: Visible, *, interpret: bool) -> Heads:
+def _splash(query: Queries, key: Keys, value: Keys, mask: Visible, *, interpret: bool) -> Queries:
     """Splash attention, a kernel for each text and head of keys."""
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
 
     batch, length, heads, head = query.shape
-    groups, back = key.shape[2], None
-    if mask.keys is not None and mask.windowed is not False:
+    groups, order, back = key.shape[2], None, None
+    if mask.keys is not None and mask.window is not None:
         order, back = _tokens_first(mask.keys)
-        query, key, value = (_take(x, order) for x in (query, key, value))
+        query, key, value = (_take(x, order, back) for x in (query, key, value))
         mask = mask.replace(keys=jnp.take_along_axis(mask.keys, order, 1))
     filled = lambda x: jnp.pad(x, [(0, 0), (0, -x.shape[1] % _LANES), (0, 0), (0, -head % _LANES)])
     query, key, value = filled(query * jnp.asarray(head**-0.5, query.dtype)), filled(key), filled(value)
     shape = (query.shape[1], key.shape[1])
-    if mask.windowed is not False:
+    if mask.window is not None:
         seen = masks.LocalMask(shape, (mask.window - 1, 0), 0)
     else:
         seen = masks.CausalMask(shape, offset=mask.prefix) if mask.causal else masks.FullMask(shape)
@@ -194,9 +246,9 @@ def _splash(query: Heads, key: Heads, value: Heads, mask: Visible, *, interpret:
     query = jnp.moveaxis(query.reshape(batch, shape[0], groups, heads // groups, -1), 1, 3)
     key, value = (jnp.moveaxis(x, 1, 2) for x in (key, value))
     segments = splash.SegmentIds(*_segment_ids(mask, batch, length, shape))
-    out = jax.vmap(jax.vmap(run, in_axes=(0, 0, 0, None)))(query, key, value, segments)
+    out: Any = jax.vmap(jax.vmap(run, in_axes=(0, 0, 0, None)))(query, key, value, segments)
     out = jnp.moveaxis(out, 3, 1).reshape(batch, shape[0], heads, -1)[:, :length, :, :head]
-    return out if back is None else _take(out, back)
+    return out if back is None else _take(out, back, order)
 
 
 def _block(size: int) -> int:
@@ -218,4 +270,5 @@ def _segment_ids(mask: Visible, batch: int, length: int, shape: tuple[int, int])
         # A query that is padding sees padding, so that its context is a number. Nobody reads it.
         queries = jnp.where(mask.keys, queries, 0)
     keys = jnp.pad(keys, [(0, 0), (mask.prefix, 0)], constant_values=1)
-    return tuple(jnp.pad(x, [(0, 0), (0, size - x.shape[1])]) for x, size in zip((queries, keys), shape, strict=True))
+    filled = lambda x, size: jnp.pad(x, [(0, 0), (0, size - x.shape[1])])
+    return filled(queries, shape[0]), filled(keys, shape[1])

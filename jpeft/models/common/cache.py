@@ -41,7 +41,7 @@ class View(NamedTuple):
 
     def for_layer(self, uses_window: bool | Array) -> "View":
         """Return the view of a layer with a sliding window, or of one without."""
-        return self if self.mask.window is None else self._replace(mask=self.mask.replace(uses_window=uses_window))
+        return self._replace(mask=self.mask.for_layer(uses_window))
 
 
 class CausalMask(nn.Module):
@@ -70,10 +70,12 @@ class CausalMask(nn.Module):
         """
         batch, length = positions.position_ids.shape
         tokens = None if positions.mask is None else jnp.broadcast_to(positions.mask[:, 0, 0, :], (batch, length))
-        mask = Visible(tokens, causal=True, window=self.config.window)
         begins, slots = not self.has_variable("cache", "tokens"), cache_length
         if not begins:
             slots = self.get_variable("cache", "tokens").shape[1]
+        # A window as long as all there is to see is none.
+        window, seen = self.config.window, length if begins or slots is None else slots
+        mask = Visible(tokens, causal=True, window=None if window is None or window >= seen else window)
         if slots is None:
             return View(positions.position_ids, mask, None, None)
         held, slot = self._append(jnp.ones((batch, length), bool) if tokens is None else tokens, slots)

@@ -7,6 +7,7 @@ from typing import Any, ClassVar, Literal
 import jax.numpy as jnp
 
 from jpeft.models.common.activations import ACTIVATIONS
+from jpeft.models.common.attention_kernels import KERNELS
 from jpeft.models.common.checks import check_value
 
 
@@ -52,6 +53,8 @@ class ModelConfig:
             raise ValueError(f"Unknown hidden_act {self.hidden_act!r}; supported: {', '.join(ACTIVATIONS)}.")
         if self.remat not in (False, True, "dots"):
             raise ValueError(f"remat={self.remat!r} is not one of False, True, 'dots'.")
+        if self.attention not in KERNELS:
+            raise ValueError(f"attention={self.attention!r} is not one of {', '.join(map(repr, KERNELS))}.")
 
     @property
     def max_length(self) -> int:

@@ -8,8 +8,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Int
 
 
-@flax.struct.dataclass
-class Visible:
+class Visible(flax.struct.PyTreeNode):
     """A query sees a key that is a token, is not behind it if `causal`, is in its window and in its segment; and all keys of a prefix.
 
     The class is a pytree, so under a transformation the fields may hold anything.
@@ -18,7 +17,7 @@ class Visible:
       keys: bool [batch, keys]: which keys are tokens; None if all are. The keys of a prefix are not among them.
       causal: Whether a query sees only the keys up to its own.
       window: How many tokens, itself included, a query may see; None for all. The window counts tokens, so padding does not narrow it.
-      uses_window: Whether the window applies: a bool, or an array [] where one traced layer stands for layers with and without one.
+      uses_window: bool []: whether the window applies, where one traced layer stands for layers with and without one; None if it does.
       slot: int []: the place of the first query among the keys, which a cache holds; None for 0.
       query_segments: int [batch, queries]: of packed rows, whose texts do not see each other; None for one text a row.
       key_segments: The same of the keys.
@@ -33,7 +32,7 @@ class Visible:
     keys: Any = None
     causal: bool = flax.struct.field(pytree_node=False, default=False)
     window: int | None = flax.struct.field(pytree_node=False, default=None)
-    uses_window: Any = True
+    uses_window: Any = None
     slot: Any = None
     query_segments: Any = None
     key_segments: Any = None
@@ -43,10 +42,11 @@ class Visible:
         """Return the description with so many more keys in front."""
         return self.replace(prefix=self.prefix + length)
 
-    @property
-    def windowed(self) -> bool | Array:
-        """Whether a window applies: known, or an array []."""
-        return False if self.window is None else self.uses_window
+    def for_layer(self, uses_window: bool | Bool[Array, ""]) -> "Visible":
+        """Return the description for a layer with the window, or for one without."""
+        if self.window is None or uses_window is True:
+            return self
+        return self.replace(window=None) if uses_window is False else self.replace(uses_window=uses_window)
 
     def dense(self, queries: int, keys: int) -> Bool[Array, "#batch 1 #queries keys"]:
         """Return the boolean mask of all queries, for that many keys with those of the prefix."""
@@ -62,12 +62,12 @@ class Visible:
         if self.query_segments is not None:
             segments = jax.lax.dynamic_slice_in_dim(self.query_segments, first, queries, 1)
             mask = mask & (segments[:, :, None] == self.key_segments[:, None])
-        if self.windowed is not False:
+        if self.window is not None:
             # The distance of two tokens is the number of tokens between them, not of slots: some slots hold padding.
             count = jnp.arange(own)[None] if self.keys is None else jnp.cumsum(self.keys, axis=1, dtype=jnp.int32)  # [batch, keys]
             at_query = jnp.take(count, places, axis=1, mode="clip")  # [batch, queries]
             near = at_query[:, :, None] - count[:, None] < self.window
-            mask = mask & (near if self.uses_window is True else near | ~jnp.asarray(self.uses_window))
+            mask = mask & (near if self.uses_window is None else near | ~self.uses_window)
         if self.prefix:
             mask = jnp.concatenate([jnp.ones((*mask.shape[:2], self.prefix), bool), mask], axis=-1)
         return mask[:, None]
