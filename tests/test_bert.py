@@ -303,7 +303,7 @@ def test_positions_and_core_can_be_widened(family, scan):
             if core and name == "core":
                 query, key, value, mask = args
                 key, value = (jnp.pad(x, [(0, 0), before, (0, 0), (0, 0)], constant_values=1.0) for x in (key, value))
-                return next_fun(query, key, value, pad_mask(mask), **kwargs)
+                return next_fun(query, key, value, pad_mask(mask.dense(query.shape[1], key.shape[1] - extra)), **kwargs)
             if not core and name == "positions":
                 layout = next_fun(*args, **kwargs)
                 ids, types = (jnp.pad(x, [(0, 0), before]) for x in (layout.position_ids, layout.token_type_ids))

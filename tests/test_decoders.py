@@ -427,6 +427,7 @@ def test_keys_can_be_put_in_front(case, scan):
                 return next_fun(*args, **kwargs)
             query, key, value, mask = args
             key, value = (jnp.pad(x, [(0, 0), front, (0, 0), (0, 0)], constant_values=1.0) for x in (key, value))
+            mask = mask.dense(query.shape[1], key.shape[1] - 2)
             return next_fun(query, key, value, jnp.pad(mask, [(0, 0), (0, 0), (0, 0), front], constant_values=visible), **kwargs)
 
         with nn.intercept_methods(interceptor):

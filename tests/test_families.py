@@ -76,8 +76,8 @@ def test_broken_promises_of_modules_are_listed(monkeypatch):
         def __call__(self, query, key, value, mask, *, deterministic=True):
             return query * value
 
-    monkeypatch.setattr("jpeft.models.bert.encoder.AttentionCore", ShortCore)
-    monkeypatch.setattr("jpeft.models.gpt2.model.AttentionCore", lambda dropout, name: AttentionCore(dropout, name="attention"))
+    monkeypatch.setattr("jpeft.models.bert.encoder.make_core", lambda config, dropout: ShortCore(dropout, name="core"))
+    monkeypatch.setattr("jpeft.models.gpt2.model.make_core", lambda config, dropout: AttentionCore(dropout, name="attention"))
     assert "'core' does not accept one more key: " in broken_promises("bert")
     assert "No module named 'core' ran." in broken_promises("gpt2")
 

@@ -11,6 +11,7 @@ from jpeft.additive.bottlenecks.sites import BottleneckSite, SiteKind, find_site
 from jpeft.models import BertConfig, BertModel, GPT2Config, GPT2Model, abstract_params
 from jpeft.models.bert.encoder import FeedForward, ResidualOutput
 from jpeft.models.common.cache import View
+from jpeft.models.common.visible import Visible
 from jpeft.models.gpt2.model import GPT2MLP, GPT2Block
 
 KEY = jax.random.key(0)
@@ -53,8 +54,8 @@ def test_pfeiffer_in_a_post_norm_block():
 @pytest.mark.parametrize("own_norm", [False, True])
 def test_pfeiffer_in_a_pre_norm_block(own_norm):
     """h + W_up relu(W_down h) on what the block gives, or with a new LayerNorm: h + W_up relu(W_down LN(h))."""
-    block, mask = GPT2Block(GPT2), jnp.tril(jnp.ones((4, 4), bool))[None, None]
-    inputs = (X, View(jnp.arange(4)[None], mask, None, None), True)
+    block = GPT2Block(GPT2)
+    inputs = (X, View(jnp.arange(4)[None], Visible(causal=True), None, None), True)
     params, adapter, got = adapted(block, "0", jpeft.pfeiffer(size=3, own_norm=own_norm), *inputs)
     h, leaves = np.asarray(block.apply({"params": params}, *inputs)), adapter["+"]
     np.testing.assert_allclose(got, h + branch(leaves, normed(leaves["norm"], h, 1e-5) if own_norm else h), atol=1e-5)

@@ -51,6 +51,7 @@ def load_base(config: TrainConfig, labels: tuple[str, ...], mesh: Mesh | None = 
         dtype=config.dtype,
         param_dtype=config.param_dtype,
         remat=False if config.remat == "auto" else config.remat,
+        attention=config.attention,
         scan=False if config.scan is None and picks_blocks(config) else config.scan,
         add_tokens=config.add_tokens,
         fresh_head=config.fresh_head,

@@ -126,6 +126,14 @@ class Settings:
         resume_safe=True,
         unrecorded=False,
     )
+    attention: Literal["auto", "xla", "cudnn", "splash"] = setting(
+        "Who computes attention: auto takes the kernel of the device where it can (cudnn on a GPU, splash on a TPU), else XLA. A kernel "
+        "that is asked for by name is an error where it cannot.",
+        default="auto",
+        # Another one changes the adapter by rounding errors only.
+        resume_safe=True,
+        unrecorded="xla",
+    )
     scan: bool | None = setting(
         "Run the layers as one scanned loop, to compile faster; none to do so for decoders, and encoders of 12 layers or more, unless the "
         "method is told about single layers.",

@@ -4,7 +4,7 @@ import flax.linen as nn
 from jpeft.models.skeleton.config import SkeletonConfig
 
 from jpeft.models.common.activations import ACTIVATIONS
-from jpeft.models.common.attention import AttentionCore
+from jpeft.models.common.attention import make_core
 from jpeft.models.common.block_stack import Hidden
 from jpeft.models.common.cache import KeyValueCache, View
 from jpeft.models.common.decoder import Decoder, LanguageModel
@@ -28,7 +28,7 @@ class SkeletonAttention(nn.Module):
         )
         key, value = KeyValueCache(name="cache")(rotate(key), value, view)
         # Methods wrap the module `core`: keep its name and the order of its arguments (see jpeft.models.common.contract).
-        context = AttentionCore(config.attention_dropout, name="core")(rotate(query), key, value, view.mask, deterministic=deterministic)
+        context = make_core(config, config.attention_dropout)(rotate(query), key, value, view.mask, deterministic=deterministic)
         return dense(config, config.hidden_size, "o_proj", bias=False)(context.reshape(hidden.shape))
 
 

@@ -3,9 +3,11 @@
 A `Prefix` has the keys and values of each attention, flat [*stack, l, width], under the path of the attention core.
 """
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Float
 
 from jpeft import tree
 from jpeft.additive.prefixes.attention_sites import AttentionSite
@@ -95,12 +97,13 @@ def prepend(
     return jnp.concatenate([rows, own], axis=-3)
 
 
-def widen_mask(
-    mask: Bool[Array, "... length"] | Float[Array, "... length"], length: int
-) -> Bool[Array, "... longer"] | Float[Array, "... longer"]:
+def widen_mask(mask: Any, length: int) -> Any:
     """A mask over keys with `length` keys in front that every query sees.
 
-    A boolean mask is True where a key is visible. A mask of numbers is added to the scores, so 0 leaves a key visible.
+    A mask that is described by its structure says itself what it is with a prefix: `with_prefix`. Others are arrays [..., keys]. A boolean
+    mask is True where a key is visible. A mask of numbers is added to the scores, so 0 leaves a key visible.
     """
+    if hasattr(mask, "with_prefix"):
+        return mask.with_prefix(length)
     visible = jnp.ones if jnp.issubdtype(mask.dtype, jnp.bool_) else jnp.zeros
     return jnp.concatenate([visible((*mask.shape[:-1], length), mask.dtype), mask], axis=-1)

@@ -10,11 +10,12 @@ from jaxtyping import Array, Bool, Float
 
 from jpeft.models.bert.config import BertConfig
 from jpeft.models.common.activations import ACTIVATIONS
-from jpeft.models.common.attention import AttentionCore, Ids, Mask
+from jpeft.models.common.attention import Ids, Mask, make_core
 from jpeft.models.common.block_stack import Hidden, make_blocks, run_blocks
 from jpeft.models.common.layers import dense, embedding, layer_norm
 from jpeft.models.common.lookup import look_up
 from jpeft.models.common.positions import TokenPositions, check_positions
+from jpeft.models.common.visible import Visible
 
 # --- embeddings ---
 
@@ -34,9 +35,8 @@ class BertPositions(nn.Module):
         else:
             position_ids = jnp.arange(input_ids.shape[1])[None]  # [1, length]: the same for all rows
         types = jnp.zeros_like(input_ids) if token_type_ids is None else jnp.asarray(token_type_ids)
-        mask = jnp.ones(input_ids.shape, bool) if attention_mask is None else jnp.asarray(attention_mask) != 0
-        # Every query of a row may attend to the same keys, so the mask has one query: [batch, 1, 1, length].
-        return TokenPositions(position_ids, mask[:, None, None, :], token_type_ids=types)
+        mask = None if attention_mask is None else (jnp.asarray(attention_mask) != 0)[:, None, None, :]
+        return TokenPositions(position_ids, mask, token_type_ids=types)
 
 
 class Embeddings(nn.Module):
@@ -67,7 +67,7 @@ class Embeddings(nn.Module):
 # --- blocks ---
 
 
-KeyMask = Bool[Array, "#batch 1 1 keys"]
+Seen = Visible | Bool[Array, "#batch 1 #length keys"]
 
 
 class SelfAttention(nn.Module):
@@ -78,13 +78,13 @@ class SelfAttention(nn.Module):
     output: str | None = None
 
     @nn.compact
-    def __call__(self, hidden: Hidden, mask: KeyMask, deterministic: bool) -> Hidden:
+    def __call__(self, hidden: Hidden, mask: Seen, deterministic: bool) -> Hidden:
         """Attend over the sequence itself."""
         size, heads = self.config.hidden_size, self.config.num_attention_heads
         split = (*hidden.shape[:-1], heads, size // heads)
         # [batch, length, hidden] -> [batch, length, heads, head]
         query, key, value = (dense(self.config, size, name)(hidden).reshape(split) for name in self.names)
-        context = AttentionCore(self.config.attention_probs_dropout_prob, name="core")(query, key, value, mask, deterministic=deterministic)
+        context = make_core(self.config, self.config.attention_probs_dropout_prob)(query, key, value, mask, deterministic=deterministic)
         context = context.reshape(hidden.shape)  # [batch, length, heads, head] -> [batch, length, hidden]
         return context if self.output is None else dense(self.config, size, self.output)(context)
 
@@ -108,7 +108,7 @@ class BertAttention(nn.Module):
     config: BertConfig
 
     @nn.compact
-    def __call__(self, hidden: Hidden, mask: KeyMask, deterministic: bool) -> Hidden:
+    def __call__(self, hidden: Hidden, mask: Seen, deterministic: bool) -> Hidden:
         """Return the first half of a block."""
         context = SelfAttention(self.config, name="self")(hidden, mask, deterministic)
         return ResidualOutput(self.config, name="output")(context, hidden, deterministic)
@@ -131,7 +131,7 @@ class BertLayer(nn.Module):
     config: BertConfig
 
     @nn.compact
-    def __call__(self, hidden: Hidden, mask: KeyMask, deterministic: bool) -> Hidden:
+    def __call__(self, hidden: Hidden, mask: Seen, deterministic: bool) -> Hidden:
         """Apply attention and the feed-forward network, each followed by its residual and LayerNorm."""
         hidden = BertAttention(self.config, name="attention")(hidden, mask, deterministic)
         inner = Intermediate(self.config, name="intermediate")(hidden)
@@ -157,7 +157,7 @@ class DistilBertLayer(nn.Module):
     config: BertConfig
 
     @nn.compact
-    def __call__(self, hidden: Hidden, mask: KeyMask, deterministic: bool) -> Hidden:
+    def __call__(self, hidden: Hidden, mask: Seen, deterministic: bool) -> Hidden:
         """Apply attention and the feed-forward network, each followed by its residual and LayerNorm."""
         attention = SelfAttention(self.config, ("q_lin", "k_lin", "v_lin"), "out_lin", name="attention")
         hidden = layer_norm(self.config, "sa_layer_norm")(hidden + attention(hidden, mask, deterministic))
@@ -172,7 +172,7 @@ class Encoder(nn.Module):
 
     @nn.compact
     def __call__(
-        self, hidden: Hidden, mask: KeyMask, deterministic: bool, output_hidden_states: bool = False
+        self, hidden: Hidden, mask: Seen, deterministic: bool, output_hidden_states: bool = False
     ) -> tuple[Hidden, tuple[Hidden, ...] | None]:
         """Return the last hidden state and, on request, the input and the output of every block."""
         layer = make_blocks(self.config, DistilBertLayer if self.config.architecture == "distilbert" else BertLayer, "layer")

@@ -12,6 +12,7 @@ from jpeft.models.bert.encoder import BertPositions, Embeddings, Encoder
 from jpeft.models.common.attention import Ids, Mask
 from jpeft.models.common.block_stack import Hidden
 from jpeft.models.common.layers import dense
+from jpeft.models.common.visible import Visible
 
 
 class Pooler(nn.Module):
@@ -79,7 +80,11 @@ class BertModel(nn.Module):
         hidden = self.embeddings(input_ids, positions, deterministic)
         if self.config.embedding_width != self.config.hidden_size:
             hidden = self.embeddings_project(hidden)
-        hidden, states = self.encoder(hidden, positions.mask, deterministic, output_hidden_states)
+        # Every query of a row may attend to the same keys: all that are tokens.
+        seen = Visible(
+            None if positions.mask is None else jnp.broadcast_to(positions.mask[:, 0, 0], (len(input_ids), positions.mask.shape[-1]))
+        )
+        hidden, states = self.encoder(hidden, seen, deterministic, output_hidden_states)
         return BertOutput(hidden, None if self.pooler is None else self.pooler(hidden), states)
 
     def attend(self, hidden: Float[Array, "batch length width"]) -> Float[Array, "batch length vocab"]:

@@ -63,6 +63,7 @@ def load(
     param_dtype: Any = None,
     remat: bool | Literal["dots"] = False,
     scan: bool | None = None,
+    attention: Literal["auto", "xla", "cudnn", "splash"] = "auto",
     fresh_head: bool = False,
     keep_head: bool = False,
     add_tokens: Sequence[str] = (),
@@ -88,6 +89,8 @@ def load(
       remat: recompute each block in the backward pass; "dots" stores the results of matrix products and recomputes the rest.
       scan: stack the parameters of the blocks and trace one block; None to do so in decoders, and in encoders of 12 blocks or more.
         Adapters and exported models do not depend on it.
+      attention: who computes it: "auto" takes the kernel of the device where it can (cuDNN's on a GPU, splash attention on a TPU), else
+        XLA. A kernel that is asked for by name is an error where it cannot.
       fresh_head: initialise a new head with labels even if the checkpoint has one for them.
       keep_head: keep the checkpoint's head with labels even if its labels have other names: its outputs are taken in their order.
       add_tokens: tokens that the model does not have, such as ("<ENT>",): they are added to the tokenizer, and as rows to the embedding
@@ -120,7 +123,9 @@ def load(
     described = family.models[families.resolve_task(family, task) or task]
     if (fresh_head or keep_head) and not described.has_labels:
         raise ValueError(f"fresh_head and keep_head are about a head with labels, and a model for the task {task!r} has none.")
-    checkpoint = open_checkpoint(folder, content, hf_config, dtype=dtype, param_dtype=param_dtype, remat=remat, scan=scan)
+    checkpoint = open_checkpoint(
+        folder, content, hf_config, dtype=dtype, param_dtype=param_dtype, remat=remat, scan=scan, attention=attention
+    )
     if described.has_labels:
         plan = plan_with_labels(checkpoint, described, labels, num_labels, fresh=fresh_head, keep=keep_head)
     else:

@@ -81,9 +81,12 @@ def run_blocks(
     """
     flags = (False,) * (config.num_hidden_layers if num_layers is None else num_layers) if flags is None else tuple(flags)
     if config.scan:
+        # Blocks that do not differ are not told apart by a traced flag.
+        alike = len(set(flags)) == 1
 
         def body(block: nn.Module, hidden: Array, context: Any, flag: Array) -> tuple[Array, Array | None]:
-            return block(hidden, select_context(context, flag), deterministic), hidden if output_hidden_states else None
+            chosen = select_context(context, flags[0] if alike else flag)
+            return block(hidden, chosen, deterministic), hidden if output_hidden_states else None
 
         scan = nn.scan(
             body,

@@ -1,4 +1,4 @@
-"""What a decoder's tokens may attend to: the causal mask, and the cache of keys and values.
+"""What a decoder's tokens may attend to: those before them, and the cache of keys and values.
 
 A cache is made by calling a model with `cache_length=` and `mutable=["cache"]`. Passed on among the variables, the next call continues it.
 A call for which it has no room raises an error, or returns NaN where the call is compiled.
@@ -25,6 +25,7 @@ from jaxtyping import Array, Bool, Float, Int
 from jpeft.models.common.decoder_config import DecoderConfig
 from jpeft.models.common.positions import TokenPositions
 from jpeft.models.common.rope import Rotation
+from jpeft.models.common.visible import Visible
 
 Heads = Float[Array, "batch length heads head"]
 
@@ -33,16 +34,14 @@ class View(NamedTuple):
     """What the queries of this call may attend to."""
 
     position_ids: Array  # int [batch, length]
-    mask: Array  # bool [batch, 1, length, keys]: causal, without padding
-    window_mask: Array | None  # the same within the sliding window; None without a window
+    mask: Visible  # causal, without padding, within the sliding window if there is one
     slot: Array | None  # int []: the cache's first slot for the keys of this call; None without a cache
+    slots: Array | None  # bool [batch, slots]: those of the cache that hold tokens; None without a cache
     rotation: Rotation | None = None  # of the positions, in families with rotary embeddings
 
     def for_layer(self, uses_window: bool | Array) -> "View":
-        """Return the view with the sliding-window mask for a layer that uses one, else with the full causal mask."""
-        if self.window_mask is None or uses_window is False:
-            return self
-        return self._replace(mask=self.window_mask if uses_window is True else jnp.where(uses_window, self.window_mask, self.mask))
+        """Return the view of a layer with a sliding window, or of one without."""
+        return self._replace(mask=self.mask.for_layer(uses_window))
 
 
 class CausalMask(nn.Module):
@@ -69,24 +68,19 @@ class CausalMask(nn.Module):
         Raises:
           ValueError: if the cache has no room for this call and that can be known: inside `jit` it is not known how full a cache is.
         """
-        tokens, slot = positions.mask[:, 0, 0, :], None  # bool [batch, length]
-        length = tokens.shape[1]
-        query_slots = jnp.arange(length)
-        slots = cache_length
-        if self.has_variable("cache", "tokens"):
+        batch, length = positions.position_ids.shape
+        tokens = None if positions.mask is None else jnp.broadcast_to(positions.mask[:, 0, 0, :], (batch, length))
+        begins, slots = not self.has_variable("cache", "tokens"), cache_length
+        if not begins:
             slots = self.get_variable("cache", "tokens").shape[1]
-        if slots is not None:
-            tokens, slot = self._append(tokens, slots)  # tokens: bool [batch, slots] from here on
-            query_slots = query_slots + slot
-        causal = jnp.arange(tokens.shape[1])[None, :] <= query_slots[:, None]  # [length, keys]
-        mask = tokens[:, None, None, :] & causal[None, None]
-        window_mask = None
-        if self.config.window is not None:
-            # The distance of two tokens is the number of tokens between them, not of slots: some slots hold padding.
-            count = jnp.cumsum(tokens, axis=1, dtype=jnp.int32)  # [batch, keys]
-            query_count = jax.lax.dynamic_slice_in_dim(count, 0 if slot is None else slot, length, 1)  # [batch, length]
-            window_mask = mask & (query_count[:, None, :, None] - count[:, None, None, :] < self.config.window)
-        return View(positions.position_ids, mask, window_mask, slot)
+        # A window as long as all there is to see is none.
+        window, seen = self.config.window, length if begins or slots is None else slots
+        mask = Visible(tokens, causal=True, window=None if window is None or window >= seen else window)
+        if slots is None:
+            return View(positions.position_ids, mask, None, None)
+        held, slot = self._append(jnp.ones((batch, length), bool) if tokens is None else tokens, slots)
+        # The call that makes a cache sees nothing but its own tokens, so it needs no empty slots. Later calls see what the cache holds.
+        return View(positions.position_ids, mask if begins else mask.replace(keys=held, slot=slot), slot, held)
 
     def _append(self, tokens: Bool[Array, "batch length"], slots: int) -> tuple[Bool[Array, "batch slots"], Int[Array, ""]]:
         """Write the tokens into the cache; return all slots, and the first slot that was written."""
@@ -109,11 +103,12 @@ class KeyValueCache(nn.Module):
 
     @nn.compact
     def __call__(self, key: Heads, value: Heads, view: View) -> tuple[Array, Array]:
-        """Return the keys and values of this call, or with a cache those of all slots."""
-        if view.slot is None:
+        """Return the keys and values of this call; once there is a cache, those of all slots."""
+        if view.slot is None or view.slots is None:
             return key, value
-        slots = view.mask.shape[-1]
-        return self._append("key", key, slots, view.slot), self._append("value", value, slots, view.slot)
+        slots = view.slots.shape[1]
+        held = self._append("key", key, slots, view.slot), self._append("value", value, slots, view.slot)
+        return held if view.mask.slot is not None else (key, value)
 
     def _append(self, name: str, new: Heads, slots: int, slot: Array) -> Float[Array, "batch slots heads head"]:
         """Write the keys or values of this call into the cache, and return all slots."""

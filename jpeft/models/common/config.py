@@ -7,6 +7,7 @@ from typing import Any, ClassVar, Literal
 import jax.numpy as jnp
 
 from jpeft.models.common.activations import ACTIVATIONS
+from jpeft.models.common.attention_kernels import KERNELS
 from jpeft.models.common.checks import check_value
 
 
@@ -37,6 +38,8 @@ class ModelConfig:
     # Recompute the activations of each block in the backward pass instead of storing them. True recomputes everything. "dots" stores the
     # results of matrix products and recomputes the rest, which costs little time and saves less memory.
     remat: bool | Literal["dots"] = False
+    # Who computes attention: "auto" takes the device's kernel where it can (`jpeft.models.common.attention_kernels`), else XLA.
+    attention: Literal["auto", "xla", "cudnn", "splash"] = "auto"
     scan: bool = False  # trace one block over parameters stacked on axis 0, instead of `num_hidden_layers` blocks
 
     def __post_init__(self):
@@ -50,6 +53,8 @@ class ModelConfig:
             raise ValueError(f"Unknown hidden_act {self.hidden_act!r}; supported: {', '.join(ACTIVATIONS)}.")
         if self.remat not in (False, True, "dots"):
             raise ValueError(f"remat={self.remat!r} is not one of False, True, 'dots'.")
+        if self.attention not in KERNELS:
+            raise ValueError(f"attention={self.attention!r} is not one of {', '.join(map(repr, KERNELS))}.")
 
     @property
     def max_length(self) -> int:

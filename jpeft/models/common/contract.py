@@ -5,8 +5,9 @@ is called with. They rely on these promises.
 
 1. **The attention core.** Softmax attention proper is a module without parameters that is named ``core`` and is a sibling of the key
    projection. It is called as ``core(query, key, value, mask, ...)``, by position. Query, key and value are [batch, length, heads, width of
-   a head], so heads are on axis -2; key and value may have fewer heads. The mask is boolean, [batch or 1, 1, queries or 1, keys]. The core
-   accepts keys, values and a mask that are longer than the text. *Prefix-tuning and P-tuning v2 put their keys in front here.*
+   a head], so heads are on axis -2; key and value may have fewer heads. The mask is a description with the methods `with_prefix` and
+   `dense`, as `jpeft.models.common.visible.Visible`, or boolean, [batch or 1, 1, queries or 1, keys]. The core accepts keys, values and a
+   mask that are longer than the text. *Prefix-tuning and P-tuning v2 put their keys in front here.*
    `AttentionCore` is such a module.
 2. **The positions.** A body, the module that is given the token ids, has a module without parameters that is named ``positions``. It
    returns a tuple with the fields `position_ids` and `offset` and the method `_replace`. Everything that depends on positions (tables,
@@ -104,7 +105,9 @@ def _check_core(args: tuple[Any, ...], kwargs: Mapping[str, Any], call: Any) -> 
     """Return what is wrong with a call of an attention core; run the core once more, with one more key in front."""
     if len(args) < 4:
         return [f"'{CORE}' was given {len(args)} arguments by position; query, key, value and mask must be."]
-    query, key, value, mask, *rest = args
+    query, key, value, given, *rest = args
+    described = hasattr(given, "with_prefix")
+    mask = given.dense(query.shape[1], key.shape[1]) if described else given
     shapes = f"query {query.shape}, key {key.shape}, value {value.shape}, mask {mask.shape}"
     if not query.ndim == key.ndim == value.ndim == mask.ndim == 4 or query.shape[-2] % key.shape[-2] or key.shape[:3] != value.shape[:3]:
         return [f"'{CORE}' must be given [batch, length, heads, width of a head] and a mask of four axes, and was given {shapes}."]
@@ -113,7 +116,7 @@ def _check_core(args: tuple[Any, ...], kwargs: Mapping[str, Any], call: Any) -> 
     # Put one key in front of the others, visible to all queries, as a prefix of length 1 does.
     front = lambda x, axis: jnp.concatenate([jnp.ones_like(jax.lax.slice_in_dim(x, 0, 1, axis=axis)), x], axis)
     try:
-        longer = call(query, front(key, 1), front(value, 1), front(mask, 3), *rest, **kwargs)
+        longer = call(query, front(key, 1), front(value, 1), given.with_prefix(1) if described else front(mask, 3), *rest, **kwargs)
     except (TypeError, ValueError) as error:
         return [f"'{CORE}' does not accept one more key: {error}"]
     if longer.shape[:3] != query.shape[:3]:

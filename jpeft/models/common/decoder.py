@@ -5,6 +5,7 @@ from typing import Any, ClassVar
 
 import flax.linen as nn
 import flax.struct
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int, Shaped
@@ -24,19 +25,26 @@ class DecoderPositions(nn.Module):
 
     config: DecoderConfig
 
-    def __call__(self, input_ids: Ids, attention_mask: Mask | None, start: Int[Array, " batch"] | None) -> TokenPositions:
-        """Count the tokens of each row from 0. Padding, on either side, is not counted.
+    def __call__(
+        self, input_ids: Ids, attention_mask: Mask | None, start: Int[Array, " batch"] | None, segment_ids: Ids | None = None
+    ) -> TokenPositions:
+        """Count the tokens of each row, or of each segment, from 0. Padding, on either side, is not counted.
 
         Args:
           input_ids: token ids of this call.
           attention_mask: 1 for tokens, 0 for padding; None if all are tokens.
           start: how many tokens the cache holds already; None where a sequence begins.
+          segment_ids: of packed rows; None for one text a row.
         """
         mask = jnp.ones(input_ids.shape, bool) if attention_mask is None else jnp.asarray(attention_mask) != 0
         position_ids = jnp.maximum(jnp.cumsum(mask, axis=1, dtype=jnp.int32) - 1, 0)
+        if segment_ids is not None:
+            first = jnp.diff(segment_ids, axis=1, prepend=segment_ids[:, :1] - 1) != 0
+            # The position at which each segment begins is the largest so far.
+            position_ids -= jax.lax.cummax(jnp.where(first, position_ids, 0), axis=1)
         if start is not None:
             position_ids += start[:, None]
-        return TokenPositions(position_ids, mask[:, None, None, :])
+        return TokenPositions(position_ids, None if attention_mask is None else mask[:, None, None, :])
 
 
 @flax.struct.dataclass
@@ -82,6 +90,7 @@ class Decoder(nn.Module):
         deterministic: bool = True,
         cache_length: int | None = None,
         output_hidden_states: bool = False,
+        segment_ids: Ids | None = None,
     ) -> DecoderOutput:
         """Run over a batch.
 
@@ -92,10 +101,12 @@ class Decoder(nn.Module):
           cache_length: make a cache for that many tokens, those of this call included (see `jpeft.models.common.cache`); needs
             mutable=["cache"].
           output_hidden_states: also return the embeddings and the output of every block.
+          segment_ids: of rows that several texts are packed into [batch, length]: the texts do not see each other, and each counts its
+            positions from 0. None for one text a row.
 
         Raises:
-          ValueError: if the mask does not have the shape of the ids, the cache has no room, the position table is too short, or an id has
-            no row in the word embedding (`jpeft.models.common.lookup`).
+          ValueError: if segments are given with a cache, the mask does not have the shape of the ids, the cache has no room, the position
+            table is too short, or an id has no row in the word embedding (`jpeft.models.common.lookup`).
         """
         input_ids = jnp.asarray(input_ids)
         if attention_mask is not None and jnp.shape(attention_mask) != input_ids.shape:
@@ -104,9 +115,16 @@ class Decoder(nn.Module):
                 "call alone: the cache knows that of earlier tokens."
             )
         start = self.causal.count_cached_tokens()
-        positions = self.positions(input_ids, attention_mask, start)
-        view = self.extend_view(self.causal(positions, cache_length))
-        check_positions(positions.offset + view.mask.shape[-1], self.config.position_rows)
+        if segment_ids is not None:
+            if start is not None or cache_length is not None:
+                raise ValueError("segment_ids= are for packed rows, and a cache continues one text a row: give one of them.")
+            segment_ids = jnp.asarray(segment_ids)
+        positions = self.positions(input_ids, attention_mask, start, segment_ids)
+        view = self.causal(positions, cache_length)
+        if segment_ids is not None:
+            view = view._replace(mask=view.mask.replace(query_segments=segment_ids, key_segments=segment_ids))
+        view = self.extend_view(view)
+        check_positions(positions.offset + (view.slots if view.slots is not None else input_ids).shape[1], self.config.position_rows)
         hidden = self.embed(input_ids, view, deterministic)
         _, blocks, norm = (getattr(self, name) for name in self.NAMES)
         hidden, states = run_blocks(
@@ -120,9 +138,9 @@ class Decoder(nn.Module):
             select_context=View.for_layer,
         )
         hidden = norm(hidden)
-        if start is not None and view.slot is not None:
+        if start is not None and view.slot is not None and view.slots is not None:
             # A full cache would overwrite older tokens without an error. NaN shows it, as for a lookup past the end of a table.
-            hidden = jnp.where(view.slot + input_ids.shape[1] > view.mask.shape[-1], jnp.nan, hidden)
+            hidden = jnp.where(view.slot + input_ids.shape[1] > view.slots.shape[1], jnp.nan, hidden)
         return DecoderOutput(hidden, (*states, hidden) if output_hidden_states else None)
 
     def attend(self, hidden: Hidden) -> Float[Array, "batch length vocab"]:
@@ -154,6 +172,7 @@ class LanguageModel(nn.Module):
         logits_at: Int[Array | np.ndarray, " batch"] | None = None,
         labels: Shaped[Array | np.ndarray, "..."] | None = None,
         label_smoothing: float = 0.0,
+        segment_ids: Ids | None = None,
     ) -> Float[Array, "batch positions vocab"] | TokenLoss:
         """Return float32 logits; with labels, the loss of each token in their place.
 
@@ -166,11 +185,14 @@ class LanguageModel(nn.Module):
           labels: The token that each position predicts, [batch, length]: that of the next position, as a rule; -100 where nothing is
             predicted. The logits of the whole batch are never held (`jpeft.models.common.token_loss`).
           label_smoothing: Of the loss.
+          segment_ids: As in `Decoder`.
 
         Raises:
           ValueError: As `Decoder`; for labels that are no words, or of another shape than the ids.
         """
-        output = getattr(self, self.NAME)(input_ids, attention_mask, deterministic=deterministic, cache_length=cache_length)
+        output = getattr(self, self.NAME)(
+            input_ids, attention_mask, deterministic=deterministic, cache_length=cache_length, segment_ids=segment_ids
+        )
         if labels is None:
             return self.score(select_tokens(output.last_hidden_state, logits_at))
         if logits_at is not None:

@@ -30,6 +30,6 @@ class TokenPositions(NamedTuple):
     """
 
     position_ids: Array  # int [batch or 1, length]
-    mask: Array  # bool [batch, 1, 1, length], over the keys of this call: False is padding
+    mask: Array | None  # bool [batch, 1, 1, length], over the keys of this call: False is padding; None if all are tokens
     offset: int = 0  # number of positions that stay free in front of the first token
     token_type_ids: Array | None = None  # int [batch, length]; None in families without token types

@@ -114,7 +114,8 @@ def continue_prompts(
     """Do what `generate` does without waiting for the result: where the logits were not finite, the score of the row is NaN."""
     decoding.check()
     input_ids = jnp.asarray(input_ids, jnp.int32)
-    mask = jnp.ones(input_ids.shape, bool) if attention_mask is None else jnp.asarray(attention_mask) != 0
+    # Without padding the first pass is left to the device's kernel as it stands (`jpeft.models.common.attention_kernels`).
+    mask = None if attention_mask is None else jnp.asarray(attention_mask) != 0
     static: dict[str, Any] = {"new": decoding.max_new_tokens, "stop": decoding.stop_ids, "pad": int(decoding.pad)}
     if decoding.beams > 1:
         length_penalty = float(decoding.length_penalty)
@@ -127,10 +128,12 @@ def continue_prompts(
 # --- the program ---
 
 
-def _prefill(forward: Any, variables: Any, ids: Ids, mask: Mask, new: int) -> tuple[Float[Array, "batch vocab"], Any]:
+def _prefill(forward: Any, variables: Any, ids: Ids, mask: Mask | None, new: int) -> tuple[Float[Array, "batch vocab"], Any]:
     """Return the logits after each prompt, and a cache with room for all new tokens but the last, which no token attends to."""
-    last = ids.shape[1] - 1 - jnp.argmax(mask[:, ::-1], axis=1)  # [batch]: index of the last token of each prompt
-    logits, cache = forward(variables, ids, mask, cache_length=ids.shape[1] + new - 1, logits_at=last, mutable=["cache"])
+    length = ids.shape[1]
+    # [batch]: index of the last token of each prompt
+    last = jnp.full(len(ids), length - 1) if mask is None else length - 1 - jnp.argmax(mask[:, ::-1], axis=1)
+    logits, cache = forward(variables, ids, mask, cache_length=length + new - 1, logits_at=last, mutable=["cache"])
     return logits[:, 0], cache
 
 
@@ -157,7 +160,7 @@ def _sample(
     forward: Any,
     variables: Any,
     ids: Ids,
-    mask: Mask,
+    mask: Mask | None,
     key: Any,
     temperature: Any,
     top_p: Any,
@@ -207,11 +210,14 @@ def _sample(
 
 
 @functools.partial(jax.jit, static_argnames=("forward", "new", "stop", "pad", "beams", "length_penalty", "early_stopping"))
-def _search(forward: Any, variables: Any, ids: Ids, mask: Mask, *, new: int, **options: Any) -> Generated:
+def _search(forward: Any, variables: Any, ids: Ids, mask: Mask | None, *, new: int, **options: Any) -> Generated:
     """Run the prefill and a beam search over its cache."""
     # The axis of the rows differs among the leaves of the cache and under `nn.scan`: it is the one that grows with the batch.
     shapes = [
-        jax.eval_shape(lambda ids, mask: _prefill(forward, variables, ids, mask, new)[1], *(jnp.repeat(x, n, 0) for x in (ids, mask)))
+        jax.eval_shape(
+            lambda ids, mask: _prefill(forward, variables, ids, mask, new)[1],
+            *(None if x is None else jnp.repeat(x, n, 0) for x in (ids, mask)),
+        )
         for n in (1, 2)
     ]
     axes = jax.tree.map(lambda one, two: next((i for i, size in enumerate(one.shape) if size != two.shape[i]), -1), *shapes)

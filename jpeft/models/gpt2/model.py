@@ -5,7 +5,7 @@ import jax.numpy as jnp
 from jaxtyping import Array
 
 from jpeft.models.common.activations import ACTIVATIONS
-from jpeft.models.common.attention import AttentionCore
+from jpeft.models.common.attention import make_core
 from jpeft.models.common.block_stack import Hidden
 from jpeft.models.common.cache import KeyValueCache, View
 from jpeft.models.common.decoder import Decoder, LanguageModel
@@ -28,7 +28,7 @@ class GPT2Attention(nn.Module):
         query, key, value = (part.reshape(split) for part in jnp.split(qkv, 3, axis=-1))
         # With a cache, key and value are those of all slots: [batch, slots, heads, head].
         key, value = KeyValueCache(name="cache")(key, value, view)
-        context = AttentionCore(config.attention_dropout, name="core")(query, key, value, view.mask, deterministic=deterministic)
+        context = make_core(config, config.attention_dropout)(query, key, value, view.mask, deterministic=deterministic)
         return dense(config, config.hidden_size, "c_proj")(context.reshape(hidden.shape))
 
 

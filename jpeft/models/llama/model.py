@@ -4,7 +4,7 @@ import flax.linen as nn
 from jaxtyping import Array, Float
 
 from jpeft.models.common.activations import ACTIVATIONS
-from jpeft.models.common.attention import AttentionCore
+from jpeft.models.common.attention import make_core
 from jpeft.models.common.block_stack import Hidden
 from jpeft.models.common.cache import KeyValueCache, View
 from jpeft.models.common.decoder import Decoder, LanguageModel
@@ -36,7 +36,7 @@ class LlamaAttention(nn.Module):
             query, key = rms_norm(config, "q_norm")(query), rms_norm(config, "k_norm")(key)
         # Keys are rotated before they enter the cache, so that a cached key need not know its position.
         key, value = KeyValueCache(name="cache")(rotate(key), value, view)
-        context = AttentionCore(config.attention_dropout, name="core")(rotate(query), key, value, view.mask, deterministic=deterministic)
+        context = make_core(config, config.attention_dropout)(rotate(query), key, value, view.mask, deterministic=deterministic)
         return dense(config, config.hidden_size, "o_proj", bias=config.attention_bias)(context.reshape(*hidden.shape[:-1], -1))
 
 
