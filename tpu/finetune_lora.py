@@ -90,7 +90,7 @@ def _print_plan(config: TrainConfig, mesh: jax.sharding.Mesh | None) -> None:
         options=config.options,
         batch=config.batch_size // config.grad_accum,
         length=config.max_length,
-        dtype=config.dtype,
+        dtype=config.dtype or "bfloat16",
         weights="float32",
         memory=_memory() / 2**30,
     )
