@@ -103,6 +103,7 @@ def gpu_cases() -> list[Case]:
         case(JPEFT, "generation", "generate", 8, 128, seconds=30),
         case(PEFT, "generation", "generate", 8, 128, seconds=25),
         case(JPEFT, "LoRA, scan", "llama", *short),
+        case(JPEFT, "LoRA joined, scan, dots", "llama", *short, remat="dots", view="joined"),
         case(PEFT, "LoRA, Liger kernels", "llama", *short, seconds=15, liger=True),
         case(QWIX, "LoRA, scan, dots", "llama", *short, remat="dots"),
         case(PEFT, "LoRA, checkpointing", "llama", *long, seconds=20, checkpointing=True),

@@ -157,7 +157,7 @@ def needs(compiled: Any) -> float | None:
     return round((held + memory.temp_size_in_bytes) / GIB, 3)
 
 
-def train_llama(case: Case, size: Size, *, remat: Any = False, full: bool = False) -> Iterator[Line]:
+def train_llama(case: Case, size: Size, *, remat: Any = False, full: bool = False, view: Any = "auto") -> Iterator[Line]:
     """A step of a language model: LoRA on all projections, or all weights."""
     shape = LLAMA[size]
     model, params = llama(shape, remat=remat)
@@ -168,7 +168,7 @@ def train_llama(case: Case, size: Size, *, remat: Any = False, full: bool = Fals
         tx, trained, frozen = optax.adamw(1e-4), params, {}
         apply = lambda trained, frozen: lambda *given, **more: model.apply({"params": trained}, *given, **more)
     else:
-        peft = jpeft.apply(params, method="lora", rank=RANK, alpha=ALPHA, target=PROJECTIONS)
+        peft = jpeft.apply(params, method="lora", rank=RANK, alpha=ALPHA, target=PROJECTIONS, view=view)
         forward = jpeft.wrap(model.apply, peft.method)
         tx, trained, frozen = jpeft.optimizer(optax.adamw(1e-4), peft), peft.adapter, params
         apply = lambda trained, frozen: (
@@ -288,7 +288,7 @@ def generation(case: Case, size: Size) -> Iterator[Line]:
     shape = LLAMA[size]
     model, params = llama(shape)
     ids, new = tokens(shape, case), 8 if size == "toy" else case.length
-    peft = jpeft.apply(params, method="lora", rank=RANK, alpha=ALPHA, target=PROJECTIONS)
+    peft = jpeft.apply(params, method="lora", rank=RANK, alpha=ALPHA, target=PROJECTIONS, view=view)
     forward = jpeft.wrap(model.apply, peft.method)
     for what, apply, variables in (("unmerged", forward, peft.variables), ("merged", model.apply, {"params": jpeft.merge(peft)})):
         call = lambda apply=apply, variables=variables: generate(apply, variables, ids, max_new_tokens=new).tokens.block_until_ready()
