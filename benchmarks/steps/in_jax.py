@@ -288,7 +288,7 @@ def generation(case: Case, size: Size) -> Iterator[Line]:
     shape = LLAMA[size]
     model, params = llama(shape)
     ids, new = tokens(shape, case), 8 if size == "toy" else case.length
-    peft = jpeft.apply(params, method="lora", rank=RANK, alpha=ALPHA, target=PROJECTIONS, view=view)
+    peft = jpeft.apply(params, method="lora", rank=RANK, alpha=ALPHA, target=PROJECTIONS)
     forward = jpeft.wrap(model.apply, peft.method)
     for what, apply, variables in (("unmerged", forward, peft.variables), ("merged", model.apply, {"params": jpeft.merge(peft)})):
         call = lambda apply=apply, variables=variables: generate(apply, variables, ids, max_new_tokens=new).tokens.block_until_ready()
