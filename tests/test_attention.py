@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+from types import SimpleNamespace
 
 import chex
 import flax.linen as nn
@@ -162,17 +163,28 @@ def test_a_kernel_that_is_asked_for_is_refused_with_the_reason(kernel, visible, 
     assert attention_kernels.choose("auto", query, key, visible, drops=drops) == "xla"
 
 
-@pytest.mark.parametrize(("platform", "kernel"), [("gpu", "cudnn"), ("tpu", "xla"), ("cpu", "xla")])
-def test_the_device_decides(platform, kernel, monkeypatch):
-    """On a TPU, too, unless there are several devices: the tests have eight."""
-    monkeypatch.setattr(jax, "default_backend", lambda: platform)
+H100 = {"platform": "gpu", "client": SimpleNamespace(platform_version="PJRT C API\ncuda 13000"), "compute_capability": "9.0"}
+DEVICES = {
+    "H100": (H100, "cudnn"),
+    "T4": (H100 | {"compute_capability": "7.5"}, "xla"),
+    "MI300": (H100 | {"client": SimpleNamespace(platform_version="rocm 60300")}, "xla"),
+    "TPU": ({"platform": "tpu"}, "splash"),
+    "CPU": ({"platform": "cpu"}, "xla"),
+}
+
+
+@pytest.mark.parametrize("name", DEVICES)
+def test_the_device_decides(name, monkeypatch):
+    about, kernel = DEVICES[name]
+    monkeypatch.setattr(attention_kernels, "_device", lambda: SimpleNamespace(**about))
     query = jnp.zeros((1, 256, HEADS, SIZE), jnp.bfloat16)
-    assert attention_kernels.choose("auto", query, query, Visible(causal=True), drops=False) == kernel
+    choose = lambda query, visible: attention_kernels.choose("auto", query, query, visible, drops=False)
+    # A kernel of a TPU is not partitioned, and the tests have eight devices.
+    assert choose(query, Visible(causal=True)) == ("xla" if name == "TPU" else kernel)
     monkeypatch.setattr(jax, "device_count", lambda: 1)
-    expected = {"gpu": "cudnn", "tpu": "splash", "cpu": "xla"}[platform]
-    assert attention_kernels.choose("auto", query, query, Visible(causal=True), drops=False) == expected
-    assert attention_kernels.choose("auto", query, query, Visible(causal=True, slot=jnp.array(1)), drops=False) == "xla"
-    assert attention_kernels.choose("auto", query[:, :1], query[:, :1], Visible(causal=True), drops=False) == "xla"
+    assert choose(query, Visible(causal=True)) == kernel
+    assert choose(query, Visible(causal=True, slot=jnp.array(1))) == "xla"  # a step of generation
+    assert choose(query[:, :1], Visible(causal=True)) == "xla"
 
 
 # --- programs for devices that are not here -----------------------------------------------------------------------------------------------

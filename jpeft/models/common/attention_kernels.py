@@ -53,8 +53,7 @@ def choose(wanted: str, query: Queries, key: Keys, mask: Any, *, drops: bool) ->
         if reason := why_not(wanted, query, key, mask, drops=drops):
             raise ValueError(f"attention={wanted!r} cannot compute this attention: {reason}. attention='auto' takes what can.")
         return wanted
-    # A default device may be another than that of the default backend.
-    kernel = {"gpu": "cudnn", "cuda": "cudnn", "tpu": "splash"}.get(_platform())
+    kernel = kernel_of(_device())
     if kernel is None or query.shape[1] < _SHORT or why_not(kernel, query, key, mask, drops=drops):
         return "xla"
     # Mosaic kernels are not partitioned: on several devices splash attention runs where a shard_map gives each its own part.
@@ -63,10 +62,18 @@ def choose(wanted: str, query: Queries, key: Keys, mask: Any, *, drops: bool) ->
     return kernel
 
 
-def _platform() -> str:
-    """Return the platform that computes; a default device may be another than that of the default backend."""
-    device: Any = getattr(jax.config, "jax_default_device", None)
-    return getattr(device, "platform", device) or jax.default_backend()
+def kernel_of(device: Any) -> str | None:
+    """Return the kernel that a device has; None for a CPU, a GPU without CUDA, and one from before cuDNN's flash attention (Ampere)."""
+    if device.platform == "tpu":
+        return "splash"
+    has_cuda = device.platform in ("gpu", "cuda") and "cuda" in device.client.platform_version.lower()
+    return "cudnn" if has_cuda and float(device.compute_capability) >= 8.0 else None
+
+
+def _device() -> Any:
+    """Return the device that computes where arrays say nothing else; the default may be one of another platform."""
+    default: Any = getattr(jax.config, "jax_default_device", None)
+    return default if hasattr(default, "platform") else jax.devices(default)[0]
 
 
 def why_not(kernel: str, query: Queries, key: Keys, mask: Any, *, drops: bool) -> str | None:
