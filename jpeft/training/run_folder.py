@@ -143,7 +143,7 @@ class RunFolder:
         if config.resume:
             # `from_json` gives fields that are newer than the run the values that it behaved by.
             record = self.read_config()["run"]
-            changed = changed_fields(to_json(pinned(from_json(record), record)), to_json(config))
+            changed = changed_fields(to_json(pinned(from_json(record), record)), to_json(self.as_recorded(config)))
             # Base and data may be elsewhere now: their fingerprints tell whether they are the same.
             changed = {name: values for name, values in changed.items() if name not in PLACES}
             if changed:
