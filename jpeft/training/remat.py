@@ -4,7 +4,6 @@ import dataclasses
 from collections.abc import Callable
 from typing import Any, Literal, NamedTuple
 
-import flax.linen as nn
 import jax
 
 from jpeft.core.summary import readable_bytes
@@ -36,9 +35,9 @@ class Choice(NamedTuple):
         return f"{_NAMES[self.remat]}: {self.reason}" if self.reason else ""
 
 
-def with_remat(model: nn.Module, remat: Remat) -> nn.Module:
+def with_remat(model: Any, remat: Remat) -> Any:
     """Return a model of `jpeft.models` that recomputes its activations in this way; its parameters are the same."""
-    config: Any = model.config  # pyright: ignore[reportAttributeAccessIssue]
+    config = model.config
     return model if config.remat == remat else model.clone(config=dataclasses.replace(config, remat=remat))
 
 
