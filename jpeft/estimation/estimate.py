@@ -176,16 +176,9 @@ def estimate(
     check_values(run)
     if max_length > config.max_length:
         raise ValueError(f"max_length={max_length} is more than the model's {config.max_length} positions.")
-    subject = _Subject(config, folder, chosen, labels, run)
-    found = []
-    for row in rows:
-        try:
-            found.append(subject.estimate(row, limit))
-        except ValueError as error:
-            # Of "all" methods, those that do not apply are left out.
-            if ALL not in ([method] if isinstance(method, str) else method):
-                raise
-            warnings.warn(f"{row.label} does not apply: {error}", stacklevel=2)
+    # Of "all" methods, those that do not apply are left out.
+    every = ALL in ([method] if isinstance(method, str) else method)
+    found = _Subject(config, folder, chosen, labels, run).estimates(rows, limit, every=every)
     return found[0] if isinstance(method, str) and method != ALL else found
 
 
@@ -198,6 +191,18 @@ class _Subject:
     task: Task
     labels: int
     run: TrainConfig
+
+    def estimates(self, rows: Sequence[Row], memory: int | None, *, every: bool) -> list[Estimate]:
+        """Return what each method needs; of `every` method, of those that apply."""
+        found = []
+        for row in rows:
+            try:
+                found.append(self.estimate(row, memory))
+            except ValueError as error:
+                if not every:
+                    raise
+                warnings.warn(f"{row.label} does not apply: {error}", stacklevel=3)
+        return found
 
     def estimate(self, row: Row, memory: int | None) -> Estimate:
         """Return what one method needs."""
