@@ -108,10 +108,10 @@ def test_kill_and_resume_is_bit_for_bit(base, tmp_path):
 
 @pytest.mark.slow
 def test_killed_in_each_stage(base, tmp_path):
-    """DiffPruning, once with its gates and once with its mask; `test_train_stages.py` has every method, from chosen checkpoints."""
+    """FAR, once with whole layers and once with learners; `test_train_stages.py` has every method, from chosen checkpoints."""
     flags, _ = base
     # The last of two flags counts.
-    flags = [*flags, "--method", "diff_pruning", "sparsity=0.1", "l0=1e-5", "--steps", "60", "--checkpoint-every", "4", "--eval-every", "9"]
+    flags = [*flags, "--method", "far", "--steps", "60", "--checkpoint-every", "4", "--eval-every", "9"]
     finish([*flags, "--output", str(tmp_path / "unbroken")])
     begins = [0, *(line["step"] for line in records(tmp_path / "unbroken") if line["split"] == "stage")]
     assert len(begins) == 2
