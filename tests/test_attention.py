@@ -16,7 +16,7 @@ from tables import noised
 import jpeft
 from jpeft.models import LlamaConfig, LlamaForCausalLM
 from jpeft.models.common import attention, attention_kernels
-from jpeft.models.common.attention import AttentionCore, attend, attend_in_blocks
+from jpeft.models.common.attention import AttentionCore, attend, attend_in_blocks, attend_in_parts
 from jpeft.models.common.visible import Visible
 
 BATCH, LENGTH, HEADS, GROUPS, SIZE = 2, 41, 4, 2, 8
@@ -101,6 +101,15 @@ def test_blocks_of_queries(name, monkeypatch):
     visible = STRUCTURES[name]
     queries = 30 if visible.slot is not None else LENGTH
     check_against_dense(visible, lambda *inputs: attend_in_blocks(*inputs, visible), queries)
+
+
+@pytest.mark.parametrize("long", [False, True])
+@pytest.mark.parametrize("name", [name for name in STRUCTURES if STRUCTURES[name].causal and STRUCTURES[name].slot is None])
+def test_parts_of_queries(name, long, monkeypatch):
+    """Parts of 11, 11, 11 and 8 queries, at once or in blocks."""
+    monkeypatch.setattr(attention, "LONG", LENGTH if long else 2 * LENGTH)
+    monkeypatch.setattr(attention, "BLOCK", 4)
+    check_against_dense(STRUCTURES[name], lambda *inputs: attend_in_parts(*inputs, STRUCTURES[name]))
 
 
 @pytest.mark.parametrize("name", ["full", "causal"])
@@ -302,6 +311,7 @@ def test_a_model_runs_alike_with_every_kernel(window, padding, monkeypatch):
     expected = model.apply({"params": params}, ids, mask)[tokens]
 
     monkeypatch.setattr(attention, "LONG", LENGTH)
+    monkeypatch.setattr(attention, "SPLIT", LENGTH)
     monkeypatch.setattr(attention, "BLOCK", 16)
     np.testing.assert_allclose(model.apply({"params": params}, ids, mask)[tokens], expected, atol=2e-4)
     monkeypatch.setattr(attention, "choose", lambda *args, **kwargs: "cudnn")

@@ -323,8 +323,7 @@ def test_a_step_holds_no_logits_and_computes_them_once():
     model = LlamaForCausalLM(LlamaConfig(vocab_size=vocabulary, **sizes))
     ids = jax.ShapeDtypeStruct((4, 512), jnp.int32)
     params = jax.eval_shape(model.init, jax.random.key(0), ids)["params"]
-    # Of the layers' own products the backward pass of attention costs twice its forward pass; fewer adapted layers leave room for that.
-    peft = jax.eval_shape(lambda params: jpeft.apply(params, method=jpeft.lora(rank=8, target=["q_proj", "v_proj"])), params)
+    peft = jax.eval_shape(lambda params: jpeft.apply(params, method=jpeft.lora(rank=8, target=".*_proj/kernel")), params)
     forward = jpeft.wrap(model.apply, peft.method)
     variables = lambda adapter, params: {"params": params, "lora": adapter}
 

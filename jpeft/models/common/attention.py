@@ -20,6 +20,8 @@ Mask = Shaped[Array | np.ndarray, "batch length"]  # 1 or True: a token, 0 or Fa
 
 # From so many queries on XLA's attention goes in blocks of `BLOCK` queries, so that its memory does not grow with the square of the length.
 LONG, BLOCK = 2048, 256
+# From so many queries on, causal attention goes in parts, each with the keys that its last query may see: 5/8 of the operations.
+SPLIT, PARTS = 512, 4
 
 
 class AttentionCore(nn.Module):
@@ -60,15 +62,39 @@ class AttentionCore(nn.Module):
         if kernel != "xla":
             assert isinstance(mask, Visible)
             return run_kernel(kernel, query, key, value, mask)
-        if query.shape[1] >= LONG:
+        length = query.shape[1]
+        if length >= SPLIT and not drops and isinstance(mask, Visible) and mask.causal and mask.slot is None:
+            return attend_in_parts(query, key, value, mask)
+        if length >= LONG:
             return attend_in_blocks(query, key, value, mask, dropout=self.dropout, rng=self.make_rng("dropout") if drops else None)
         drop = functools.partial(nn.Dropout(self.dropout), deterministic=deterministic)
-        return attend(query, key, value, mask.dense(query.shape[1], key.shape[1]) if isinstance(mask, Visible) else mask, drop)
+        return attend(query, key, value, mask.dense(length, key.shape[1]) if isinstance(mask, Visible) else mask, drop)
 
 
 def make_core(config: ModelConfig, dropout: float) -> AttentionCore:
     """Return the attention core of a family's layer."""
     return AttentionCore(dropout, config.attention, name="core")
+
+
+def attend_in_parts(
+    query: Float[Array, "batch queries heads head"],
+    key: Float[Array, "batch keys groups head"],
+    value: Float[Array, "batch keys groups head"],
+    mask: Visible,
+) -> Float[Array, "batch queries heads head"]:
+    """Causal attention of a part of the queries after another, each without the keys that none of its queries may see."""
+    length = query.shape[1]
+    size = -(-length // PARTS)
+    out = []
+    for first in range(0, length, size):
+        part = query[:, first : first + size]
+        last = first + part.shape[1]
+        keys, seen = mask.prefix + last, mask.up_to(last)
+        if length >= LONG:
+            out.append(attend_in_blocks(part, key[:, :keys], value[:, :keys], seen, first=first))
+        else:
+            out.append(attend(part, key[:, :keys], value[:, :keys], seen.rows(first, part.shape[1], keys)))
+    return jnp.concatenate(out, axis=1)
 
 
 def attend_in_blocks(
@@ -77,6 +103,7 @@ def attend_in_blocks(
     value: Float[Array, "batch keys groups head"],
     mask: Visible | Bool[Array, "#batch 1 #queries keys"],
     *,
+    first: int = 0,
     dropout: float = 0.0,
     rng: jax.Array | None = None,
 ) -> Float[Array, "batch queries heads head"]:
@@ -87,6 +114,7 @@ def attend_in_blocks(
       key: The keys.
       value: The values.
       mask: What each query may see.
+      first: The place of the first of these queries in a `Visible`.
       dropout: Rate on the weights.
       rng: A random key for it, or None for none.
     """
@@ -96,7 +124,7 @@ def attend_in_blocks(
     blocks = jnp.pad(query, [(0, 0), (0, count * BLOCK - length), (0, 0), (0, 0)])
     blocks = jnp.moveaxis(blocks.reshape(len(query), count, BLOCK, *query.shape[2:]), 1, 0)
     if isinstance(mask, Visible) and mask.query_segments is not None:
-        mask = mask.replace(query_segments=jnp.pad(mask.query_segments, [(0, 0), (0, count * BLOCK - length)]))
+        mask = mask.replace(query_segments=jnp.pad(mask.query_segments, [(0, 0), (0, BLOCK)]))
     elif not isinstance(mask, Visible) and mask.shape[2] > 1:
         mask = jnp.pad(mask, [(0, 0), (0, 0), (0, count * BLOCK - length), (0, 0)])
 
@@ -104,7 +132,7 @@ def attend_in_blocks(
     @jax.checkpoint
     def one(block: Array, index: Array, key: Array, value: Array, mask: Any) -> Array:
         if isinstance(mask, Visible):
-            seen = mask.rows(index * BLOCK, BLOCK, keys)
+            seen = mask.rows(first + index * BLOCK, BLOCK, keys)
         else:
             seen = mask if mask.shape[2] == 1 else jax.lax.dynamic_slice_in_dim(mask, index * BLOCK, BLOCK, 2)
         drop = lambda weights: weights if rng is None else inverted_dropout(jax.random.fold_in(rng, index), weights, dropout)

@@ -42,6 +42,11 @@ class Visible(flax.struct.PyTreeNode):
         """Return the description with so many more keys in front."""
         return self.replace(prefix=self.prefix + length)
 
+    def up_to(self, count: int) -> "Visible":
+        """Return the description for the first keys alone, so many beside those of the prefix."""
+        cut = lambda x: None if x is None else x[:, :count]
+        return self.replace(keys=cut(self.keys), key_segments=cut(self.key_segments))
+
     def for_layer(self, uses_window: bool | Bool[Array, ""]) -> "Visible":
         """Return the description for a layer with the window, or for one without."""
         if self.window is None or uses_window is True:
