@@ -23,6 +23,7 @@ from flax.core import meta
 
 from jpeft.core.method import Method
 from jpeft.hosts import base, linen_inspect, linen_variables
+from jpeft.hosts.call_stack import with_room
 from jpeft.hosts.linen_calls import LAYER_METHODS, as_layer, bind_by_position, dropout_key, dtypes_of, is_layer_call
 from jpeft.hosts.linen_unread import UnreadLeaves
 from jpeft.tree.adapters import GRAFT, pop_grafts, put_grafts
@@ -78,7 +79,7 @@ class LinenHost(base.Host):
                 return ran
 
             tag = f"{hash(method):x}"
-            out, ran = run(bound, tag)
+            out, ran = with_room(lambda: run(bound, tag))
             # 3. A method that no module has read would be lost without a word.
             unread.refuse(bound, ran, (others, args, kwargs), trace_anew)
             return _without_grafts(out) if kwargs.get("mutable", False) is not False else out
