@@ -26,6 +26,17 @@ class Shape:
         """Width of one attention head."""
         return self.width // self.heads
 
+    @property
+    def fields(self) -> dict[str, Any]:
+        """The fields that configurations of jpeft and of transformers have under the same names."""
+        return {
+            "vocab_size": self.vocabulary,
+            "hidden_size": self.width,
+            "num_hidden_layers": self.layers,
+            "num_attention_heads": self.heads,
+            "intermediate_size": self.inner,
+        }
+
 
 # Llama-3.2-1B and BERT-base; a small one of each for a CPU; and one that costs nothing.
 LLAMA: dict[str, Shape] = {

@@ -36,12 +36,8 @@ def run(case: Case, size: Size) -> Iterator[Line]:
 def llama(shape: Shape, *, remat: Any = False) -> tuple[Any, Any]:
     """Return a model with random parameters, all in the shape's dtype, as a checkpoint has them."""
     config = LlamaConfig.llama_3_2_1b(
-        vocab_size=shape.vocabulary,
-        hidden_size=shape.width,
-        num_hidden_layers=shape.layers,
-        num_attention_heads=shape.heads,
+        **shape.fields,
         num_key_value_heads=shape.kv_heads,
-        intermediate_size=shape.inner,
         dtype=jnp.dtype(shape.dtype),
         param_dtype=jnp.dtype(shape.dtype),
         scan=True,
@@ -54,11 +50,7 @@ def llama(shape: Shape, *, remat: Any = False) -> tuple[Any, Any]:
 def bert(shape: Shape) -> tuple[Any, Any]:
     """Return a classifier with random parameters in float32, scanned: unrolled layers take a GPU's compiler minutes."""
     config = BertConfig(
-        vocab_size=shape.vocabulary,
-        hidden_size=shape.width,
-        num_hidden_layers=shape.layers,
-        num_attention_heads=shape.heads,
-        intermediate_size=shape.inner,
+        **shape.fields,
         dtype=jnp.dtype(shape.dtype),
         scan=True,
     )

@@ -30,12 +30,8 @@ def run(case: Case, size: Size) -> Iterator[Line]:
 def llama(shape: Shape) -> Any:
     """Return a model with random weights in the shape's dtype."""
     config = LlamaConfig(
-        vocab_size=shape.vocabulary,
-        hidden_size=shape.width,
-        num_hidden_layers=shape.layers,
-        num_attention_heads=shape.heads,
+        **shape.fields,
         num_key_value_heads=shape.kv_heads,
-        intermediate_size=shape.inner,
         head_dim=shape.head_size,
         tie_word_embeddings=True,
         max_position_embeddings=131072,
@@ -98,11 +94,7 @@ def train_bert(case: Case, size: Size, *, methods: tuple[str, ...], compiled: bo
 def bert(shape: Shape, name: str) -> Any:
     """Return a classifier with one method."""
     config = BertConfig(
-        vocab_size=shape.vocabulary,
-        hidden_size=shape.width,
-        num_hidden_layers=shape.layers,
-        num_attention_heads=shape.heads,
-        intermediate_size=shape.inner,
+        **shape.fields,
     )
     torch.manual_seed(0)
     with torch.device(DEVICE):
