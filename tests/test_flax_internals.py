@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from flax import linen as nn
 
-from jpeft.hosts import flax_internals
+from jpeft.hosts.linen import flax_internals
 
 KEY = jax.random.key(0)
 ROOT = Path(__file__).parents[1]
@@ -19,7 +19,7 @@ ROOT = Path(__file__).parents[1]
 
 # --- what flax keeps private ------------------------------------------------------------------------------------------------------------
 
-VERSION = f"flax {flax.__version__} changed what jpeft/hosts/flax_internals.py relies on: "
+VERSION = f"flax {flax.__version__} changed what jpeft/hosts/linen/flax_internals.py relies on: "
 
 
 def seen_inside(module: nn.Module, look: Any, *args: Any, **variables: Any) -> list[Any]:

@@ -12,7 +12,7 @@ from tables import noised
 
 import jpeft
 from jpeft.core.method import Method
-from jpeft.hosts import linen_layers
+from jpeft.hosts.linen import layers
 
 KEY = jax.random.key(0)
 
@@ -51,7 +51,7 @@ def build(name: str) -> tuple[nn.Module, dict[str, Any], jax.Array]:
 def test_scales_and_biases_equal_the_layer_on_a_changed_kernel(name):
     """Each function of `Linear` against the layer itself, run on the kernel that the function stands for."""
     module, own, x = build(name)
-    linear = linen_layers.linear_of(module, "__call__", own, (x,))
+    linear = layers.linear_of(module, "__call__", own, (x,))
     assert linear is not None
     assert linear.scale_outputs is not None
     assert linear.add_bias is not None
@@ -115,14 +115,14 @@ def test_tied_embeddings_agree_with_merge(kind):
 @pytest.mark.parametrize("equation", ["bdd,dnh->bnh", "bd,dnn->bn", "bd,...d->b", "bd,nh->bdnh", "bd->b"])
 def test_equations_that_are_no_product_with_a_kernel(equation):
     module = nn.Einsum((D, N, N), equation, use_bias=False)
-    assert linen_layers.linear_of(module, "__call__", {"kernel": jnp.ones((D, N, N))}) is None
+    assert layers.linear_of(module, "__call__", {"kernel": jnp.ones((D, N, N))}) is None
 
 
 @pytest.mark.parametrize("name", LAYERS)
 def test_number_of_positions(name):
     """Where every input is read once, the size of the input tells at how many positions the kernel stands."""
     module, own, x = build(name)
-    linear = linen_layers.linear_of(module, "__call__", own, (x,))
+    linear = layers.linear_of(module, "__call__", own, (x,))
     assert linear is not None
     assert linear.reads_once == name.startswith("dense")
     if linear.reads_once:
@@ -146,7 +146,7 @@ def test_dense_layers_without_scopes_compute_the_same(name):
     module = DENSE[name]
     x = jax.random.normal(KEY, (2, 3, D))
     own = noised(module.init(KEY, x)["params"], 0.5)
-    run = linen_layers.direct(module, "__call__")
+    run = layers.direct(module, "__call__")
     assert run is not None
     out, expected = run(own, x), module.apply({"params": own}, x)
     assert out.dtype == expected.dtype
@@ -159,6 +159,6 @@ class Doubled(nn.Dense):
 
 
 def test_layers_of_other_classes_run_by_linen():
-    assert linen_layers.direct(Doubled(5), "__call__") is None
-    assert linen_layers.direct(nn.DenseGeneral(5), "__call__") is None
-    assert linen_layers.direct(nn.Dense(5, dot_general_cls=lambda: jax.lax.dot_general), "__call__") is None
+    assert layers.direct(Doubled(5), "__call__") is None
+    assert layers.direct(nn.DenseGeneral(5), "__call__") is None
+    assert layers.direct(nn.Dense(5, dot_general_cls=lambda: jax.lax.dot_general), "__call__") is None

@@ -1,4 +1,7 @@
-"""Hosts by name, and the questions that are put to all of them. Every `Host` whose class stands in a file of this folder is found."""
+"""Hosts by name, and the questions that are put to all of them. Every `Host` whose class stands in a file of this folder is found.
+
+A host of several files is a folder; its `__init__.py` imports the class.
+"""
 
 import functools
 import importlib
@@ -24,9 +27,10 @@ def hosts() -> tuple[Host, ...]:
     """
     found: list[Host] = []
     for module in pkgutil.iter_modules(package.__path__, f"{package.__name__}."):
-        classes = inspect.getmembers(importlib.import_module(module.name), inspect.isclass)
-        own = [cls for _, cls in classes if cls.__module__ == module.name and issubclass(cls, Host) and not inspect.isabstract(cls)]
-        found += [cls() for cls in own]
+        for _, cls in inspect.getmembers(importlib.import_module(module.name), inspect.isclass):
+            own = f"{cls.__module__}.".startswith(f"{module.name}.")  # not what the file imports from elsewhere
+            if own and issubclass(cls, Host) and not inspect.isabstract(cls):
+                found.append(cls())
     return tuple(sorted(found, key=lambda host: (host.takes_any, host.name)))
 
 

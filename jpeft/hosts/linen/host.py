@@ -22,10 +22,12 @@ from flax import linen as nn
 from flax.core import meta
 
 from jpeft.core.method import Method
-from jpeft.hosts import base, linen_inspect, linen_variables
+from jpeft.hosts import base
 from jpeft.hosts.call_stack import with_room
-from jpeft.hosts.linen_calls import LAYER_METHODS, as_layer, bind_by_position, dropout_key, dtypes_of, is_layer_call
-from jpeft.hosts.linen_unread import UnreadLeaves
+from jpeft.hosts.linen import reading
+from jpeft.hosts.linen.calls import LAYER_METHODS, as_layer, bind_by_position, dropout_key, dtypes_of, is_layer_call
+from jpeft.hosts.linen.unread import UnreadLeaves
+from jpeft.hosts.linen.variables import params_of, split_variables
 from jpeft.tree.adapters import GRAFT, pop_grafts, put_grafts
 from jpeft.tree.kernels import KernelAxes
 from jpeft.tree.paths import Params, Path, flatten
@@ -42,7 +44,7 @@ class LinenHost(base.Host):
 
     def unwrap(self, params: Params) -> Params:
         """Return the parameters of a model's variables, without metadata boxes such as `nn.Partitioned`."""
-        params = linen_variables.params_of(params)
+        params = params_of(params)
         # Methods look at shapes, and a box has none. Without a box the very same tree is returned, for callers compare bases by identity.
         is_box = lambda node: isinstance(node, meta.AxisMetadata)
         return meta.unbox(params) if any(map(is_box, jax.tree.leaves(params, is_leaf=is_box))) else params
@@ -87,14 +89,14 @@ class LinenHost(base.Host):
         return forward
 
     def kernel_axes(self, model: Any, params: Params, *args: Any, **kwargs: Any) -> tuple[tuple[str, KernelAxes], ...]:
-        """Return the geometry of all kernels whose layers have a class in `jpeft.hosts.linen_layers`."""
-        params, collections = linen_variables.split_variables(params)
-        return linen_inspect.kernel_axes(model, self.unwrap(params), collections, *args, **kwargs)
+        """Return the geometry of all kernels whose layers have a class in `jpeft.hosts.linen.layers`."""
+        params, collections = split_variables(params)
+        return reading.kernel_axes(model, self.unwrap(params), collections, *args, **kwargs)
 
     def inputs_of(self, model: Any, params: Params, name: str, *args: Any, **kwargs: Any) -> dict[str, list[Any]]:
         """Return the inputs of the modules called `name`."""
-        params, collections = linen_variables.split_variables(params)
-        return linen_inspect.inputs_of(model, self.unwrap(params), collections, name, *args, **kwargs)
+        params, collections = split_variables(params)
+        return reading.inputs_of(model, self.unwrap(params), collections, name, *args, **kwargs)
 
     def map_outputs(self, fn: Callable[..., Any], change: Callable[[Any], Any]) -> Callable[..., Any]:
         """Return `fn` with `change` applied to what every module's `__call__` or `attend` returns."""

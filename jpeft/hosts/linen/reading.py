@@ -8,8 +8,8 @@ import jax
 from flax import linen as nn
 from flax.core import DenyList
 
-from jpeft.hosts.linen_calls import bind_by_position, is_layer_call, own_params
-from jpeft.hosts.linen_layers import linear_of
+from jpeft.hosts.linen.calls import bind_by_position, is_layer_call, own_params
+from jpeft.hosts.linen.layers import linear_of
 from jpeft.tree.kernels import KernelAxes
 from jpeft.tree.paths import Params, flatten
 

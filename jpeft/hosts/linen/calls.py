@@ -10,9 +10,9 @@ from flax import linen as nn
 from flax.core import meta
 
 from jpeft.core.layer import Layer
-from jpeft.hosts import flax_internals
 from jpeft.hosts.base import DROPOUT
-from jpeft.hosts.linen_layers import compute_dtype, direct, linear_of
+from jpeft.hosts.linen import flax_internals
+from jpeft.hosts.linen.layers import compute_dtype, direct, linear_of
 from jpeft.tree.adapters import GRAFT
 
 LAYER_METHODS = ("__call__", "attend")  # the methods by which layers are run; `attend` is that of `nn.Embed`
