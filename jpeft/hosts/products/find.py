@@ -146,7 +146,7 @@ def walk(jaxpr: Any, views: Sequence[View | None], visit: Visit, scopes: str = "
 def varying_axes(eqn: Any) -> tuple[int, ...]:
     """The axes of a broadcast's result along which it varies."""
     source = eqn.invars[0].aval.shape
-    return tuple(axis for axis, size in zip(eqn.params["broadcast_dimensions"], source, strict=True) if size > 1)
+    return tuple(int(axis) for axis, size in zip(eqn.params["broadcast_dimensions"], source, strict=True) if size > 1)
 
 
 def calls(eqn: Any) -> tuple[Any, ...] | None:
