@@ -341,3 +341,20 @@ def test_kernel_axes_of_tied_embeddings_and_of_calls_with_other_arguments():
     for mode in ("attend", "variables"):
         params = jax.eval_shape(lambda mode=mode: Tied().init(KEY, IDS, True, mode))["params"]
         assert jpeft.kernel_axes(Tied(), params, IDS, True, mode) == (("embed/embedding", IO), ("dense/kernel", IO))
+
+
+def test_apply_reads_the_geometry_off_the_model():
+    model = Lifted("scan1")
+    params = model.init(KEY, X)["params"]
+    for method in ("lora", jpeft.chain(one=jpeft.lora(rank=2), two=jpeft.lora(rank=1, target=["wo"]))):
+        peft = jpeft.apply(params, method, model=model, inputs=(X,))
+        lora = peft.method if method == "lora" else peft.method.parts[0][1]
+        assert dict(lora.axes) == dict(jpeft.kernel_axes(model, params, X))  # pyright: ignore[reportAttributeAccessIssue]
+        noise = lambda leaf: leaf + 0.1 * jax.random.normal(KEY, leaf.shape)
+        peft = peft.replace(adapter=jax.tree.map(noise, peft.adapter))
+        want = model.apply({"params": jpeft.merge(peft)}, X)
+        chex.assert_trees_all_close(jpeft.wrap(model.apply)(peft, X), want, rtol=1e-5, atol=1e-5)
+    # What names tell is no rule.
+    plain = Lifted("remat")
+    params = plain.init(KEY, X)["params"]
+    assert not jpeft.apply(params, "lora", model=plain, inputs={"x": X}).method.axes  # pyright: ignore[reportAttributeAccessIssue]

@@ -11,12 +11,14 @@ from typing import Any
 import jax
 
 from jpeft import registry
+from jpeft.core.chain import chain
 from jpeft.core.method import FREEZE, Method
 from jpeft.core.statistics import find
 from jpeft.hosts import registry as registry_of_hosts
 from jpeft.hosts.base import Host, innermost
 from jpeft.tree.adapters import Adapter
 from jpeft.tree.head import unknown_heads
+from jpeft.tree.kernels import KernelAxes
 from jpeft.tree.paths import Params, copy, first_few, flatten, like, replace, trained_dtype
 
 
@@ -59,6 +61,8 @@ def apply(
     *,
     key: jax.Array | None = None,
     stats: Any = None,
+    model: Any = None,
+    inputs: Any = (),
     **options: Any,
 ) -> Peft:
     """Split pretrained parameters into a frozen base and a small adapter to train.
@@ -71,6 +75,9 @@ def apply(
       key: For the adapter's random leaves; `jax.random.key(0)` if not given.
       stats: The statistics that a data-driven method requires, such as the Fisher information; a list of several for a chain. `jpeft.stats`
         makes them.
+      model: The model, such as a linen module, to read the geometry of its kernels off it (`jpeft.kernel_axes`). Without it, names and
+        shapes tell the geometry, or the option `axes`.
+      inputs: Example inputs of the model, or their shapes: a tuple, or a dict of keyword arguments.
       **options: The method's options; see its class, e.g. `jpeft.lora`.
 
     Returns:
@@ -88,6 +95,8 @@ def apply(
     if key is not None and not hasattr(key, "dtype"):
         raise ValueError(f"key={key!r} is no random key: give one, such as jax.random.key(0).")
     params = registry_of_hosts.unwrap(params)
+    if model is not None:
+        made = with_geometry(made, registry_of_hosts.unknown_axes(model, params, inputs))
     made.check_base(params)
     try:
         peft = Peft(params, made.init(jax.random.key(0) if key is None else key, params, stats=stats), made)
@@ -97,6 +106,14 @@ def apply(
         raise ValueError(f"The adapter of {made!r} does not fit into the memory. Choose smaller sizes.") from error
     _warn_of_unknown_heads(peft)
     return peft
+
+
+def with_geometry(method: Method, axes: tuple[tuple[str, KernelAxes], ...]) -> Method:
+    """The method, or each part of a chain, with rules for its option `axes`, where it has one that is not given."""
+    if method.parts:
+        return chain(**{name: with_geometry(part, axes) for name, part in method.parts})
+    takes = any(field.name == "axes" for field in dataclasses.fields(method)) and not getattr(method, "axes", None)
+    return dataclasses.replace(method, axes=axes) if takes and axes else method  # pyright: ignore[reportCallIssue]
 
 
 def _warn_of_unknown_heads(peft: Peft) -> None:
