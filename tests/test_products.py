@@ -353,7 +353,7 @@ def test_apply_reads_the_geometry_off_the_model():
         noise = lambda leaf: leaf + 0.1 * jax.random.normal(KEY, leaf.shape)
         peft = peft.replace(adapter=jax.tree.map(noise, peft.adapter))
         want = model.apply({"params": jpeft.merge(peft)}, X)
-        chex.assert_trees_all_close(jpeft.wrap(model.apply)(peft, X), want, rtol=1e-5, atol=1e-5)
+        chex.assert_trees_all_close(jpeft.wrap(model.apply)(peft, X), want, rtol=1e-4, atol=1e-4)
     # What names tell is no rule.
     plain = Lifted("remat")
     params = plain.init(KEY, X)["params"]
