@@ -189,6 +189,19 @@ class Method(metaclass=MethodType):
         del leaves, rng
         return layer(*inputs)
 
+    def goes_around(self, inputs: tuple[Any, ...], outputs: Any, leaves: dict[str, Any]) -> bool:
+        """Whether a module's method of any name but `__call__` is one that leaves added to the module (`+`) are to change.
+
+        By default it is one that gives activations. A module's own `__call__` is never asked about.
+
+        Args:
+          inputs: The positional arguments of the call.
+          outputs: Shapes and dtypes of what it returns; None if they cannot be found.
+          leaves: Those under ``+``.
+        """
+        del inputs, leaves
+        return any(jnp.issubdtype(y.dtype, jnp.floating) and y.ndim for y in jax.tree.leaves(outputs) if hasattr(y, "dtype"))
+
     def merge(self, params: Params, adapter: Adapter) -> Params:
         """The base's tree with the change written in. The default does so for a method that only replaces leaves.
 

@@ -18,13 +18,20 @@ from jpeft.tree.adapters import GRAFT
 LAYER_METHODS = ("__call__", "attend")  # the methods by which layers are run; `attend` is that of `nn.Embed`
 
 
-def is_layer_call(context: nn.module.InterceptorContext) -> bool:
-    """Whether an intercepted call runs a bound module, and does not enter a lifted transform around the module that will run.
+def is_call(context: nn.module.InterceptorContext) -> bool:
+    """Whether an intercepted call runs a method of a bound module, and does not enter a lifted transform around the module that will run.
 
     The leaves around a transform are those of all layers. The module inside sees its own, so it is the one to adapt.
     """
     module, name = context.module, context.method_name
-    return module.scope is not None and name in LAYER_METHODS and not flax_internals.enters_transform(module, name)
+    if module.scope is None or name == "setup" or (name.startswith("__") and name != "__call__"):
+        return False
+    return not flax_internals.enters_transform(module, name)
+
+
+def is_layer_call(context: nn.module.InterceptorContext) -> bool:
+    """Whether such a call is by one of the methods by which layers are run."""
+    return context.method_name in LAYER_METHODS and is_call(context)
 
 
 def own_params(module: nn.Module) -> dict[str, Any]:
