@@ -22,7 +22,7 @@ from flax.core import meta
 from jpeft.core.method import Method
 from jpeft.hosts import base
 from jpeft.hosts.call_stack import with_room
-from jpeft.hosts.linen import reading
+from jpeft.hosts.linen import callables, reading
 from jpeft.hosts.linen.calls import LAYER_METHODS
 from jpeft.hosts.linen.interceptor import Interceptor, narrower, tag_grafts
 from jpeft.hosts.linen.unread import UnreadLeaves
@@ -38,8 +38,18 @@ class LinenHost(base.Host):
     name = "linen"
 
     def recognises(self, target: Any) -> bool:
-        """Whether the target is a linen module, or a bound method of one, or a partial application of such a method."""
-        return any(isinstance(each, nn.Module) for each in (target, getattr(base.innermost(target), "__self__", None)))
+        """Whether the target is a linen module, an object around one that takes ``params=``, a method, or a partial application."""
+        return callables.is_linen(target)
+
+    def callable_of(self, target: Any) -> Callable[..., Any]:
+        """``model.apply``, with the method that was given."""
+        return callables.as_apply(target)
+
+    def form_inside(
+        self, fn: Callable[..., Any], params: Params, collections: Mapping[str, Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]
+    ) -> Callable[..., Any] | None:
+        """A function of variables, if linen modules with parameters run inside."""
+        return callables.form_inside(fn, self.unwrap(params), collections, args, kwargs)
 
     def unwrap(self, params: Params) -> Params:
         """Return the parameters of a model's variables, without metadata boxes such as `nn.Partitioned`."""
@@ -50,8 +60,6 @@ class LinenHost(base.Host):
 
     def wrap(self, fn: Callable[..., Any], method: Method) -> Callable[..., Any]:
         """Return ``forward(variables, *args, **kwargs)`` with the method's leaves bound and its `call` around every layer with leaves."""
-        if isinstance(fn, nn.Module):
-            raise ValueError(f"wrap takes a function that runs the model, and was given a {type(fn).__name__}: pass its `apply`.")
         unread = UnreadLeaves(method)
 
         @functools.wraps(base.innermost(fn))
