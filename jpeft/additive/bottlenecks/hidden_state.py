@@ -55,7 +55,9 @@ def find_hidden(named: dict[str, Any], *, width: int, inputs: Sequence[Any], cho
             raise ValueError(f"{where}: hidden_state={chosen!r} should name one output that is {width} wide; it returns {what}.")
         return matching[0]
     if not fitting:
-        raise ValueError(f"{where} returns nothing that is {width} wide, as its bottleneck is, but {_listed(named)}. Choose others: target=.")
+        raise ValueError(
+            f"{where} returns nothing that is {width} wide, as its bottleneck is, but {_listed(named)}. Choose others: target=."
+        )
     given = next((x for x in inputs if is_hidden(x, None)), None)
     rules = (
         lambda leaf: given is None or leaf.shape[:-1] == given.shape[:-1],

@@ -99,9 +99,9 @@ def run_on_longer_text(layer: Layer, inputs: tuple[Any, ...], site: PromptSite, 
     if keywords.get("cache_length") is not None:
         keywords["cache_length"] += len(new_ids)  # callers ask for the slots of the text alone
     longer = (plan.lengthen(ids, new_ids), *(_lengthen_input(plan, ids.shape, name, x) for name, x in others.items()))
-    unknown = [name for name, x in {**others, **layer.keywords}.items() if name not in KNOWN and ids.shape[1] in jnp.shape(x)]
+    unknown = {name: x for name, x in {**others, **layer.keywords}.items() if name not in KNOWN and ids.shape[1] in _sizes(x)}
     if unknown and output_shapes(layer, longer, keywords) is None:
-        _refuse_input(unknown[0], {**others, **layer.keywords}[unknown[0]], ids.shape, layer.path, site)
+        _refuse_input(*next(iter(unknown.items())), ids.shape, layer.path, site)
     out = layer(*longer, **keywords)
     shorten = functools.partial(plan.shorten, causal=site.causal)
     return cut_outputs(layer, (ids, *inputs[1:]), layer.keywords, out, longer[0].shape, shorten)
@@ -149,6 +149,11 @@ def _for_each_token(x: Any, shape: tuple[int, ...]) -> bool:
     return getattr(x, "shape", ()) in (shape, (1, shape[1]))
 
 
+def _sizes(x: Any) -> set[int]:
+    """The sizes of all axes of an input, or of the arrays in it."""
+    return {size for leaf in jax.tree.leaves(x) for size in getattr(leaf, "shape", ())}
+
+
 def _inserted_ids(blocks: tuple[TokenBlock, ...], first_row: int) -> Int[Array, " new"]:
     """The ids of all inserted tokens; the pseudo tokens are numbered from `first_row` on."""
     ids, row = [], first_row
@@ -186,4 +191,5 @@ def _refuse_input(name: str, x: Any, shape: tuple[int, ...], path: str, site: Pr
     parts = path.split("/") if path else []
     around = " or ".join(f"body={'/'.join(parts[:i])!r}" for i in reversed(range(len(parts))))
     way_out = f"Put the prompt in where it is made, at a module around '{path}': {around}" if around else "Give one of that shape"
-    raise ValueError(f"'{name}' of '{where}' has shape {jnp.shape(x)}: only [batch, length] can grow with the text. {way_out}.")
+    shapes = ", ".join(str(leaf.shape) for leaf in jax.tree.leaves(x) if hasattr(leaf, "shape"))
+    raise ValueError(f"'{name}' of '{where}' has shape {shapes}: only [batch, length] can grow with the text. {way_out}.")

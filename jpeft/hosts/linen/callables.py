@@ -62,9 +62,7 @@ def form_inside(
     for form in (of_variables, of_params):
         ran: set[str] = set()
 
-        def record(
-            next_fun: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], context: Any, ran: set[str] = ran
-        ) -> Any:
+        def record(next_fun: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], context: Any, ran: set[str] = ran) -> Any:
             if context.module.scope is not None and flax_internals.collection(context.module, PARAMS):
                 ran.add(context.method_name)
             return next_fun(*args, **kwargs)
