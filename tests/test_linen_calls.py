@@ -124,8 +124,8 @@ STACKED = ((r"down/kernel", jpeft.KernelAxes((0,), (1,), (2,))),)
 @pytest.mark.parametrize("method", ["lora", "dora", "adapter"])
 def test_any_method_of_a_module(form, method):
     model = Net(*FORMS[form])
-    axes = {"axes": STACKED} if form == "scan" else {}
-    options = {"size": 2, "target": "down/kernel"} if method == "adapter" else {"rank": 2}
+    axes: dict[str, Any] = {"axes": STACKED} if form == "scan" else {}
+    options: dict[str, Any] = {"size": 2, "target": "down/kernel"} if method == "adapter" else {"rank": 2}
     peft = check(model, X, method, **options, **axes)
     if form.startswith("shared"):  # once, as around the inner module alone
         alone = Net(Called, lambda m, x: m(x))
@@ -242,7 +242,8 @@ def test_a_part_of_a_model():
     model = Towers()
     peft = noisy(model.init(KEY, X)["params"], jpeft.lora(rank=2))
     merged = {"params": jpeft.merge(peft)}
-    for options in ({"method": model.one}, {"method": "one"}, {"both": True}):
+    calls: list[dict[str, Any]] = [{"method": model.one}, {"method": "one"}, {"both": True}]
+    for options in calls:
         chex.assert_trees_all_close(jpeft.wrap(model.apply)(peft, X, **options), model.apply(merged, X, **options), atol=1e-5)
     with pytest.warns(UserWarning, match="lora adds to 'right', whose parameters this call.*does not compute with"):
         got = jpeft.wrap(model.apply)(peft, X)

@@ -1,5 +1,7 @@
 """What goes by the length of a text, and what is as long by chance: the inputs and outputs of models that are not ours."""
 
+from typing import Any
+
 import chex
 import jax
 import jax.numpy as jnp
@@ -26,7 +28,7 @@ class EncoderDecoder(nn.Module):
 def test_a_target_has_a_length_of_its_own(length):
     model = EncoderDecoder()
     target = jax.random.randint(jax.random.key(1), (2, length), 0, VOCAB)
-    params = model.init(KEY, IDS, target)["params"]
+    params: Any = model.init(KEY, IDS, target)["params"]
     peft = noisy(params, jpeft.prompt_tuning(length=ROWS))
     mean = jnp.concatenate([jnp.broadcast_to(prompt := peft.adapter["embed"]["+"]["prompt"], (2, *prompt.shape)),
                             params["embed"]["embedding"][IDS]], axis=1).mean(1, keepdims=True)  # fmt: skip

@@ -1,6 +1,7 @@
 """What people pass to `jpeft.wrap`: a model, its methods, models around models, functions that run them; what is refused."""
 
 import functools
+from typing import Any
 
 import chex
 import jax
@@ -88,7 +89,7 @@ def test_what_wrap_takes(peft, form):
 
 
 def test_other_methods_and_dropout(peft):
-    want = model.apply({"params": jpeft.merge(peft)}, X)
+    want: Any = model.apply({"params": jpeft.merge(peft)}, X)
     chex.assert_trees_all_close(jpeft.wrap(model.half)(peft, X), want / 2, atol=1e-5)
     rngs = {"dropout": jax.random.key(1)}
     noised = jpeft.wrap(model.apply)(peft, X, train=True, rngs=rngs)
@@ -106,7 +107,7 @@ def test_what_wrap_refuses(peft):
     bound = model.bind({"params": peft.params})
     refused = {
         "jitted already": [jax.jit(model.apply), functools.partial(jax.jit(model.apply)), nnx.jit(model.apply)],
-        "a Net that is bound": [bound, bound.half],
+        "A Net was given to wrap that is bound": [bound, bound.half],
     }
     for message, callables in refused.items():
         for fn in callables:

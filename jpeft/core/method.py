@@ -190,14 +190,9 @@ class Method(metaclass=MethodType):
         return layer(*inputs)
 
     def goes_around(self, inputs: tuple[Any, ...], outputs: Any, leaves: dict[str, Any]) -> bool:
-        """Whether a module's method of any name but `__call__` is one that leaves added to the module (`+`) are to change.
+        """Whether leaves added to a module (``+``) go around a method of it that is not `__call__`: by default, if it gives activations.
 
-        By default it is one that gives activations. A module's own `__call__` is never asked about.
-
-        Args:
-          inputs: The positional arguments of the call.
-          outputs: Shapes and dtypes of what it returns; None if they cannot be found.
-          leaves: Those under ``+``.
+        `outputs` are shapes and dtypes, or None where they cannot be found; `leaves` are those under ``+``.
         """
         del inputs, leaves
         return any(jnp.issubdtype(y.dtype, jnp.floating) and y.ndim for y in jax.tree.leaves(outputs) if hasattr(y, "dtype"))

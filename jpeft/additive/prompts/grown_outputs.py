@@ -29,12 +29,12 @@ def output_shapes(layer: Layer, inputs: Sequence[Any], keywords: Mapping[str, An
 
     try:
         jax.eval_shape(run, dict(layer.params))
-    except Exception:  # noqa: BLE001 - a model says in any way that inputs do not go together
+    except Exception:
         return None
     return found[-1]
 
 
-def cut_outputs(layer: Layer, inputs: Sequence[Any], keywords: Mapping[str, Any], outputs: Any, longer: tuple[int, int], cut: Any) -> Any:
+def cut_outputs(layer: Layer, inputs: Sequence[Any], keywords: Mapping[str, Any], outputs: Any, longer: tuple[int, ...], cut: Any) -> Any:
     """The outputs with ``cut(y)`` in place of each y [batch, longer, ...] that has an entry for each token of the longer text.
 
     Args:

@@ -75,7 +75,7 @@ def form_inside(
                 jax.eval_shape(run, params)
         except errors.FlaxError:  # variables and parameters were mistaken for each other
             continue
-        except Exception:  # noqa: BLE001 - whatever the model raises, it raises again where it is called
+        except Exception:
             failing += [form] if ran else []
             continue
         if ran:
@@ -94,8 +94,8 @@ def _module_in(target: Any) -> nn.Module | None:
 def _unbound(module: nn.Module) -> nn.Module:
     if module.scope is not None:
         raise ValueError(
-            f"wrap was given a {type(module).__name__} that is bound to variables, which no method can change: pass the model as it was "
-            "before `bind`, or its `apply`."
+            f"A {type(module).__name__} was given to wrap that is bound to variables, which no method can change: pass the model as it "
+            "was before `bind`, or its `apply`."
         )
     return module
 

@@ -66,7 +66,8 @@ class Interceptor:
                 leaves = leaves_for(self.method, leaves, module, name, own_params(module), inputs, keywords)
             if not leaves:
                 return next_fun(*args, **kwargs)
-        self._note("/".join(module.path) if self.tags[tag] is None else self.tags[tag], name, leaves)
+        path = self.tags[tag]
+        self._note("/".join(module.path) if path is None else path, name, leaves)
         layer = as_layer(module, name, next_fun, inputs, keywords)
         self.active.append(module)
         # A random key is drawn only where the model draws some, so a method is random exactly when the model's dropout is.

@@ -80,6 +80,6 @@ def _trace(module: nn.Module, name: str, own: Mapping[str, Any], inputs: tuple[A
 
     try:
         used, outputs = inputs_used(run, dict(own))
-    except Exception:  # noqa: BLE001 - whatever the model raises: it will raise it again where it is called, if it is its own fault
+    except Exception:
         return Traced(set(own), None)
     return Traced({path.partition("/")[0] for path in used}, outputs)

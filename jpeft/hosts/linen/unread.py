@@ -99,14 +99,20 @@ class UnreadLeaves:
         beside = [leaf for leaf in read if leaf.removeprefix(inside) in _names(self.method, leaves)]
         if not beside and not has_added(self.method, leaves):
             return False
-        at = f"'{beside[0]}'" if beside else what
-        dense = " or run the model on merged weights: jpeft.wrap(lambda params, x: model.apply({'params': params}, x), host='dense')."
         raise ValueError(
-            f"{name} adds to {at}, and this call computes with '{(beside or read)[0]}', but by none of the "
-            f"methods of a linen module '{path}' that the change could go around: it is read through `variables`, by a property, in a module "
-            "of another framework, or by an `apply` inside the model, and the change would be silently lost. Choose other parameters with "
-            f"target=,{dense if self.method.why_no_merge is None else ' or another method.'}"
+            f"{name} adds to {repr(beside[0]) if beside else what}, and this call computes with '{(beside or read)[0]}', but by none of "
+            f"the methods of a linen module '{path}' that a change could go around: it is read through `variables`, by a property, in a "
+            "module of another framework, or by an `apply` inside the model, and the change would be silently lost. "
+            f"{way_out(self.method)}."
         )
+
+
+def way_out(method: Method) -> str:
+    """What else than another target makes a method work on any function of parameters."""
+    if method.why_no_merge is not None:
+        return "Choose other parameters with target=, or another method"
+    dense = "jpeft.wrap(lambda params, x: model.apply({'params': params}, x), host='dense')"
+    return f"Choose other parameters with target=, or run the model on merged weights: {dense}"
 
 
 def _names(method: Method, leaves: Mapping[str, Any]) -> set[str]:
