@@ -158,11 +158,12 @@ def wrap(fn: Callable[..., Any], method: Method | None = None, *, host: str | Ho
         jax.grad(lambda adapter: loss(forward(peft.replace(adapter=adapter), x), y))(peft.adapter)
 
     Args:
-      fn: ``model.apply`` of a linen module, or any function of parameters.
+      fn: ``model.apply`` of a linen module, the model itself, one of its methods, a Flax model of transformers, or any function of
+        parameters or variables.
       method: As in `Peft.method`; None to take it from the `Peft` of each call.
       host: "linen" calls ``fn(variables, ...)`` and adapts the linen layers that run inside it; "dense" calls ``fn(params, ...)`` with
-        merged weights; "auto" is linen for a linen module's own ``apply`` and dense for anything else. A `jpeft.hosts.base.Host` adapts
-        the layers of another framework.
+        merged weights; "auto" is linen for a linen module, and for a function if linen modules run inside of it, which the first call
+        tells; it is dense for anything else. A `jpeft.hosts.base.Host` adapts the layers of another framework.
 
     Returns:
       ``forward(peft, *args, collections=None, **kwargs)``, or ``forward(variables, *args, **kwargs)`` if `method` is given. Other
@@ -181,14 +182,19 @@ def wrap(fn: Callable[..., Any], method: Method | None = None, *, host: str | Ho
     """
     if not isinstance(method, Method | None):
         raise ValueError(f"wrap needs a jpeft.Method, such as peft.method, and was given {method!r}.")
-    if hasattr(fn, "lower"):
+    if not callable(fn):
+        raise ValueError(f"wrap takes a model or a function that runs one, such as model.apply, and was given a {type(fn).__name__}.")
+    if hasattr(innermost(fn), "lower"):
         raise ValueError(
             "wrap was given a function that is jitted already: its compiled form does not know the method and would silently ignore it. "
             "Wrap first, jit the result instead: jax.jit(jpeft.wrap(model.apply))."
         )
     chosen = registry_of_hosts.host_for(fn, host)
+    fn = chosen.callable_of(fn)
     of_method = functools.cache(functools.partial(chosen.wrap, fn))
-    if method is not None:
+    # A function that no host recognises may run a model all the same. Its first call tells.
+    decided = None if host == registry_of_hosts.AUTO and chosen.takes_any else chosen
+    if method is not None and decided is not None:
         of_method(method)  # what the host says of the method, it says now
 
     @functools.wraps(innermost(fn))
@@ -204,6 +210,12 @@ def wrap(fn: Callable[..., Any], method: Method | None = None, *, host: str | Ho
             )
         if method not in (None, used):
             raise ValueError(f"The model was wrapped with {method!r} and is called with a Peft of {used!r}: wrap it without a method.")
+        nonlocal decided, of_method
+        if decided is None:
+            own = {"params", used.name, *(name for name, _ in used.parts)}
+            others = {name: tree for name, tree in variables.items() if name not in own}
+            decided, form = registry_of_hosts.host_inside(fn, variables["params"], others, args, kwargs)
+            of_method = functools.cache(functools.partial(decided.wrap, form))
         return of_method(used)(variables, *args, **kwargs)
 
     forward.method = method  # pyright: ignore[reportAttributeAccessIssue]

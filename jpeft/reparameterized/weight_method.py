@@ -7,7 +7,6 @@ runs layers. By default a layer runs on its new kernel, which is right everywher
 """
 
 import abc
-import warnings
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
@@ -212,12 +211,7 @@ class WeightMethod(Method):
         params = {**layer.params, "bias": self._new_params(layer.params, own, axes, layer.path)["bias"]} if own else layer.params
         try:
             return layer.run_changed(params, {name: change(name) for name in leaves}, *inputs)
-        except NoProductError as error:
-            warnings.warn(
-                f"{self.name}: in '{layer.path or 'the model'}' {error} The layer runs on its new kernel: exact, at the cost of full "
-                "fine-tuning of this layer.",
-                stacklevel=2,
-            )
+        except NoProductError:  # the host has noted it, to say it once for all layers
             return self._run_on_new_params(layer, inputs, leaves, axes)
 
     def _run_on_new_params(self, layer: Layer, inputs: Inputs, leaves: Mapping[str, Any], axes: Mapping[str, KernelAxes]) -> Any:

@@ -9,7 +9,7 @@ import jax
 from flax import linen as nn
 from flax.core import meta
 
-from jpeft.core.layer import Change, Layer
+from jpeft.core.layer import Change, Layer, NoProductError
 from jpeft.hosts import products
 from jpeft.hosts.base import DROPOUT
 from jpeft.hosts.linen import flax_internals
@@ -19,13 +19,20 @@ from jpeft.tree.adapters import GRAFT
 LAYER_METHODS = ("__call__", "attend")  # the methods by which layers are run; `attend` is that of `nn.Embed`
 
 
-def is_layer_call(context: nn.module.InterceptorContext) -> bool:
-    """Whether an intercepted call runs a bound module, and does not enter a lifted transform around the module that will run.
+def is_call(context: nn.module.InterceptorContext) -> bool:
+    """Whether an intercepted call runs a method of a bound module, and does not enter a lifted transform around the module that will run.
 
     The leaves around a transform are those of all layers. The module inside sees its own, so it is the one to adapt.
     """
     module, name = context.module, context.method_name
-    return module.scope is not None and name in LAYER_METHODS and not flax_internals.enters_transform(module, name)
+    if module.scope is None or name == "setup" or (name.startswith("__") and name != "__call__"):
+        return False
+    return not flax_internals.enters_transform(module, name)
+
+
+def is_layer_call(context: nn.module.InterceptorContext) -> bool:
+    """Whether such a call is by one of the methods by which layers are run."""
+    return context.method_name in LAYER_METHODS and is_call(context)
 
 
 def own_params(module: nn.Module) -> dict[str, Any]:
@@ -49,13 +56,25 @@ def dropout_key(module: nn.Module) -> Any:
 
 
 def as_layer(
-    context: nn.module.InterceptorContext, next_fun: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]
+    context: nn.module.InterceptorContext,
+    next_fun: Callable[..., Any],
+    args: tuple[Any, ...],
+    kwargs: Mapping[str, Any],
+    costly: dict[str, str] | None = None,
 ) -> Layer:
     """A module that is about to run as a `Layer`, for middleware that may run it any number of times, on any parameters.
 
     linen lets a compact module run once in its scope. So the first run on the module's own parameters happens in place, by `next_fun`,
     where submodules are intercepted and variables of other collections can be written. Every other run is a pure function of its
-    parameters: `apply` of an unbound copy.
+    parameters: `apply` of an unbound copy, or for a layer of an unknown class, which may do more than return its outputs, its first run
+    with a copy of its scope.
+
+    Args:
+      context: The intercepted call.
+      next_fun: Runs it.
+      args: Its positional arguments.
+      kwargs: Its keyword arguments.
+      costly: Takes the kernels that have no product to change, by their paths, with the reasons.
     """
     module, method_name = context.module, context.method_name
     own = own_params(module)
@@ -83,7 +102,12 @@ def as_layer(
         def use(pure: Callable[..., Any], *inputs: Any) -> Any:
             return products.run_changed(pure, dict(params), changes, *inputs) if changes else pure(params, *inputs)
 
-        out = flax_internals.call_as_function(module, flax_internals.function_of(context), use, inputs, {**kwargs, **keywords})
+        try:
+            out = flax_internals.call_as_function(module, flax_internals.function_of(context), use, inputs, {**kwargs, **keywords})
+        except NoProductError as error:
+            if costly is not None:
+                costly["/".join((*module.path, error.name))] = error.reason
+            raise
         in_place.clear()
         return out
 
