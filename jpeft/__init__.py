@@ -40,6 +40,7 @@ from jpeft.core.summary import Summary as Summary
 from jpeft.core.summary import summary as summary
 from jpeft.factories import *
 from jpeft.hosts.registry import kernel_axes as kernel_axes
+from jpeft.hosts.taught import register_layer as register_layer
 from jpeft.registry import MethodInfo as MethodInfo
 from jpeft.registry import make as make
 from jpeft.registry import methods as methods

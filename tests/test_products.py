@@ -355,6 +355,6 @@ def test_apply_reads_the_geometry_off_the_model():
         want = model.apply({"params": jpeft.merge(peft)}, X)
         chex.assert_trees_all_close(jpeft.wrap(model.apply)(peft, X), want, rtol=1e-4, atol=1e-4)
     # What names tell is no rule.
-    plain = Lifted("remat")
+    plain = nn.MultiHeadDotProductAttention(2)
     params = plain.init(KEY, X)["params"]
-    assert not jpeft.apply(params, "lora", model=plain, inputs={"x": X}).method.axes  # pyright: ignore[reportAttributeAccessIssue]
+    assert not jpeft.apply(params, "lora", model=plain, inputs={"inputs_q": X}).method.axes  # pyright: ignore[reportAttributeAccessIssue]

@@ -19,6 +19,7 @@ from flax import linen as nn
 from jaxtyping import Array, Float, Int, Shaped
 
 from jpeft.core.layer import Linear
+from jpeft.hosts.taught import linear_of as linear_of_taught
 from jpeft.tree.kernels import KernelAxes
 
 MATRIX = KernelAxes((), (0,), (1,))
@@ -29,6 +30,8 @@ def linear_of(
 ) -> Linear | None:
     """The geometry of a layer, by its class; None for a layer that is not known to be linear in one parameter.
 
+    What a user has taught comes first.
+
     Args:
       module: The layer, unbound.
       method_name: The method that is called.
@@ -36,6 +39,9 @@ def linear_of(
       args: The positional arguments of the call.
       kwargs: Its keyword arguments.
     """
+    taught = linear_of_taught(module, own, args, method_name)
+    if taught is not None:
+        return taught
     if not any(_runs_as(module, cls, method_name) for cls in (nn.Embed, nn.Einsum, nn.DenseGeneral, nn.Dense, nn.Conv)):
         return None
     if isinstance(module, nn.Embed):

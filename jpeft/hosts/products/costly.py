@@ -33,8 +33,8 @@ class CostlyKernels:
         path, reason = next(iter(new.items()))
         count = f"{len(new)} kernels do not act" if len(new) > 1 else "one kernel does not act"
         warnings.warn(
-            f"{self.method}: {count} in a product with the inputs alone: {first_few(list(new))} (of '{path}': {reason}). They are exchanged "
-            "whole, which is exact and costs as much as full fine-tuning of these layers. jpeft.register_layer tells what such a layer "
-            "computes; target= leaves it out.",
+            f"{self.method}: {count} in products with inputs alone: {first_few(list(new))} (of '{path}': {reason}). They are exchanged "
+            "whole: exact, but it costs as much as full fine-tuning of these layers. jpeft.register_layer teaches a layer's product; "
+            "target= leaves layers out.",
             stacklevel=stacklevel + 1,
         )
