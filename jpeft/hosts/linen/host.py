@@ -90,7 +90,7 @@ class LinenHost(base.Host):
         return forward
 
     def kernel_axes(self, model: Any, params: Params, *args: Any, **kwargs: Any) -> tuple[tuple[str, KernelAxes], ...]:
-        """Return the geometry of all kernels whose layers have a class in `jpeft.hosts.linen.layers`."""
+        """Return the geometry of all parameters that act as kernels."""
         params, collections = split_variables(params)
         return reading.kernel_axes(model, self.unwrap(params), collections, *args, **kwargs)
 

@@ -69,7 +69,7 @@ class Interceptor:
                 return next_fun(*args, **kwargs)
         path = self.tags[tag]
         self._note("/".join(module.path) if path is None else path, name, leaves)
-        layer = as_layer(module, name, next_fun, inputs, keywords)
+        layer = as_layer(context, next_fun, inputs, keywords)
         self.active.append(module)
         # A random key is drawn only where the model draws some, so a method is random exactly when the model's dropout is.
         try:
@@ -93,7 +93,7 @@ class Interceptor:
         gives two modules one scope. A lifted transform inside makes a copy of the scope, with the same path and the same entries.
         """
         for other in self.active:
-            if other is None or other.scope is module.scope:
+            if other is None or flax_internals.origin(other.scope) is flax_internals.origin(module.scope):
                 return True
             # By itself the path does not tell: inside an `apply` that a model calls, paths begin anew.
             if other.path == module.path and _entries(other) == _entries(module):

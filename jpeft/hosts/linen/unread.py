@@ -100,9 +100,7 @@ class UnreadLeaves:
             refuse_reads_elsewhere(self.method, adapted, lambda params: run(params, tags)[0], bound)
             self.known.nowhere_else.add(key)
 
-    def _refuse_unread(
-        self, bound: Params, grafts: Mapping[Path, Any], call: Any, run: Callable[[Params], tuple[Any, set[Path]]]
-    ) -> None:
+    def _refuse_unread(self, bound: Params, grafts: Mapping[Path, Any], call: Any, run: Callable[[Params], tuple[Any, set[Path]]]) -> None:
         found: set[Path] = set()
 
         def outputs(params: Params) -> Any:
