@@ -25,7 +25,7 @@ from jpeft.hosts.call_stack import with_room
 from jpeft.hosts.linen import callables, reading
 from jpeft.hosts.linen.calls import LAYER_METHODS
 from jpeft.hosts.linen.interceptor import Interceptor, narrower, tag_grafts
-from jpeft.hosts.linen.unread import UnreadLeaves
+from jpeft.hosts.linen.unread import Known, UnreadLeaves
 from jpeft.hosts.linen.variables import params_of, split_variables
 from jpeft.hosts.products.costly import CostlyKernels
 from jpeft.tree.adapters import pop_grafts
@@ -61,7 +61,7 @@ class LinenHost(base.Host):
 
     def wrap(self, fn: Callable[..., Any], method: Method) -> Callable[..., Any]:
         """Return ``forward(variables, *args, **kwargs)`` with the method's leaves bound and its `call` around every layer with leaves."""
-        unread, costly = UnreadLeaves(method), CostlyKernels(method.name)
+        unread, costly = UnreadLeaves(method, Known.of(fn)), CostlyKernels(method.name)
 
         @functools.wraps(base.innermost(fn))
         def forward(variables: Mapping[str, Any], *args: Any, **kwargs: Any) -> Any:
@@ -77,7 +77,7 @@ class LinenHost(base.Host):
             # 2. Read: the interceptor must be entered in here, inside of whatever `jit` or `grad` traces this function.
             def run(params: Params, tags: Mapping[Path, str]) -> tuple[Any, set[Path]]:
                 paths = {tag: None if tag == usual else path for path, tag in tags.items()}
-                interceptor = Interceptor(method, paths, narrow)
+                interceptor = Interceptor(method, paths, narrow, marks=usual not in paths)
                 with nn.intercept_methods(interceptor):
                     out = fn({**others, "params": tag_grafts(params, tags)}, *args, **kwargs)
                 costly.warn(interceptor.costly, stacklevel=4)

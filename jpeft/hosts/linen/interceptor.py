@@ -10,6 +10,7 @@ import jax
 from jpeft.core.method import Method
 from jpeft.hosts.linen import flax_internals
 from jpeft.hosts.linen.calls import LAYER_METHODS, as_layer, bind_by_position, dropout_key, dtypes_of, is_call, own_params
+from jpeft.hosts.linen.elsewhere import marked
 from jpeft.hosts.linen.named_methods import has_added, leaves_for
 from jpeft.tree.adapters import GRAFT, pop_grafts, put_grafts
 from jpeft.tree.paths import Params, Path, flatten
@@ -23,6 +24,7 @@ class Interceptor:
       method: The method.
       tags: The keys under which the leaves stand, see `tag_grafts`, each with the path of its module, or None for leaves at any path.
       narrow: For leaves of the base that a wider one replaces, the base's dtype, by path.
+      marks: Whether middleware runs in marked scopes; see `jpeft.hosts.linen.elsewhere`.
       ran: The paths of the modules that found leaves, each with the methods that ran, filled while the model is traced.
       costly: The kernels that the method must exchange whole, each with the reason, filled likewise.
       active: The modules that are being run with the method around them; None where no module is to be changed.
@@ -31,6 +33,7 @@ class Interceptor:
     method: Method
     tags: Mapping[str, Path | None]
     narrow: Mapping[Path, Any] = dataclasses.field(default_factory=dict)
+    marks: bool = False
     ran: dict[Path, set[str]] = dataclasses.field(default_factory=dict)
     costly: dict[Path, str] = dataclasses.field(default_factory=dict)
     active: list[Any] = dataclasses.field(default_factory=list)
@@ -38,7 +41,9 @@ class Interceptor:
     def __call__(self, next_fun: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], context: Any) -> Any:
         """Run one method of one module."""
         if not is_call(context):
-            return next_fun(*args, **kwargs)
+            # What `setup` makes of parameters is for the methods to use.
+            with marked(self.marks and context.method_name == "setup" and self._tag(context.module) is not None):
+                return next_fun(*args, **kwargs)
         if not self.narrow:
             return self._run(next_fun, args, kwargs, context)
         # A trained float32 leaf in place of one in half precision widens the outputs of a layer that declares no dtype of its own.
@@ -51,17 +56,13 @@ class Interceptor:
     def _run(self, next_fun: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], context: Any) -> Any:
         """Run it, with the method around it if it has leaves of the method."""
         module, name = context.module, context.method_name
-        if not module.scope.has_variable("params", GRAFT):
-            return next_fun(*args, **kwargs)
-        # Inside a scan these are the leaves of one layer: linen has sliced them with the kernel.
-        tagged = module.scope.get_variable("params", GRAFT)
-        tag = next((tag for tag in self.tags if tag in tagged), None)
-        # Without a tag of its own: the leaves of another wrap, a wrapped model inside a wrapped model.
+        tag = self._tag(module)
         if tag is None or self._is_active(module):
             return next_fun(*args, **kwargs)
         # The method sees arguments in one form, however the model spells the call.
         inputs, keywords = bind_by_position(module, name, args, kwargs)
-        leaves = tagged[tag]
+        # Inside a scan these are the leaves of one layer: linen has sliced them with the kernel.
+        leaves = module.scope.get_variable("params", GRAFT)[tag]
         if name not in LAYER_METHODS:
             # A module may have any number of other methods. Those that do not compute with what the leaves change run as they are.
             with self._paused():
@@ -74,9 +75,18 @@ class Interceptor:
         self.active.append(module)
         # A random key is drawn only where the model draws some, so a method is random exactly when the model's dropout is.
         try:
-            return self.method.call(layer, inputs, leaves, dropout_key(module))
+            with marked(self.marks):
+                return self.method.call(layer, inputs, leaves, dropout_key(module))
         finally:
             self.active.pop()
+
+    def _tag(self, module: Any) -> str | None:
+        """The key of this method's leaves at a module, if there are some."""
+        if module.scope is None or not module.scope.has_variable("params", GRAFT):
+            return None
+        # Without a tag of its own: the leaves of another wrap, a wrapped model inside a wrapped model.
+        tagged = module.scope.get_variable("params", GRAFT)
+        return next((tag for tag in self.tags if tag in tagged), None)
 
     def _is_active(self, module: Any) -> bool:
         """Whether a module with these parameters is being run with the method around it already. Leaves count once.
@@ -85,7 +95,7 @@ class Interceptor:
         gives two modules one scope. A lifted transform inside makes a copy of the scope, with the same path and the same entries.
         """
         for other in self.active:
-            if other is None or other.scope is module.scope:
+            if other is None or flax_internals.origin(other.scope) is flax_internals.origin(module.scope):
                 return True
             # By itself the path does not tell: inside an `apply` that a model calls, paths begin anew.
             if other.path == module.path and _entries(other) == _entries(module):

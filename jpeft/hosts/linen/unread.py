@@ -1,26 +1,60 @@
 """Leaves that no linen module reads: refused, because the method's change would be lost without a word."""
 
 import dataclasses
+import functools
 import secrets
 import warnings
 from collections.abc import Callable, Hashable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
+from flax import linen as nn
 
 from jpeft.core.method import Method
+from jpeft.hosts.base import innermost
 from jpeft.hosts.linen.dependence import inputs_used
+from jpeft.hosts.linen.elsewhere import refuse_reads_elsewhere
 from jpeft.hosts.linen.named_methods import has_added
-from jpeft.tree.adapters import GRAFT, pop_grafts
-from jpeft.tree.paths import Params, Path, first_few
+from jpeft.hosts.linen.ways_out import way_out
+from jpeft.tree.adapters import ADDED, GRAFT, pop_grafts
+from jpeft.tree.paths import Params, Path, first_few, flatten
+
+# ``(bound, tags) -> (outputs, paths of the modules that read leaves)``, with the tag of each module by path.
+Run = Callable[[Params, Mapping[Path, str]], tuple[Any, set[Path]]]
 
 _NEEDS_CORE = (
     " Putting keys in front of a layer's own needs a model with parameterless modules there, called `core` and `positions`, as those of "
     "jpeft.models have: jpeft/models/common/contract.py."
 )
 
-# ``(bound, tags) -> (outputs, paths of the modules that read leaves)``, with the tag of each module by path.
-Run = Callable[[Params, Mapping[Path, str]], tuple[Any, set[Path]]]
+
+class Known(NamedTuple):
+    """The calls of one function that were found to be right.
+
+    Attributes:
+      read: By shapes. `nn.jit` traces one of several equal blocks, and none at all on later calls; so that modules which were not seen to
+        run can be told from those that did not run, such a call is traced anew, once.
+      nowhere_else: By structure: calls that use no adapted parameter past its module.
+    """
+
+    read: set[Hashable]
+    nowhere_else: set[Hashable]
+
+    @classmethod
+    def of(cls, fn: Callable[..., Any]) -> "Known":
+        """What is known of a function: equal models share it, so a model is checked once, however often it is wrapped."""
+        if isinstance(getattr(innermost(fn), "__self__", None), nn.Module):
+            try:
+                return _known(fn)
+            except TypeError:  # a model that holds what cannot be hashed
+                pass
+        return cls(set(), set())
+
+
+@functools.lru_cache(maxsize=32)
+def _known(fn: Callable[..., Any]) -> Known:
+    del fn
+    return Known(set(), set())
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,54 +63,63 @@ class UnreadLeaves:
 
     Attributes:
       method: The method whose leaves are looked for.
-      known: The shapes of calls that were found to be right. `nn.jit` traces one of several equal blocks, and none at all on later calls;
-        so that modules which were not seen to run can be told from those that did not run, such a call is traced anew, once.
+      known: The calls that were found to be right.
     """
 
     method: Method
-    known: set[Hashable] = dataclasses.field(default_factory=set)
+    known: Known
 
     def refuse(self, bound: Params, grafts: Mapping[Path, Any], ran: set[Path], call: Any, run: Run) -> None:
-        """Refuse leaves on a module that did not run, or by no method that a change could go around.
+        """Refuse leaves whose change is lost, wholly or in part.
 
         Args:
           bound: The parameters with leaves.
           grafts: The leaves, by the path of their module.
           ran: Paths of the modules that were seen to read leaves in this call.
-          call: The arguments of the call.
+          call: The other collections, the arguments and the keyword arguments of the call.
           run: Runs the model anew.
 
         Raises:
           ValueError: if leaves stand on a module that does not exist, or that this call does not enter although it computes with its
-            parameters.
+            parameters; if it uses a parameter with leaves beside it in another way than by its module.
         """
-        # 1. The modules ran in this very call.
-        if grafts.keys() <= ran or (signature := _signature((bound, call))) in self.known:
-            return
-        # 2. They may be hidden by a trace in the cache of `nn.jit`, or have run under another path inside an `apply` of the model's own.
-        # Trace the model anew: no trace under a tag that was never used before can be in that cache, and each module has its own tag.
+        # Trace the model anew: no trace under a tag that was never used before can be in the cache of `nn.jit`, and each module has its
+        # own tag, so it is recognised wherever it runs.
         fresh = secrets.token_hex(8)
         tags = {path: f"{fresh}-{i}" for i, path in enumerate(grafts)}
+        # 1. Not all modules ran in this very call. They may be hidden by a trace in that cache, or have run under another path inside an
+        # `apply` of the model's own.
+        if not grafts.keys() <= ran and (signature := (self.method, _signature((bound, call)))) not in self.known.read:
+            self._refuse_unread(bound, grafts, call, lambda params: run(params, tags))
+            self.known.read.add(signature)
+        # 2. A module that ran is not all that may use its parameters.
+        clean = pop_grafts(bound)[0]
+        adapted = frozenset(_beside(self.method, grafts) & flatten(clean).keys())
+        key = (adapted, jax.tree.structure(clean), _signature(call, shapes=False))
+        if adapted and key not in self.known.nowhere_else:
+            refuse_reads_elsewhere(self.method, adapted, lambda params: run(params, tags)[0], bound)
+            self.known.nowhere_else.add(key)
+
+    def _refuse_unread(self, bound: Params, grafts: Mapping[Path, Any], call: Any, run: Callable[[Params], tuple[Any, set[Path]]]) -> None:
         found: set[Path] = set()
 
         def outputs(params: Params) -> Any:
-            out, paths = run(params, tags)
+            out, paths = run(params)
             found.update(paths)
             return out
 
         used = inputs_used(outputs, bound)[0]
         clean = pop_grafts(bound)[0]
-        idle = [path for path in grafts if path not in found and not self._refuse(clean, path, grafts[path], found, used)]
-        self.known.add(signature)
+        idle = [path for path in grafts if path not in found and not self._refuse_one(clean, path, grafts[path], found, used)]
         if idle and "method" not in call[-1]:
             warnings.warn(
                 f"{self.method.name} adds to {first_few(idle)}, whose parameters this call of the model does not compute with: there, "
                 "nothing will be trained. Choose other modules with target=, if no other call uses these.",
-                stacklevel=5,
+                stacklevel=6,
             )
 
-    def _refuse(self, params: Params, path: Path, leaves: Mapping[str, Any], ran: set[Path], used: set[Path]) -> bool:
-        """Refuse leaves on one module that did not read them, unless the call does not compute with the module."""
+    def _refuse_one(self, params: Params, path: Path, leaves: Mapping[str, Any], ran: set[Path], used: set[Path]) -> bool:
+        """Refuse leaves on one module that did not read them; False if the call does not compute with the module."""
         what, name = (f"the module '{path}'" if path else "the model as a whole"), self.method.name
         # A module inside ran, so the call did pass through this one, by another way than one of its methods.
         inside = f"{path}/" if path else ""
@@ -86,7 +129,7 @@ class UnreadLeaves:
                 "change would be silently lost. Enter by `__call__`, or let the method add to a module that is entered so; where a prompt "
                 "is put in, body= says."
             )
-        exists = _under(params, path)
+        exists = _exists(params, path)
         # A path without parameters was made up by the method, from the usual names of such modules beside others that have some.
         around = path if exists else path.rpartition("/")[0]
         inside = f"{around}/" if around else ""
@@ -96,7 +139,7 @@ class UnreadLeaves:
         if not exists:
             needs = _NEEDS_CORE if path.endswith(("core", "positions")) else ""
             raise ValueError(f"{name} adds to the module '{path}', but no such module ran.{needs}")
-        beside = [leaf for leaf in read if leaf.removeprefix(inside) in _names(self.method, leaves)]
+        beside = [leaf for leaf in read if leaf in _beside(self.method, {path: leaves})]
         if not beside and not has_added(self.method, leaves):
             return False
         raise ValueError(
@@ -107,20 +150,15 @@ class UnreadLeaves:
         )
 
 
-def way_out(method: Method) -> str:
-    """What else than another target makes a method work on any function of parameters."""
-    if method.why_no_merge is not None:
-        return "Choose other parameters with target=, or another method"
-    dense = "jpeft.wrap(lambda params, x: model.apply({'params': params}, x), host='dense')"
-    return f"Choose other parameters with target=, or run the model on merged weights: {dense}"
+def _beside(method: Method, grafts: Mapping[Path, Any]) -> set[Path]:
+    """The paths of the parameters that have leaves beside them, given the leaves of each module; others may be among them."""
+    if method.parts:
+        parts = (_beside(part, {path: leaves[name] for path, leaves in grafts.items() if name in leaves}) for name, part in method.parts)
+        return set().union(*parts)
+    return {f"{path}/{name}" if path else name for path, leaves in grafts.items() for name in leaves if name != ADDED}
 
 
-def _names(method: Method, leaves: Mapping[str, Any]) -> set[str]:
-    """The names of a module's own parameters that have leaves beside them."""
-    return set().union(*(_names(part, leaves[name]) for name, part in method.parts if name in leaves)) if method.parts else set(leaves)
-
-
-def _under(params: Params, path: Path) -> bool:
+def _exists(params: Params, path: str) -> bool:
     """Whether a module has parameters."""
     for name in path.split("/") if path else ():
         if not isinstance(params, Mapping) or name not in params:
@@ -129,9 +167,10 @@ def _under(params: Params, path: Path) -> bool:
     return bool(jax.tree.leaves(params))
 
 
-def _signature(call: Any) -> Hashable:
+def _signature(call: Any, *, shapes: bool = True) -> Hashable:
     """What of a call decides which modules run: the structure of the arguments, the shapes of arrays, and all other values."""
     leaves, structure = jax.tree.flatten(call)
     # Of arrays the values do not matter: no control flow in Python can depend on them under `jit`.
     value = lambda leaf: leaf if isinstance(leaf, Hashable) else None
-    return structure, tuple((leaf.shape, str(leaf.dtype)) if hasattr(leaf, "dtype") else (type(leaf), value(leaf)) for leaf in leaves)
+    shape = lambda leaf: leaf.shape if shapes else len(leaf.shape)
+    return structure, tuple((shape(leaf), str(leaf.dtype)) if hasattr(leaf, "dtype") else (type(leaf), value(leaf)) for leaf in leaves)
