@@ -173,7 +173,7 @@ METHODS: dict[str, Callable[[str], dict[str, Any]]] = {
 }
 
 
-@settings(max_examples=14, deadline=None, derandomize=True)
+@settings(max_examples=6, deadline=None, derandomize=True)
 @given(
     kinds=st.lists(st.sampled_from(sorted(KINDS)), min_size=1, max_size=2).map(tuple),
     lift=st.sampled_from(["plain", "remat", "jit", "scan0", "scan1"]),
@@ -185,11 +185,11 @@ def test_an_unknown_layer_never_changes_the_result_in_silence(kinds: tuple[str, 
 
 @pytest.mark.parametrize("kind", sorted(KINDS))
 def test_lora_around_each_unknown_layer(kind: str):
-    check(Net((kind,), "plain"), "lora")
+    check(Net((kind,), "plain"), "lora", cost=True)
 
 
-def check(model: nn.Module, method: str) -> None:
-    """Identity at first, a gradient for every leaf, merged as wrapped, at the factored cost; or an error or a warning that names a module."""
+def check(model: nn.Module, method: str, *, cost: bool = False) -> None:
+    """A model is adapted exactly and at the factored cost, or an error or a warning names a module."""
     params = jax.jit(model.init)(KEY, X)["params"]
     block = "(?P<block>layers)" if "layers" in params else r"(?P<block>block_\d+)"
     try:
@@ -203,7 +203,7 @@ def check(model: nn.Module, method: str) -> None:
         return
     costly = [str(warning.message) for warning in said]
     assert all("register_layer" in message and "unknown" in message for message in costly)
-    if method == "lora" and not costly:
+    if cost and not costly:
         forward = jpeft.wrap(model.apply)
         flops = lambda fn, *args: jax.jit(fn).lower(*args).compile().cost_analysis()["flops"]
         loss = lambda adapter: jnp.sum(forward(peft.replace(adapter=adapter), X) ** 2)

@@ -44,6 +44,11 @@ def _class_enters_transform(cls: type, method_name: str) -> bool:
     return any(code is not None and code.co_filename == transforms.__file__ and code.co_qualname.startswith(lifted) for code in codes)
 
 
+def origin(scope: Any) -> Any:
+    """The scope that `call_as_function` has copied; the scope itself, if it is no copy."""
+    return getattr(scope, "jpeft_origin", scope)
+
+
 def call_as_function(
     module: nn.Module, method: Callable[..., Any], use: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]
 ) -> Any:
@@ -74,6 +79,7 @@ def call_as_function(
         return lift.pack(inner, (True,), (True,), (True,))(scopes, *args)
 
     def call(copy: nn.Module, *args: Any) -> Any:
+        _scope(copy).jpeft_origin = _scope(module)
         with _captured_once(copy, method.__name__):
             return linen_module.wrap_method_once(method)(copy, *args, **kwargs)
 
