@@ -120,8 +120,14 @@ FORMS = {
 STACKED = ((r"down/kernel", jpeft.KernelAxes((0,), (1,), (2,))),)
 
 
-@pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize("method", ["lora", "dora", "adapter"])
+@pytest.mark.parametrize(
+    ("form", "method"),
+    [
+        *((form, "lora") for form in FORMS),
+        *((form, "dora") for form in ("arguments", "jit", "scan")),
+        *((form, "adapter") for form in ("beside others", "remat", "scan", "shared scope", "shared, remat")),
+    ],
+)
 def test_any_method_of_a_module(form, method):
     model = Net(*FORMS[form])
     axes: dict[str, Any] = {"axes": STACKED} if form == "scan" else {}
@@ -248,3 +254,76 @@ def test_a_part_of_a_model():
     with pytest.warns(UserWarning, match="lora adds to 'right', whose parameters this call.*does not compute with"):
         got = jpeft.wrap(model.apply)(peft, X)
     chex.assert_trees_all_close(got, model.apply(merged, X), atol=1e-5)
+
+
+# --- parameters that are also read past their module -------------------------------------------------------------------------------------
+
+
+class Tied(nn.Module):
+    """Looks words up, and scores them with the same table in the way that is given."""
+
+    score: Any
+    jit: bool = False
+
+    @nn.compact
+    def __call__(self, ids):
+        embed = nn.Embed(12, W, name="embed")
+        h = nn.Dense(W, name="down")(embed(ids))
+        return self.score(self, embed, h)
+
+
+class AtSetup(nn.Module):
+    """Prepares its kernel in `setup`, for its own methods."""
+
+    def setup(self):
+        kernel = self.param("kernel", lecun, (W, W))
+        self.kernel = kernel / (1 + jnp.abs(kernel).sum())
+
+    def __call__(self, x):
+        return x @ self.kernel
+
+
+TABLE = "embed/embedding"
+variables = lambda m: m.variables["params"]["embed"]["embedding"] if not m.is_initializing() else jnp.ones((12, W))
+ELSEWHERE = {
+    "attribute": (Tied(lambda m, e, h: h @ e.embedding.T), IDS, TABLE),
+    "variables": (Tied(lambda m, e, h: h @ variables(m).T), IDS, TABLE),
+    "penalty": (Tied(lambda m, e, h: e.attend(h) + jnp.square(variables(m)).sum()), IDS, TABLE),
+    "nowrap": (Net(Linear, lambda m, x: m.project(m.unseen(x))), X, "down/kernel"),
+    "in a loop": (Tied(lambda m, e, h: jax.lax.scan(lambda h, _: (h @ variables(m).T @ variables(m), None), h, length=2)[0]), IDS, TABLE),
+}
+
+
+@pytest.mark.parametrize("form", ELSEWHERE)
+def test_a_parameter_that_is_read_past_its_module_is_refused(form):
+    model, x, path = ELSEWHERE[form]
+    with pytest.raises(ValueError, match=rf"lora adds to '{path}', which this call also uses in .*silently lost.*host='dense'"):
+        check(model, x, "lora", rank=2, target=path)
+    check(model, x, "freeze", target=path, head=None, atol=1e-4)
+
+
+@pytest.mark.filterwarnings("ignore:lora. in 'down' 'kernel' does not act as a kernel")
+def test_uses_within_a_module_are_its_own():
+    """Scores by `attend`, and what `setup` makes of a kernel."""
+    check(Tied(lambda m, e, h: e.attend(h)), IDS, "lora", rank=2, target="embed/embedding", atol=1e-4)
+    check(Net(AtSetup, lambda m, x: m(x)), X, "lora", rank=2)
+
+
+def test_a_function_that_reads_parameters_itself():
+    model = Tied(lambda m, e, h: h)
+    peft = noisy(model.init(KEY, IDS)["params"], jpeft.lora(rank=2, target="embed/embedding"))
+    forward = jpeft.wrap(lambda v, ids: model.apply(v, ids) @ v["params"]["embed"]["embedding"].T)
+    with pytest.raises(ValueError, match="lora adds to 'embed/embedding', which this call also uses outside of all modules"):
+        jax.jit(forward)(peft, IDS)
+
+
+def test_a_model_is_looked_at_once(monkeypatch):
+    """Whatever the lengths of texts, and however often an equal model is wrapped."""
+    looked: list[Any] = []
+    monkeypatch.setattr("jpeft.hosts.linen.unread.refuse_reads_elsewhere", lambda *args: looked.append(args))
+    params, run = None, lambda m, x: m.project(x)
+    for length in (5, 5, 7):
+        model, x = Net(Linear, run), jnp.ones((2, length, W))
+        params = params or model.init(KEY, x)["params"]
+        jax.jit(jpeft.wrap(model.apply))(noisy(params, jpeft.lora(rank=1)), x)
+    assert len(looked) == 1

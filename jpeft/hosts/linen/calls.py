@@ -14,7 +14,7 @@ from jpeft.hosts import products
 from jpeft.hosts.base import DROPOUT
 from jpeft.hosts.linen import flax_internals
 from jpeft.hosts.linen.layers import compute_dtype, direct, linear_of
-from jpeft.tree.adapters import GRAFT
+from jpeft.tree.adapters import GRAFT, pop_grafts
 
 LAYER_METHODS = ("__call__", "attend")  # the methods by which layers are run; `attend` is that of `nn.Embed`
 
@@ -77,7 +77,9 @@ def as_layer(
       costly: Takes the kernels that have no product to change, by their paths, with the reasons.
     """
     module, method_name = context.module, context.method_name
-    own = own_params(module)
+    own, hide = own_params(module), None
+    if flax_internals.holds_nnx(module):
+        own, hide = pop_grafts(own)[0], GRAFT
     # Without parent and name the copy is a model by itself, whose `apply` takes the layer's parameters alone.
     unbound = module.clone(parent=None, name=None)
     # A layer without submodules draws nothing that its own middleware does not draw.
@@ -90,7 +92,8 @@ def as_layer(
     def run(params: Mapping[str, Any], *inputs: Any, **keywords: Any) -> Any:
         # `is`: equal parameters that went through a transformation are other arrays, which the scope does not hold.
         if params is own and in_place:
-            return in_place.pop()(*inputs, **{**kwargs, **keywords})
+            direct_run = in_place.pop()
+            return direct_run(*inputs, **{**kwargs, **keywords}) if hide is None else run_changed(params, {}, *inputs, **keywords)
         if short is not None and not keywords:
             return short(params, *inputs)
         if linear is None and in_place:  # a layer of an unknown class may do more than return its outputs
@@ -102,8 +105,9 @@ def as_layer(
         def use(pure: Callable[..., Any], *inputs: Any) -> Any:
             return products.run_changed(pure, dict(params), changes, *inputs) if changes else pure(params, *inputs)
 
+        method = flax_internals.function_of(context)
         try:
-            out = flax_internals.call_as_function(module, flax_internals.function_of(context), use, inputs, {**kwargs, **keywords})
+            out = flax_internals.call_as_function(module, method, use, inputs, {**kwargs, **keywords}, hide=hide)
         except NoProductError as error:
             if costly is not None:
                 costly["/".join((*module.path, error.name))] = error.reason

@@ -12,6 +12,7 @@ from jpeft.hosts.linen import flax_internals
 from jpeft.hosts.linen.calls import LAYER_METHODS, as_layer, bind_by_position, dropout_key, dtypes_of, is_call, own_params
 from jpeft.hosts.linen.elsewhere import marked
 from jpeft.hosts.linen.named_methods import has_added, leaves_for
+from jpeft.hosts.linen.nested import call_nested
 from jpeft.tree.adapters import GRAFT, pop_grafts, put_grafts
 from jpeft.tree.paths import Params, Path, flatten
 
@@ -56,6 +57,8 @@ class Interceptor:
     def _run(self, next_fun: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], context: Any) -> Any:
         """Run it, with the method around it if it has leaves of the method."""
         module, name = context.module, context.method_name
+        if flax_internals.holds_nnx(module):
+            return self._run_nested(next_fun, args, kwargs, context)
         tag = self._tag(module)
         if tag is None or self._is_active(module):
             return next_fun(*args, **kwargs)
@@ -77,6 +80,29 @@ class Interceptor:
         try:
             with marked(self.marks):
                 return self.method.call(layer, inputs, leaves, dropout_key(module))
+        finally:
+            self.active.pop()
+
+    def _run_nested(self, next_fun: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], context: Any) -> Any:
+        """The same for a module whose nested parameters, and the leaves among them, are all its own; see `jpeft.hosts.linen.nested`."""
+        module, name = context.module, context.method_name
+        found = pop_grafts(dict(flax_internals.collection(module, "params")))[1]
+        mine = {path: (tag, tagged[tag]) for path, tagged in found.items() for tag in self.tags if tag in tagged}
+        if not mine or self._is_active(module):
+            return next_fun(*args, **kwargs)
+        leaves: dict[Path, dict[str, Any]] = {}
+        for path, (tag, own) in mine.items():
+            # What is added to a part of the module would have to go around that part.
+            leaves[path] = {part: leaf for part, leaf in own.items() if not path or not has_added(self.method, {part: leaf})}
+            if leaves[path]:
+                whole = "/".join(filter(None, (*module.path, path)))
+                self._note(whole if self.tags[tag] is None else self.tags[tag] or "", name, leaves[path])
+        inputs, keywords = bind_by_position(module, name, args, kwargs)
+        layer = as_layer(context, next_fun, inputs, keywords)
+        self.active.append(module)
+        try:
+            with marked(self.marks):
+                return call_nested(self.method, layer, inputs, {path: own for path, own in leaves.items() if own}, dropout_key(module))
         finally:
             self.active.pop()
 

@@ -11,12 +11,11 @@ import jax
 from flax import linen as nn
 
 from jpeft.core.method import Method
-from jpeft.hosts.base import innermost
 from jpeft.hosts.linen.dependence import inputs_used
 from jpeft.hosts.linen.elsewhere import refuse_reads_elsewhere
 from jpeft.hosts.linen.named_methods import has_added
 from jpeft.hosts.linen.ways_out import way_out
-from jpeft.tree.adapters import ADDED, GRAFT, pop_grafts
+from jpeft.tree.adapters import ADDED, GRAFT, key_of, pop_grafts
 from jpeft.tree.paths import Params, Path, first_few, flatten
 
 # ``(bound, tags) -> (outputs, paths of the modules that read leaves)``, with the tag of each module by path.
@@ -43,17 +42,18 @@ class Known(NamedTuple):
     @classmethod
     def of(cls, fn: Callable[..., Any]) -> "Known":
         """What is known of a function: equal models share it, so a model is checked once, however often it is wrapped."""
-        if isinstance(getattr(innermost(fn), "__self__", None), nn.Module):
+        owner = getattr(fn, "__self__", None)
+        if isinstance(owner, nn.Module):
             try:
-                return _known(fn)
+                return _known(owner, fn.__func__)  # pyright: ignore[reportFunctionMemberAccess]  # a bound method
             except TypeError:  # a model that holds what cannot be hashed
                 pass
         return cls(set(), set())
 
 
 @functools.lru_cache(maxsize=32)
-def _known(fn: Callable[..., Any]) -> Known:
-    del fn
+def _known(model: nn.Module, function: Callable[..., Any]) -> Known:
+    del model, function
     return Known(set(), set())
 
 
@@ -161,9 +161,9 @@ def _beside(method: Method, grafts: Mapping[Path, Any]) -> set[Path]:
 def _exists(params: Params, path: str) -> bool:
     """Whether a module has parameters."""
     for name in path.split("/") if path else ():
-        if not isinstance(params, Mapping) or name not in params:
+        if not isinstance(params, Mapping) or key_of(params, name) not in params:
             return False
-        params = params[name]
+        params = params[key_of(params, name)]
     return bool(jax.tree.leaves(params))
 
 
