@@ -37,7 +37,7 @@ ROOT = Path(__file__).parents[1]
 
 def test_hosts_are_found_and_ordered():
     model = nn.Dense(2)
-    assert [host.name for host in registry.hosts()] == ["linen", "dense"]
+    assert [host.name for host in registry.hosts()] == ["linen", "nnx", "dense"]
     assert registry.host_for(model).name == registry.host_for(model.apply).name == "linen"
     assert registry.host_for(lambda params, x: x).name == "dense"
     toy = ToyHost()

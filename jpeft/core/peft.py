@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import inspect
 import re
 import warnings
 from collections import Counter
@@ -170,11 +171,13 @@ def wrap(fn: Callable[..., Any], method: Method | None = None, *, host: str | Ho
             "Wrap first, jit the result instead: jax.jit(jpeft.wrap(model.apply))."
         )
     chosen = registry_of_hosts.host_for(fn, host)
-    of_method = functools.cache(functools.partial(chosen.wrap, fn))
+    of_method = functools.cache(functools.partial(chosen.wrap, chosen.prepare(fn)))
     if method is not None:
         of_method(method)  # what the host says of the method, it says now
 
-    @functools.wraps(innermost(fn))
+    inner = innermost(fn)
+
+    @functools.wraps(inner, updated=("__dict__",) if inspect.isroutine(inner) else ())  # the attributes of a model are not its function's
     def forward(variables: Peft | Mapping[str, Any], *args: Any, **kwargs: Any) -> Any:
         if isinstance(variables, Peft):
             used, variables = variables.method, _with_collections(variables, kwargs.pop("collections", None))

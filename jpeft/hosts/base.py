@@ -40,6 +40,10 @@ class Host(abc.ABC):
         it here: where ``sys.modules`` lacks the framework, the target cannot belong to it.
         """
 
+    def prepare(self, fn: Any) -> Any:
+        """What `wrap` is given in place of `fn`. It is made once, when `jpeft.wrap` is called: a model that may change later is copied."""
+        return fn
+
     @abc.abstractmethod
     def wrap(self, fn: Callable[..., Any], method: Method) -> Callable[..., Any]:
         """Return ``forward(variables, *args, **kwargs)``: the model with the method applied.

@@ -1,0 +1,90 @@
+"""What is found of a call before it is made, in one abstract trace: whether all leaves are read, and whether the model is random."""
+
+import dataclasses
+import secrets
+from collections.abc import Callable, Hashable, Mapping
+from typing import Any
+
+import jax
+from flax import nnx
+
+from jpeft.hosts.nnx.graph import Grafts
+from jpeft.hosts.nnx.patching import Record, RecordedStream, recording
+from jpeft.tree.paths import Path
+
+Run = Callable[..., Any]  # (grafts, others, args, kwargs, trace) -> outputs and state
+
+
+@dataclasses.dataclass(frozen=True)
+class Inspection:
+    """What was found.
+
+    Attributes:
+      inner: The shapes of the leaves inside their modules, by the paths of the modules.
+      drew: Whether the call draws random numbers.
+    """
+
+    inner: Mapping[Path, Mapping[Path, tuple[int, ...]]]
+    drew: bool
+
+
+def inspect_call(run: Run, grafts: Grafts, others: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Inspection:
+    """Trace a call abstractly and check it.
+
+    Raises:
+      ValueError: for leaves that no module reads.
+    """
+    # A name that was never used before: `nnx.jit` has no trace of it in its cache, so all modules are seen to run.
+    trace = secrets.token_hex(8)
+    arrays, rebuild = _arrays_of((others, args, dict(kwargs)))
+
+    def call(params: Any, leaves: Any, arrays: list[Any]) -> Any:
+        # New objects, of this trace: also the random streams among the arguments, which stay as they are.
+        others, args, kwargs = rebuild(arrays)
+        record_streams((args, kwargs))
+        return run(dataclasses.replace(grafts, params=params, leaves=leaves), others, args, kwargs, trace)
+
+    with recording() as record:
+        jax.eval_shape(call, dict(grafts.params), dict(grafts.leaves), arrays)
+    _refuse_unread(grafts, record)
+    return Inspection(record.inner, record.drew)
+
+
+def record_streams(node: Any) -> None:
+    """Let all random streams in a model or in arguments record that they are used."""
+    for _, each in nnx.iter_graph(node):
+        if type(each) is nnx.RngStream:
+            object.__setattr__(each, "__class__", RecordedStream)
+
+
+def signature_of(grafts: Grafts, others: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Hashable:
+    """What of a call decides what runs: the structure of the arguments, the shapes of arrays, and all other values."""
+    leaves, structure = jax.tree.flatten((dict(grafts.params), dict(grafts.leaves), others, args, dict(kwargs)))
+    # Of arrays the values do not matter: no control flow in Python can depend on them under `jit`.
+    value = lambda leaf: leaf if isinstance(leaf, Hashable) else None
+    return structure, tuple((leaf.shape, str(leaf.dtype)) if hasattr(leaf, "dtype") else (type(leaf), value(leaf)) for leaf in leaves)
+
+
+def _arrays_of(tree: Any) -> tuple[list[Any], Callable[[list[Any]], Any]]:
+    """The arrays in any tree, and a function that puts others in their places."""
+    leaves, structure = jax.tree.flatten(tree)
+    is_array = [hasattr(leaf, "dtype") and hasattr(leaf, "shape") for leaf in leaves]
+
+    def rebuild(arrays: list[Any]) -> Any:
+        rest = iter(arrays)
+        return jax.tree.unflatten(structure, [next(rest) if here else leaf for leaf, here in zip(leaves, is_array, strict=True)])
+
+    return [leaf for leaf, here in zip(leaves, is_array, strict=True) if here], rebuild
+
+
+def _refuse_unread(grafts: Grafts, record: Record) -> None:
+    """Refuse leaves on a module that did not run."""
+    unread = [path for path in grafts.leaves if path not in record.ran]
+    if unread:
+        name = grafts.method.name
+        what = f"the module '{unread[0]}'" if unread[0] else "the model as a whole"
+        raise ValueError(
+            f"{name} adds to {what}, which this call passes by: none of its public methods ran, so the change would be silently lost. "
+            "Leave it out of the target, or read its parameters in a method of the module itself; where only weights change, "
+            "host='dense' adapts them wherever they are read."
+        )
