@@ -1,13 +1,14 @@
 """Leaves of a method at their places in the graph of a model."""
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import jax
 from flax import nnx
 
 from jpeft.core.method import Method
+from jpeft.hosts.nnx.bridge import put_inside
 from jpeft.hosts.nnx.patching import KEY, Around, put_on
 from jpeft.tree.adapters import pop_grafts
 from jpeft.tree.paths import Path, flatten, key_for
@@ -60,8 +61,11 @@ class Grafts:
         """
         modules = {"/".join(map(str, path)): node for path, node in nnx.iter_graph(model) if isinstance(node, nnx.Pytree)}
         others = _holders(modules) if self.leaves else {}
+        linen = {path: module for path, module in modules.items() if isinstance(module, nnx.bridge.ToNNX)}
         for path in [*self.leaves, *(path for path in self.narrow if path not in self.leaves)]:
             module = modules.get(path)
+            if _inside(path, linen) is not None:
+                continue
             if not isinstance(module, nnx.Module):
                 raise ValueError(self._lost(path, module))
             around = Around(self.method, path, self.narrow.get(path, ()), trace)
@@ -69,6 +73,11 @@ class Grafts:
             put_on(module, around, leaves)
             for name in leaves:
                 self._put_on_holders(others.get(id(vars(module).get(name)), []), module, name, around)
+        for path, module in linen.items():
+            below = lambda own, path=path: {_below(each, path): part for each, part in own.items() if _inside(each, linen) == path}
+            narrow = tuple(("/".join(filter(None, (part, name))), dtype) for part, own in below(self.narrow).items() for name, dtype in own)
+            if narrow or below(self.leaves):
+                put_inside(module, Around(self.method, path, narrow, trace), below(self.leaves))
 
     def _put_on_holders(self, holders: list[tuple[Path, Any, str]], module: nnx.Module, name: str, around: Around) -> None:
         """Put the leaves beside a shared parameter on all other modules that hold it."""
@@ -104,6 +113,15 @@ def _holders(modules: Mapping[Path, Any]) -> dict[int, list[tuple[Path, Any, str
             if isinstance(value, nnx.Param):
                 found.setdefault(id(value), []).append((path, module, name))
     return {key: holders for key, holders in found.items() if len(holders) > 1}
+
+
+def _inside(path: Path, modules: Iterable[Path]) -> Path | None:
+    """The first of these modules that a path leads to or into."""
+    return next((module for module in modules if not module or path == module or path.startswith(f"{module}/")), None)
+
+
+def _below(path: Path, module: Path) -> Path:
+    return path[len(module) :].lstrip("/")
 
 
 def _keys(key: jax.Array, leaves: Mapping[Path, Any], inner: Mapping[Path, tuple[int, ...]]) -> jax.Array:

@@ -8,6 +8,7 @@ from typing import Any
 import jax
 from flax import nnx
 
+from jpeft.hosts.base import DROPOUT
 from jpeft.hosts.nnx.graph import Grafts
 from jpeft.hosts.nnx.patching import Record, RecordedStream, recording
 from jpeft.tree.paths import Path
@@ -52,8 +53,9 @@ def inspect_call(run: Run, grafts: Grafts, others: Any, args: tuple[Any, ...], k
 
 def record_streams(node: Any) -> None:
     """Let all random streams in a model or in arguments record that they are used."""
-    for _, each in nnx.iter_graph(node):
-        if type(each) is nnx.RngStream:
+    for path, each in nnx.iter_graph(node):
+        # A linen module is given a key of each stream in any case, and may use that for dropout.
+        if type(each) is nnx.RngStream and ("to_nnx__rngs" not in path or each.tag == DROPOUT):
             object.__setattr__(each, "__class__", RecordedStream)
 
 

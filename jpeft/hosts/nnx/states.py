@@ -29,7 +29,7 @@ def params_of(tree: Any) -> Params:
     return tree
 
 
-def _only_params(state: nnx.State) -> nnx.State:
+def _only_params(state: Any) -> Any:
     params = nnx.filter_state(state, nnx.Param)
     if not _variables(params):
         kinds = sorted({type(leaf).__name__ for leaf in _variables(state)})
@@ -39,7 +39,7 @@ def _only_params(state: nnx.State) -> nnx.State:
     return params
 
 
-def _variables(state: Any) -> list[nnx.Variable]:
+def _variables(state: Any) -> list[Any]:
     leaves = jax.tree.leaves(state, is_leaf=lambda node: isinstance(node, nnx.Variable))
     return [leaf for leaf in leaves if isinstance(leaf, nnx.Variable)]
 

@@ -1,0 +1,96 @@
+"""Linen modules inside an NNX model, `nnx.bridge.ToNNX`: their layers are adapted as the linen host does it.
+
+The variables of such a module are the linen module's own, as nested dicts, and become its collections in each call. So leaves are put where
+the linen host would graft them, and its interceptor is entered around the call.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Mapping
+from typing import Any
+
+from flax import linen as nn
+from flax import nnx
+
+from jpeft.core.layer import Layer
+from jpeft.core.method import Method
+from jpeft.hosts.linen.host import Interceptor
+from jpeft.hosts.nnx.patching import KEY, Around, current_record
+from jpeft.tree.adapters import GRAFT
+from jpeft.tree.paths import Path, flatten, unflatten
+
+_AROUND = f"to_nnx__{GRAFT}"  # what begins so is no variable of the linen module
+
+
+@dataclasses.dataclass(frozen=True)
+class Placed:
+    """A method whose layers have the paths that they have in the whole model.
+
+    Attributes:
+      method: The method.
+      prefix: The path of the linen module.
+    """
+
+    method: Method
+    prefix: Path
+
+    def __getattr__(self, name: str) -> Any:
+        """All else is the method's own."""
+        return getattr(self.method, name)
+
+    def call(self, layer: Layer, inputs: tuple[Any, ...], leaves: dict[str, Any], rng: Any) -> Any:
+        """Run the method around a layer."""
+        return self.method.call(dataclasses.replace(layer, path=_join(self.prefix, layer.path)), inputs, leaves, rng)
+
+
+def put_inside(module: nnx.bridge.ToNNX, around: Around, leaves: Mapping[Path, Mapping[str, Any]]) -> None:
+    """Put leaves on modules inside a linen module.
+
+    Args:
+      module: The linen module, as a module of NNX in a copy of the model.
+      around: What goes around it; `narrow` has paths below the module.
+      leaves: The leaves of each linen module that has some, by its path below.
+    """
+    tag = _tag(around)
+    for path, own in leaves.items():
+        # linen draws keys of its own, at each layer.
+        variables = unflatten({name: nnx.Param(leaf) for name, leaf in flatten(own).items() if name != KEY})
+        *parents, name = [*filter(None, path.split("/")), GRAFT]
+        if not parents:
+            setattr(module, name, nnx.data({tag: variables}))
+            continue
+        inner = getattr(module, parents[0], {})
+        node = inner
+        for key in parents[1:]:
+            node = node.setdefault(key, {})
+        node[name] = {tag: variables}
+        setattr(module, parents[0], nnx.data(inner))
+    setattr(module, _AROUND, around)
+    object.__setattr__(module, "__class__", _patched(type(module)))
+
+
+def _tag(around: Around) -> str:
+    """The key that stands above the leaves, by which the interceptor knows those of its method."""
+    return f"{hash(around.method):x}{around.trace}"
+
+
+@functools.cache
+def _patched(cls: type) -> type:
+    def call(self: Any, *args: Any, **kwargs: Any) -> Any:
+        around = vars(self)[_AROUND]
+        interceptor = Interceptor(Placed(around.method, around.path), _tag(around), dict(around.narrow))
+        with nn.intercept_methods(interceptor):
+            out = super(patched, self).__call__(*args, **kwargs)
+        record = current_record()
+        if record is not None:
+            for path in interceptor.ran:
+                record.ran.setdefault(_join(around.path, path), set()).add("__call__")
+        return out
+
+    body = {"__call__": call, "__module__": cls.__module__, "__qualname__": cls.__qualname__, "__doc__": cls.__doc__}
+    patched = type(cls)(cls.__name__, (cls,), body, pytree=cls._pytree__is_pytree)  # pyright: ignore[reportAttributeAccessIssue]
+    return patched
+
+
+def _join(prefix: Path, path: Path) -> Path:
+    return "/".join(filter(None, (prefix, path)))
