@@ -68,7 +68,7 @@ class Grafts:
                 continue
             if not isinstance(module, nnx.Module):
                 raise ValueError(self._lost(path, module))
-            around = Around(self.method, path, self.narrow.get(path, ()), trace)
+            around = Around(self.method, path, narrow=self.narrow.get(path, ()), trace=trace)
             leaves = self.leaves.get(path, {})
             put_on(module, around, leaves)
             for name in leaves:
@@ -77,7 +77,7 @@ class Grafts:
             below = lambda own, path=path: {_below(each, path): part for each, part in own.items() if _inside(each, linen) == path}
             narrow = tuple(("/".join(filter(None, (part, name))), dtype) for part, own in below(self.narrow).items() for name, dtype in own)
             if narrow or below(self.leaves):
-                put_inside(module, Around(self.method, path, narrow, trace), below(self.leaves))
+                put_inside(module, Around(self.method, path, narrow=narrow, trace=trace), below(self.leaves))
 
     def _put_on_holders(self, holders: list[tuple[Path, Any, str]], module: nnx.Module, name: str, around: Around) -> None:
         """Put the leaves beside a shared parameter on all other modules that hold it."""

@@ -18,7 +18,7 @@ from flax import nnx
 
 from jpeft.core.method import Method
 from jpeft.tree.adapters import GRAFT
-from jpeft.tree.paths import Path, flatten, unflatten
+from jpeft.tree.paths import Path
 
 KEY = "rng"  # the name of the random key among the leaves of a module
 _LEAF = f"{GRAFT}/"  # the beginning of the names of the variables that are leaves
@@ -31,12 +31,14 @@ class Around:
     Attributes:
       method: The method.
       path: The module's path.
+      structure: That of the leaves, with all that is static in it.
       narrow: For the module's own parameters that a wider leaf replaces, the dtype of the base.
       trace: Empty, or a name that no other trace has: no cache then knows the module.
     """
 
     method: Method
     path: Path
+    structure: Any = None
     narrow: tuple[tuple[str, Any], ...] = ()
     trace: str = ""
 
@@ -80,11 +82,12 @@ def current_record() -> Record | None:
 
 def put_on(module: nnx.Module, around: Around, leaves: Mapping[str, Any]) -> None:
     """Put leaves on a module of a copy, and the class around it."""
-    kind = _kind(module)
-    attributes: dict[str, Any] = {GRAFT: around}
-    for path, leaf in flatten(leaves).items():
-        attributes[f"{_LEAF}{path}"] = kind(leaf)
-    for name, value in attributes.items():
+    kind, key = _kind(module), leaves.get(KEY)
+    values, structure = jax.tree.flatten({name: leaf for name, leaf in leaves.items() if name != KEY})
+    attributes: dict[str, Any] = {f"{_LEAF}{i}": kind(value) for i, value in enumerate(values)}
+    if key is not None:
+        attributes[f"{_LEAF}{KEY}"] = kind(key)
+    for name, value in (attributes | {GRAFT: dataclasses.replace(around, structure=structure)}).items():
         nnx.Module.__setattr__(module, name, value)
     object.__setattr__(module, "__class__", patched(type(module)))
 
@@ -111,10 +114,11 @@ def leaves_off(module: nnx.Module) -> Iterator[tuple[Around, dict[str, Any], Any
     held = {name: attributes.pop(name) for name in [*attributes] if name == GRAFT or name.startswith(_LEAF)}
     cls = type(module)
     object.__setattr__(module, "__class__", cls.__mro__[1])
-    values = {name.removeprefix(_LEAF): value.get_value() for name, value in held.items() if name != GRAFT}
-    key = values.pop(KEY, None)
+    around = held[GRAFT]
+    leaves = jax.tree.unflatten(around.structure, [held[f"{_LEAF}{i}"].get_value() for i in range(around.structure.num_leaves)])
+    key = held.get(f"{_LEAF}{KEY}")
     try:
-        yield held[GRAFT], unflatten(values), None if key is None else key.reshape(())
+        yield around, leaves, None if key is None else key.get_value().reshape(())
     finally:
         attributes.update(held)
         object.__setattr__(module, "__class__", cls)
