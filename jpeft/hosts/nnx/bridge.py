@@ -9,6 +9,7 @@ import functools
 from collections.abc import Mapping
 from typing import Any
 
+import jax
 from flax import linen as nn
 from flax import nnx
 
@@ -40,7 +41,9 @@ class Placed:
 
     def call(self, layer: Layer, inputs: tuple[Any, ...], leaves: dict[str, Any], rng: Any) -> Any:
         """Run the method around a layer."""
-        return self.method.call(dataclasses.replace(layer, path=_join(self.prefix, layer.path)), inputs, leaves, rng)
+        layer = dataclasses.replace(layer, path=_join(self.prefix, layer.path))
+        with jax.named_scope(Around(self.method, layer.path).scope):
+            return self.method.call(layer, inputs, leaves, rng)
 
 
 def put_inside(module: nnx.bridge.ToNNX, around: Around, leaves: Mapping[Path, Mapping[str, Any]]) -> None:

@@ -1,20 +1,25 @@
 """One call of an NNX module: the module as a `Layer`, and the method around it."""
 
+import functools
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 from flax import nnx
 
-from jpeft.core.layer import Layer
+from jpeft.core.layer import Change, Layer
+from jpeft.core.method import Method
+from jpeft.hosts import products
 from jpeft.hosts.arguments import argument_names, bind_by_position
 from jpeft.hosts.linear import compute_dtype
 from jpeft.hosts.nnx.layers import is_known, linear_of, run_known, twin
 from jpeft.hosts.nnx.patching import Around, current_record
+from jpeft.hosts.products.traced import trace
+from jpeft.tree.adapters import ADDED
 from jpeft.tree.paths import flatten, replace, unflatten
 
 LAYER_METHODS = ("__call__", "attend")  # the methods by which layers are run; `attend` is that of `nnx.Embed`
-SCOPE = "jpeft"
 
 
 def run_around(
@@ -24,12 +29,14 @@ def run_around(
     args, kwargs = bind_by_position(module, name, args, kwargs)
     effects = [module]
     layer = as_layer(module, name, around, effects, args, kwargs)
+    if name not in LAYER_METHODS and not _concerns(layer, around, leaves, args):
+        return layer(*args)
     record = current_record()
     if record is not None:
         record.ran.setdefault(around.path, set()).add(name)
         record.inner[around.path] = {path: leaf.shape for path, leaf in flatten(leaves).items()}
     if leaves:
-        with jax.named_scope(SCOPE):
+        with jax.named_scope(around.scope):
             out = around.method.call(layer, args, leaves, key)
     else:
         out = layer(*args)
@@ -68,42 +75,76 @@ def as_layer(
         bare = twin(module, own)
         run = lambda params, *inputs, **keywords: run_known(bare, name, params, *inputs, **{**kwargs, **keywords})
         linear = linear_of(bare, name, own, args, kwargs)
+        runs = _Runs(own, run, None)
     else:
-        own, run = _any_module(module, name, effects, kwargs)
-        linear = None
+        runs, linear = _any_module(module, name, effects, kwargs), None
     return Layer(
-        run=run,
-        params=own,
+        run=runs.run,
+        params=runs.own,
         path=around.path,
         linear=linear,
-        dtype=compute_dtype(getattr(module, "dtype", None), own, args),
+        dtype=compute_dtype(getattr(module, "dtype", None), runs.own, args),
         names=_names(module, name),
         keywords=kwargs,
         method=name,
         cached=bool(jax.tree.leaves(nnx.state(module, nnx.Cache))),
+        run_changed=runs.run_changed if linear is None else None,
     )
 
 
-def _any_module(
-    module: nnx.Module, name: str, effects: list[nnx.Module], kwargs: Mapping[str, Any]
-) -> tuple[dict[str, Any], Callable[..., Any]]:
-    """The parameters of a module and its submodules, and ``run(params, *inputs, **keywords)``."""
+class _Runs(NamedTuple):
+    """The parameters of a module and its submodules, and the functions of a `Layer`."""
+
+    own: dict[str, Any]
+    run: Callable[..., Any]
+    run_changed: Callable[..., Any] | None
+
+
+def _any_module(module: nnx.Module, name: str, effects: list[nnx.Module], kwargs: Mapping[str, Any]) -> _Runs:
+    """What runs a module of any class."""
     graphdef, state, others = nnx.split(module, nnx.Param, ...)
     own = unflatten(flatten(state))
 
-    def run(params: Mapping[str, Any], *inputs: Any, **keywords: Any) -> Any:
-        keywords = {**kwargs, **keywords}
-        # `is`: equal parameters that went through a transformation are other arrays, which the module does not hold.
-        first = bool(effects) and _can_change(effects[0])  # the effects of the first run on the module's state are kept
-        if params is own and first:
-            return getattr(effects.pop(), name)(*inputs, **keywords)
+    def pure(keywords: Mapping[str, Any], params: Mapping[str, Any], *inputs: Any) -> tuple[Any, Any]:
         copy = nnx.merge(graphdef, replace(state, flatten(dict(params))), others, copy=True)
-        out = getattr(copy, name)(*inputs, **keywords)
-        if first:
-            nnx.update(effects.pop(), nnx.state(copy, nnx.Not(nnx.Param)))
+        out = getattr(copy, name)(*inputs, **{**kwargs, **keywords})
+        return out, nnx.state(copy, nnx.Not(nnx.Param))
+
+    def keep(state: Any) -> None:
+        """Keep the effects of the first run on the module's state."""
+        if effects and _can_change(effects[0]):
+            nnx.update(effects.pop(), state)
+
+    def run(params: Mapping[str, Any], *inputs: Any, **keywords: Any) -> Any:
+        # `is`: equal parameters that went through a transformation are other arrays, which the module does not hold.
+        if params is own and effects and _can_change(effects[0]):
+            return getattr(effects.pop(), name)(*inputs, **{**kwargs, **keywords})
+        out, state = pure(keywords, params, *inputs)
+        keep(state)
         return out
 
-    return own, run
+    def run_changed(params: Mapping[str, Any], changes: Mapping[str, Change], *inputs: Any, **keywords: Any) -> Any:
+        out, state = products.run_changed(functools.partial(pure, keywords), dict(params), changes, *inputs)
+        keep(state)
+        return out
+
+    return _Runs(own, run, run_changed)
+
+
+def _concerns(layer: Layer, around: Around, leaves: dict[str, Any], args: tuple[Any, ...]) -> bool:
+    """Whether a call of a method that is not `__call__` is one to go around: it reads a parameter with leaves, or returns activations."""
+    names = held_names(around.method, leaves)
+    beside = {name: layer.params[name] for name in names if name in layer.params}
+    call = lambda params, *args: layer.run({**layer.params, **params}, *args)
+    if products.reads(call, beside, *args):
+        return True
+    traced = trace(call, beside, *args)
+    return ADDED in names and any(jnp.issubdtype(out.dtype, jnp.floating) for out in traced.closed.out_avals)
+
+
+def held_names(method: Method, leaves: Mapping[str, Any]) -> set[str]:
+    """The names of the parameters that leaves stand beside, and `ADDED` for those that a module is given."""
+    return {name for part in leaves.values() for name in part} if method.parts else set(leaves)
 
 
 def _can_change(module: nnx.Module) -> bool:

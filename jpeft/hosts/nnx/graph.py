@@ -9,6 +9,7 @@ from flax import nnx
 
 from jpeft.core.method import Method
 from jpeft.hosts.nnx.bridge import put_inside
+from jpeft.hosts.nnx.calls import held_names
 from jpeft.hosts.nnx.patching import KEY, Around, put_on
 from jpeft.tree.adapters import pop_grafts
 from jpeft.tree.paths import Path, flatten, key_for
@@ -52,6 +53,11 @@ class Grafts:
             return self
         with_key = lambda path, leaves: {**leaves, KEY: _keys(key_for(key, path), flatten(leaves), inner.get(path, {}))}
         return dataclasses.replace(self, leaves={path: with_key(path, leaves) for path, leaves in self.leaves.items()})
+
+    def adapted(self) -> list[Path]:
+        """The parameters with leaves beside them."""
+        found = ((path, name) for path, leaves in self.leaves.items() for name in sorted(held_names(self.method, leaves)))
+        return [full for path, name in found if (full := "/".join(filter(None, (path, name)))) in self.params]
 
     def put_on(self, model: nnx.Module, trace: str) -> None:
         """Put all leaves on the modules of a copy.

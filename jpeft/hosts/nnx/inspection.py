@@ -9,9 +9,15 @@ import jax
 from flax import nnx
 
 from jpeft.hosts.base import DROPOUT
+from jpeft.hosts.nnx.calls import held_names
 from jpeft.hosts.nnx.graph import Grafts
-from jpeft.hosts.nnx.patching import Record, RecordedStream, recording
+from jpeft.hosts.nnx.patching import Around, Record, RecordedStream, recording
+from jpeft.hosts.products import Read, reads
+from jpeft.tree.adapters import ADDED
 from jpeft.tree.paths import Path
+
+# Operations that run a function of their own, into which nothing is followed.
+_OPAQUE = ("call", "map", "custom")
 
 Run = Callable[..., Any]  # (grafts, others, args, kwargs, trace) -> outputs and state
 
@@ -39,15 +45,24 @@ def inspect_call(run: Run, grafts: Grafts, others: Any, args: tuple[Any, ...], k
     trace = secrets.token_hex(8)
     arrays, rebuild = _arrays_of((others, args, dict(kwargs)))
 
-    def call(params: Any, leaves: Any, arrays: list[Any]) -> Any:
+    def call(adapted: Any, params: Any, leaves: Any, arrays: list[Any]) -> Any:
         # New objects, of this trace: also the random streams among the arguments, which stay as they are.
         others, args, kwargs = rebuild(arrays)
         record_streams((args, kwargs))
-        return run(dataclasses.replace(grafts, params=params, leaves=leaves), others, args, kwargs, trace)
+        return run(dataclasses.replace(grafts, params={**params, **adapted}, leaves=leaves), others, args, kwargs, trace)
 
+    adapted = {path: grafts.params[path] for path in grafts.adapted()}
+    others_of = {path: leaf for path, leaf in grafts.params.items() if path not in adapted}
+    uses = None
     with recording() as record:
-        jax.eval_shape(call, dict(grafts.params), dict(grafts.leaves), arrays)
+        try:
+            uses = reads(call, adapted, others_of, dict(grafts.leaves), arrays)
+        except jax.errors.ConcretizationTypeError:  # a model that looks at values cannot be traced, and runs all the same
+            call(adapted, others_of, dict(grafts.leaves), arrays)
     _refuse_unread(grafts, record)
+    _refuse_several(grafts, record)
+    if uses is not None:
+        _refuse_reads_outside(grafts, uses)
     return Inspection(record.inner, record.drew)
 
 
@@ -77,6 +92,40 @@ def _arrays_of(tree: Any) -> tuple[list[Any], Callable[[list[Any]], Any]]:
         return jax.tree.unflatten(structure, [next(rest) if here else leaf for leaf, here in zip(leaves, is_array, strict=True)])
 
     return [leaf for leaf, here in zip(leaves, is_array, strict=True) if here], rebuild
+
+
+def _refuse_several(grafts: Grafts, record: Record) -> None:
+    """Refuse leaves that are added to a module of which several methods ran: nothing says to which of them they belong."""
+    for path, leaves in grafts.leaves.items():
+        names = sorted(record.ran.get(path, set()) - {"attend"})
+        if len(names) > 1 and ADDED in held_names(grafts.method, leaves):
+            raise ValueError(
+                f"{grafts.method.name} adds to the module '{path}', of which this call runs several methods: {', '.join(names)}. Nothing "
+                "tells which of them it should change: choose a module inside or around it as the target."
+            )
+
+
+def _refuse_reads_outside(grafts: Grafts, uses: list[Read]) -> None:
+    """Refuse a parameter with leaves beside it that is also read elsewhere, or nowhere.
+
+    A parent that reads the table of an embedding for its output would compute with the table as it was.
+    """
+    inside = {path: [] for path in grafts.adapted()}
+    for use in uses:
+        if Around(grafts.method, use.path.rpartition("/")[0]).scope in use.scopes:
+            inside[use.path].append(use)
+        elif not any(part in use.primitive for part in _OPAQUE):
+            where = use.scopes or "the model's own code"
+            raise ValueError(
+                f"{grafts.method.name} adapts '{use.path}', which is also read outside of its module (`{use.primitive}` in {where}), where "
+                "the change would be silently lost. Read it in a method of its module, as nnx.Embed.attend does; leave it out of the "
+                "target; or merge the weights in every step, with host='dense' and a function of the parameters."
+            )
+    if lost := [path for path, found in inside.items() if not found]:
+        raise ValueError(
+            f"{grafts.method.name} adapts '{lost[0]}', which this call does not use, so the change would have no effect. Leave it out of "
+            "the target."
+        )
 
 
 def _refuse_unread(grafts: Grafts, record: Record) -> None:

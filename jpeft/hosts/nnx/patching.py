@@ -42,6 +42,11 @@ class Around:
     narrow: tuple[tuple[str, Any], ...] = ()
     trace: str = ""
 
+    @property
+    def scope(self) -> str:
+        """The name of the scope of all operations that the method runs here, in a trace."""
+        return f"{GRAFT}[{self.path.replace('/', '.')}]"
+
 
 @dataclasses.dataclass
 class Record:
