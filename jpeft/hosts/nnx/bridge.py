@@ -16,7 +16,7 @@ from flax import nnx
 from jpeft.core.layer import Layer
 from jpeft.core.method import Method
 from jpeft.hosts.linen.host import Interceptor
-from jpeft.hosts.nnx.patching import KEY, Around, current_record
+from jpeft.hosts.nnx.patching import KEY, Around, current_record, subclass
 from jpeft.tree.adapters import GRAFT
 from jpeft.tree.paths import Path, flatten, unflatten
 
@@ -90,8 +90,7 @@ def _patched(cls: type) -> type:
                 record.ran.setdefault(_join(around.path, path), set()).add("__call__")
         return out
 
-    body = {"__call__": call, "__module__": cls.__module__, "__qualname__": cls.__qualname__, "__doc__": cls.__doc__}
-    patched = type(cls)(cls.__name__, (cls,), body, pytree=cls._pytree__is_pytree)  # pyright: ignore[reportAttributeAccessIssue]
+    patched = subclass(cls, {"__call__": call})
     return patched
 
 

@@ -135,7 +135,11 @@ def leaves_off(module: nnx.Module) -> Iterator[tuple[Around, dict[str, Any], Any
 @functools.cache
 def patched(cls: type) -> type:
     """The class of a module with leaves. It is made once, so that graphs of equal models are equal."""
-    methods = {name: _patch(cls, name) for name in public_methods(cls)}
+    return subclass(cls, {name: _patch(cls, name) for name in public_methods(cls)})
+
+
+def subclass(cls: type, methods: Mapping[str, Any]) -> type:
+    """A class of modules like another, with other methods."""
     body = {**methods, "__module__": cls.__module__, "__qualname__": cls.__qualname__, "__doc__": cls.__doc__}
     return type(cls)(cls.__name__, (cls,), body, pytree=cls._pytree__is_pytree)  # pyright: ignore[reportAttributeAccessIssue]
 
