@@ -33,25 +33,36 @@ def run_around(
         return layer(*args)
     record = current_record()
     if record is not None:
-        record.ran.setdefault(around.path, set()).add(name)
+        ran = record.ran.setdefault(around.path, set())
+        ran.add(name)
+        if ADDED in held_names(around.method, leaves):
+            _refuse_several(around, ran - {"attend"})
         record.inner[around.path] = {path: leaf.shape for path, leaf in flatten(leaves).items()}
+    expected = _dtypes(layer, around, args)
     if leaves:
         with jax.named_scope(around.scope):
             out = around.method.call(layer, args, leaves, key)
     else:
         out = layer(*args)
     effects.clear()  # what runs later, in a backward pass, does not change the module
+    return _narrowed(out, expected)
+
+
+def _dtypes(layer: Layer, around: Around, args: tuple[Any, ...]) -> Any:
+    """What a layer returns on the base's own dtypes, where a trained float32 leaf stands in place of one in half precision; else None."""
     if not around.narrow:
+        return None
+    base = {name: jax.ShapeDtypeStruct(layer.params[name].shape, dtype) for name, dtype in around.narrow}
+    return jax.eval_shape(lambda params: layer.run({**layer.params, **params}, *args), base)
+
+
+def _narrowed(out: Any, expected: Any) -> Any:
+    """Outputs in the dtypes that are expected of them."""
+    if expected is None:
         return out
-    # A trained float32 leaf in place of one in half precision widens the outputs of a layer that declares no dtype of its own.
-    narrow = compute_dtype(
-        getattr(module, "dtype", None),
-        {**layer.params, **{name: jax.ShapeDtypeStruct(layer.params[name].shape, dtype) for name, dtype in around.narrow}},
-        args,
+    return jax.tree.map(
+        lambda y, like: y.astype(like.dtype) if getattr(y, "dtype", None) != getattr(like, "dtype", None) else y, out, expected
     )
-    if narrow == layer.dtype:
-        return out
-    return jax.tree.map(lambda y: y.astype(narrow) if getattr(y, "dtype", None) == layer.dtype else y, out)
 
 
 def as_layer(
@@ -129,6 +140,15 @@ def _any_module(module: nnx.Module, name: str, effects: list[nnx.Module], kwargs
         return out
 
     return _Runs(own, run, run_changed)
+
+
+def _refuse_several(around: Around, names: set[str]) -> None:
+    """Refuse leaves that are added to a module of which a call runs several methods: nothing says to which of them they belong."""
+    if len(names) > 1:
+        raise ValueError(
+            f"{around.method.name} adds to the module '{around.path}', of which this call runs several methods: "
+            f"{', '.join(sorted(names))}. Nothing tells which of them it should change: choose a module inside or around it as the target."
+        )
 
 
 def _concerns(layer: Layer, around: Around, leaves: dict[str, Any], args: tuple[Any, ...]) -> bool:

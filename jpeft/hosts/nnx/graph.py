@@ -72,7 +72,7 @@ class Grafts:
             module = modules.get(path)
             if _inside(path, linen) is not None:
                 continue
-            if not isinstance(module, nnx.Module):
+            if not isinstance(module, nnx.Module) or isinstance(module, nnx.List | nnx.Dict):
                 raise ValueError(self._lost(path, module))
             around = Around(self.method, path, narrow=self.narrow.get(path, ()), trace=trace)
             leaves = self.leaves.get(path, {})
@@ -102,7 +102,8 @@ class Grafts:
         if node is not None:
             return (
                 f"{self.method.name} adds to '{path}', a {type(node).__name__} of parameters in the NNX model. Only parameters that are "
-                "attributes of a module can be adapted: put each of them into a module, or leave it out of the target."
+                "attributes of a module can be adapted: put each of them into a module, or leave it out of the target. Methods that "
+                "replace whole parameters, such as freeze, work on these, too."
             )
         return (
             f"{self.method.name} adds to the module '{path}', but the NNX model has no such module. Putting keys in front of a layer's own "

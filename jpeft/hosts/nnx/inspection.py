@@ -9,11 +9,9 @@ import jax
 from flax import nnx
 
 from jpeft.hosts.base import DROPOUT
-from jpeft.hosts.nnx.calls import held_names
 from jpeft.hosts.nnx.graph import Grafts
 from jpeft.hosts.nnx.patching import Around, Record, RecordedStream, recording
 from jpeft.hosts.products import Read, reads
-from jpeft.tree.adapters import ADDED
 from jpeft.tree.paths import Path
 
 # Operations that run a function of their own, into which nothing is followed.
@@ -60,7 +58,6 @@ def inspect_call(run: Run, grafts: Grafts, others: Any, args: tuple[Any, ...], k
         except jax.errors.ConcretizationTypeError:  # a model that looks at values cannot be traced, and runs all the same
             call(adapted, others_of, dict(grafts.leaves), arrays)
     _refuse_unread(grafts, record)
-    _refuse_several(grafts, record)
     if uses is not None:
         _refuse_reads_outside(grafts, uses)
     return Inspection(record.inner, record.drew)
@@ -92,17 +89,6 @@ def _arrays_of(tree: Any) -> tuple[list[Any], Callable[[list[Any]], Any]]:
         return jax.tree.unflatten(structure, [next(rest) if here else leaf for leaf, here in zip(leaves, is_array, strict=True)])
 
     return [leaf for leaf, here in zip(leaves, is_array, strict=True) if here], rebuild
-
-
-def _refuse_several(grafts: Grafts, record: Record) -> None:
-    """Refuse leaves that are added to a module of which several methods ran: nothing says to which of them they belong."""
-    for path, leaves in grafts.leaves.items():
-        names = sorted(record.ran.get(path, set()) - {"attend"})
-        if len(names) > 1 and ADDED in held_names(grafts.method, leaves):
-            raise ValueError(
-                f"{grafts.method.name} adds to the module '{path}', of which this call runs several methods: {', '.join(names)}. Nothing "
-                "tells which of them it should change: choose a module inside or around it as the target."
-            )
 
 
 def _refuse_reads_outside(grafts: Grafts, uses: list[Read]) -> None:
