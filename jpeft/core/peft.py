@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-import inspect
 import re
 import warnings
 from collections import Counter
@@ -165,19 +164,18 @@ def wrap(fn: Callable[..., Any], method: Method | None = None, *, host: str | Ho
     """
     if not isinstance(method, Method | None):
         raise ValueError(f"wrap needs a jpeft.Method, such as peft.method, and was given {method!r}.")
-    if hasattr(fn, "lower"):
+    chosen = registry_of_hosts.host_for(fn, host)
+    if hasattr(fn, "lower") and not chosen.runs_jitted:
         raise ValueError(
             "wrap was given a function that is jitted already: its compiled form does not know the method and would silently ignore it. "
             "Wrap first, jit the result instead: jax.jit(jpeft.wrap(model.apply))."
         )
-    chosen = registry_of_hosts.host_for(fn, host)
-    of_method = functools.cache(functools.partial(chosen.wrap, chosen.prepare(fn)))
+    fn = chosen.callable_of(fn)
+    of_method = functools.cache(functools.partial(chosen.wrap, fn))
     if method is not None:
         of_method(method)  # what the host says of the method, it says now
 
-    inner = innermost(fn)
-
-    @functools.wraps(inner, updated=("__dict__",) if inspect.isroutine(inner) else ())  # the attributes of a model are not its function's
+    @functools.wraps(innermost(fn))
     def forward(variables: Peft | Mapping[str, Any], *args: Any, **kwargs: Any) -> Any:
         if isinstance(variables, Peft):
             used, variables = variables.method, _with_collections(variables, kwargs.pop("collections", None))

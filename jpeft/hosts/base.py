@@ -27,10 +27,12 @@ class Host(abc.ABC):
     Attributes:
       name: Name of the host, for ``jpeft.wrap(fn, host=name)``.
       takes_any: True for a host that can run any function of parameters. Hosts of one framework are asked first.
+      runs_jitted: Whether what the framework itself has jitted runs with a method: its traces are found by the modules, with all in them.
     """
 
     name: ClassVar[str]
     takes_any: ClassVar[bool] = False
+    runs_jitted: ClassVar[bool] = False
 
     @abc.abstractmethod
     def recognises(self, target: Any) -> bool:
@@ -40,9 +42,13 @@ class Host(abc.ABC):
         it here: where ``sys.modules`` lacks the framework, the target cannot belong to it.
         """
 
-    def prepare(self, fn: Any) -> Any:
-        """What `wrap` is given in place of `fn`. It is made once, when `jpeft.wrap` is called: a model that may change later is copied."""
-        return fn
+    def callable_of(self, target: Any) -> Callable[..., Any]:
+        """What `recognises` accepts as a function that `wrap` takes: a model becomes the function that runs it.
+
+        Raises:
+          ValueError: for a target that cannot be run with other parameters.
+        """
+        return target
 
     @abc.abstractmethod
     def wrap(self, fn: Callable[..., Any], method: Method) -> Callable[..., Any]:

@@ -24,6 +24,7 @@ class NNXHost(base.Host):
     """Models of `flax.nnx`: modules, graphdefs, and bound methods of modules."""
 
     name = "nnx"
+    runs_jitted = True
 
     def recognises(self, target: Any) -> bool:
         """Whether the target is a module, a graphdef, a method of a module, or a function with its first argument, a module, filled in."""
@@ -46,11 +47,11 @@ class NNXHost(base.Host):
 
         return params_of(params)
 
-    def prepare(self, fn: Any) -> Any:
-        """Return the target with the model as it is now: later changes of the user's object do not reach the wrapped function."""
+    def callable_of(self, target: Any) -> Callable[..., Any]:
+        """Return the call of a copy of the model as it is now: later changes of the user's object do not reach the wrapped function."""
         from jpeft.hosts.nnx.targets import Target
 
-        return Target.of(fn)
+        return Target.of(target)
 
     def wrap(self, fn: Any, method: Method) -> Callable[..., Any]:
         """Return ``forward(variables, *args, **kwargs)``: a copy of the model, with the method's `call` around all layers with leaves.

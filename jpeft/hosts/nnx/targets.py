@@ -13,7 +13,7 @@ from jpeft.hosts.nnx.states import Snapshot
 CALL = "__call__"
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, slots=True)  # without a `__dict__`, which `functools.wraps` would copy
 class Target:
     """A model, as it was when it was wrapped, and one way of calling it.
 
@@ -57,6 +57,15 @@ class Target:
         for args, keywords in reversed(filled):
             call = _fill(call, args, keywords)
         return cls(Snapshot.of(model), call, _signature(function))
+
+    @property
+    def __signature__(self) -> inspect.Signature:
+        """That of the call, for `inspect.signature`."""
+        return self.signature or inspect.Signature()
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Call a copy of the model as it was."""
+        return self.call(self.model.merge(self.model.params, self.model.with_others({})), *args, **kwargs)
 
     def takes(self, name: str) -> bool:
         """Whether the call has an argument of that name."""
