@@ -5,12 +5,10 @@ import functools
 import chex
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 import pytest
-from flax import nnx
 from nnx_models import TWINS, linen, linen_params, nnx_model
-from tables import METHODS, NEED_STATS, batch, compiled_flops, noised
+from tables import METHODS, NEED_STATS, batch, noised
 
 import jpeft
 from jpeft.stats import Movement, fisher

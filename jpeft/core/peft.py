@@ -125,7 +125,7 @@ def check_peft(peft: Any, verb: str) -> None:
         raise ValueError(f"jpeft.{verb} takes a Peft, as jpeft.apply and jpeft.load return it, and was given a {type(peft).__name__}.")
 
 
-def wrap(fn: Callable[..., Any], method: Method | None = None, *, host: str | Host = "auto") -> Callable[..., Any]:
+def wrap(fn: Any, method: Method | None = None, *, host: str | Host = "auto") -> Callable[..., Any]:
     """The model with a method applied: a function with the signature of `fn`, called with a `Peft` in place of the parameters.
 
     There are two forms::

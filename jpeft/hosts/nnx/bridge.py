@@ -17,33 +17,42 @@ from jpeft.core.layer import Layer
 from jpeft.core.method import Method
 from jpeft.hosts.linen.host import Interceptor
 from jpeft.hosts.nnx.patching import KEY, Around, current_record, subclass
-from jpeft.tree.adapters import GRAFT
-from jpeft.tree.paths import Path, flatten, unflatten
+from jpeft.tree.adapters import GRAFT, Adapter
+from jpeft.tree.paths import Params, Path, flatten, unflatten
 
 _AROUND = f"to_nnx__{GRAFT}"  # what begins so is no variable of the linen module
 
 
-@dataclasses.dataclass(frozen=True)
-class Placed:
+class Placed(Method):
     """A method whose layers have the paths that they have in the whole model.
 
     Attributes:
-      method: The method.
+      inner: The method.
       prefix: The path of the linen module.
     """
 
-    method: Method
-    prefix: Path
+    inner: Method
+    prefix: str
 
-    def __getattr__(self, name: str) -> Any:
-        """All else is the method's own."""
-        return getattr(self.method, name)
+    @property
+    def name(self) -> str:  # pyright: ignore[reportIncompatibleVariableOverride]
+        """The method's own."""
+        return self.inner.name
+
+    @property
+    def parts(self) -> tuple[tuple[str, Method], ...]:
+        """The method's own."""
+        return self.inner.parts
+
+    def init(self, key: jax.Array, params: Params, *, stats: Any = None) -> Adapter:
+        """The method's own."""
+        return self.inner.init(key, params, stats=stats)
 
     def call(self, layer: Layer, inputs: tuple[Any, ...], leaves: dict[str, Any], rng: Any) -> Any:
         """Run the method around a layer."""
         layer = dataclasses.replace(layer, path=_join(self.prefix, layer.path))
-        with jax.named_scope(Around(self.method, layer.path).scope):
-            return self.method.call(layer, inputs, leaves, rng)
+        with jax.named_scope(Around(self.inner, layer.path).scope):
+            return self.inner.call(layer, inputs, leaves, rng)
 
 
 def put_inside(module: nnx.bridge.ToNNX, around: Around, leaves: Mapping[Path, Mapping[str, Any]]) -> None:
@@ -81,7 +90,7 @@ def _tag(around: Around) -> str:
 def _patched(cls: type) -> type:
     def call(self: Any, *args: Any, **kwargs: Any) -> Any:
         around = vars(self)[_AROUND]
-        interceptor = Interceptor(Placed(around.method, around.path), _tag(around), dict(around.narrow))
+        interceptor = Interceptor(Placed(inner=around.method, prefix=around.path), _tag(around), dict(around.narrow))
         with nn.intercept_methods(interceptor):
             out = super(patched, self).__call__(*args, **kwargs)
         record = current_record()

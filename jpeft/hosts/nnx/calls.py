@@ -14,12 +14,10 @@ from jpeft.hosts import products
 from jpeft.hosts.arguments import argument_names, bind_by_position
 from jpeft.hosts.linear import compute_dtype
 from jpeft.hosts.nnx.layers import is_known, linear_of, run_known, twin
-from jpeft.hosts.nnx.patching import Around, current_record
+from jpeft.hosts.nnx.patching import LAYER_METHODS, Around, current_record
 from jpeft.hosts.products.traced import trace
 from jpeft.tree.adapters import ADDED
 from jpeft.tree.paths import flatten, replace, unflatten
-
-LAYER_METHODS = ("__call__", "attend")  # the methods by which layers are run; `attend` is that of `nnx.Embed`
 
 
 def run_around(

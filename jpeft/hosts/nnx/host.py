@@ -16,6 +16,7 @@ from typing import Any
 
 from jpeft.core.method import Method
 from jpeft.hosts import base
+from jpeft.hosts.nnx.outputs import changing
 from jpeft.tree.kernels import KernelAxes
 from jpeft.tree.paths import Params
 
@@ -77,6 +78,16 @@ class NNXHost(base.Host):
         from jpeft.hosts.nnx import reading
 
         return reading.inputs_of(model, self.unwrap(params), name, *args, **kwargs)
+
+    def map_outputs(self, fn: Callable[..., Any], change: Callable[[Any], Any]) -> Callable[..., Any]:
+        """Return `fn` with `change` applied to what every module returns that runs in a model wrapped by this host."""
+
+        @functools.wraps(base.innermost(fn))
+        def run(*args: Any, **kwargs: Any) -> Any:
+            with changing(change):
+                return fn(*args, **kwargs)
+
+        return run
 
 
 def _nnx() -> ModuleType | None:

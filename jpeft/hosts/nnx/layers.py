@@ -18,6 +18,7 @@ from jaxtyping import Array, Float
 
 from jpeft.core.layer import Linear
 from jpeft.hosts import linear
+from jpeft.hosts.nnx.outputs import INNER
 from jpeft.tree.kernels import KernelAxes
 
 TABLE = (nnx.Embed, nnx.Einsum, nnx.LinearGeneral, nnx.Linear, nnx.Conv)
@@ -59,7 +60,9 @@ def linear_of(
 
 def is_known(module: nnx.Module, method_name: str) -> bool:
     """Whether a module runs as a layer of the table does. A subclass with a method of its own may do anything."""
-    return any(isinstance(module, cls) and getattr(type(module), method_name, None) is getattr(cls, method_name, ...) for cls in TABLE)
+    own = getattr(type(module), method_name, None)
+    own = getattr(own, INNER, own)
+    return any(isinstance(module, cls) and own is getattr(cls, method_name, ...) for cls in TABLE)
 
 
 def twin(module: nnx.Module, arrays: Mapping[str, Any], **attributes: Any) -> Any:

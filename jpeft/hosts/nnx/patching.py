@@ -17,9 +17,11 @@ import jax
 from flax import nnx
 
 from jpeft.core.method import Method
+from jpeft.hosts.nnx.outputs import Changes, changed
 from jpeft.tree.adapters import GRAFT
 from jpeft.tree.paths import Path
 
+LAYER_METHODS = ("__call__", "attend")  # the methods by which layers are run; `attend` is that of `nnx.Embed`
 KEY = "rng"  # the name of the random key among the leaves of a module
 _LEAF = f"{GRAFT}/"  # the beginning of the names of the variables that are leaves
 
@@ -136,6 +138,19 @@ def leaves_off(module: nnx.Module) -> Iterator[tuple[Around, dict[str, Any], Any
 def patched(cls: type) -> type:
     """The class of a module with leaves. It is made once, so that graphs of equal models are equal."""
     return subclass(cls, {name: _patch(cls, name) for name in public_methods(cls)})
+
+
+def change_outputs(model: nnx.Module, changes: Changes) -> None:
+    """Let all modules of a copy change what they return."""
+    for _, node in nnx.iter_graph(model) if changes else ():
+        if isinstance(node, nnx.Module):
+            object.__setattr__(node, "__class__", _changed(type(node), changes))
+
+
+@functools.lru_cache(maxsize=256)
+def _changed(cls: type, changes: Changes) -> type:
+    names = [name for name in LAYER_METHODS if name in public_methods(cls)]
+    return subclass(cls, {name: changed(inspect.getattr_static(cls, name), changes) for name in names})
 
 
 def subclass(cls: type, methods: Mapping[str, Any]) -> type:

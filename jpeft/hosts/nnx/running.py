@@ -10,6 +10,8 @@ from jpeft.core.method import Method
 from jpeft.hosts.call_stack import with_room
 from jpeft.hosts.nnx.graph import Grafts
 from jpeft.hosts.nnx.inspection import Inspection, inspect_call, record_streams, signature_of
+from jpeft.hosts.nnx.outputs import current_changes
+from jpeft.hosts.nnx.patching import change_outputs
 from jpeft.hosts.nnx.randomness import key_of, reseeded, stream_arguments
 from jpeft.hosts.nnx.states import STATE
 from jpeft.hosts.nnx.targets import Target
@@ -65,6 +67,7 @@ class Forward:
     def run(self, grafts: Grafts, others: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any], trace: str = "") -> tuple[Any, Any]:
         """The outputs of a copy with leaves in it, and its other state afterwards."""
         model = self.target.model.merge(self.target.model.with_params(grafts.params), others)
+        change_outputs(model, current_changes())
         grafts.put_on(model, trace)
         if trace:
             record_streams(model)
