@@ -244,9 +244,9 @@ def test_geometry_is_that_of_linen():
 
 @pytest.mark.parametrize("kind", ["list", "scan"])
 def test_a_step_costs_two_forward_passes(kind):
-    width, rngs = 128, RNGS()
-    x = jnp.ones((4, 64, width))
-    heads = [nnx.LinearGeneral(width, (4, 32), rngs=rngs), nnx.LinearGeneral((4, 32), width, axis=(-2, -1), rngs=rngs)]
+    width, rngs = 512, RNGS()
+    x = jnp.ones((4, 256, width))
+    heads = [nnx.LinearGeneral(width, (4, 128), rngs=rngs), nnx.LinearGeneral((4, 128), width, axis=(-2, -1), rngs=rngs)]
     wide = [nnx.Linear(width, width, rngs=rngs) for _ in range(2)]
     model = nnx.Sequential(*wide, *heads) if kind == "list" else Stack(0, width=width, remat=False, rngs=rngs)
     peft = jpeft.apply(model, rank=2, head=None, axes=jpeft.kernel_axes(model, model, x))
