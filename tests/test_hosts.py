@@ -299,7 +299,7 @@ import jax, jax.numpy as jnp, jpeft
 from jpeft.hosts import frame
 from jpeft.hosts.registry import hosts
 
-assert [host.name for host in hosts()] == ["linen", "list", "dense"]
+assert [host.name for host in hosts()] == ["linen", "list", "nnx", "dense"]
 model = frame.Model(("up", frame.dense))
 peft = jpeft.apply({"up": {"kernel": jnp.ones((4, 3)), "bias": jnp.zeros(3)}}, method="lora", rank=2)
 forward = jpeft.wrap(model.apply)

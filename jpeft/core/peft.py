@@ -66,7 +66,7 @@ def apply(
     Args:
       params: Parameters of any model as a pytree: a nested dict, a FrozenDict, an NNX state, a registered dataclass. Or their shapes,
         under `jax.eval_shape`. They are kept as they are, neither copied nor changed. Of the variables of a linen model,
-        ``model.init(...)``, the parameters are taken.
+        ``model.init(...)``, of an NNX module and of its state the parameters are taken; those of NNX are its `nnx.Param`.
       method: Name of a method (`jpeft.methods`), its class, its configuration, or a `Method`.
       key: For the adapter's random leaves; `jax.random.key(0)` if not given.
       stats: The statistics that a data-driven method requires, such as the Fisher information; a list of several for a chain. `jpeft.stats`
@@ -141,16 +141,20 @@ def wrap(fn: Any, method: Method | None = None, *, host: str | Host = "auto") ->
         jax.grad(lambda adapter: loss(forward(peft.replace(adapter=adapter), x), y))(peft.adapter)
 
     Args:
-      fn: ``model.apply`` of a linen module, or any function of parameters.
+      fn: ``model.apply`` of a linen module, an NNX module, or any function of parameters.
       method: As in `Peft.method`; None to take it from the `Peft` of each call.
       host: "linen" calls ``fn(variables, ...)`` and adapts the linen layers that run inside it; "dense" calls ``fn(params, ...)`` with
         merged weights; "auto" is linen for a linen module's own ``apply`` and dense for anything else. A `jpeft.hosts.base.Host` adapts
-        the layers of another framework.
+        the layers of another framework. "nnx", which "auto" finds too, runs a copy of the NNX module that is given: itself, its graphdef,
+        a method of it, or ``functools.partial(function, module)``.
 
     Returns:
       ``forward(peft, *args, collections=None, **kwargs)``, or ``forward(variables, *args, **kwargs)`` if `method` is given. Other
       collections of the model, such as running means, are given as ``collections={"batch_stats": ...}`` beside a `Peft` and stand in the
-      variables otherwise. ``rngs=`` and ``mutable=`` pass through. The attributes ``method`` and ``host`` say what `fn` was wrapped with.
+      variables otherwise. ``rngs=`` and ``mutable=`` pass through. Of an NNX model, all state beside the parameters is that of the time
+      when it was wrapped, unless ``collections={"state": state}`` gives another; with ``mutable=True``, or a filter of NNX,
+      ``(outputs, {"state": state})`` is returned; and ``rngs={"dropout": key}`` seeds its random streams anew. The attributes ``method``
+      and ``host`` say what `fn` was wrapped with.
 
     Raises:
       ValueError: if `fn` is jitted already: its trace was, or will be, made without the method. Jit the result instead.

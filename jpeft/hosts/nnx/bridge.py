@@ -92,7 +92,7 @@ def _patched(cls: type) -> type:
         around = vars(self)[_AROUND]
         interceptor = Interceptor(Placed(inner=around.method, prefix=around.path), _tag(around), dict(around.narrow))
         with nn.intercept_methods(interceptor):
-            out = super(patched, self).__call__(*args, **kwargs)
+            out = cls.__call__(self, *args, **kwargs)
         record = current_record()
         if record is not None:
             for path in interceptor.ran:

@@ -31,7 +31,7 @@ class Target:
     def of(cls, fn: Any) -> "Target":
         """The target in a module, a graphdef, a bound method of a module, or partial applications of these and of functions of a module."""
         filled: list[tuple[tuple[Any, ...], Mapping[str, Any]]] = []
-        inner = fn
+        inner: Any = fn
         while isinstance(inner, functools.partial) and not (inner.args and isinstance(inner.args[0], nnx.Module)):
             filled.append((inner.args, inner.keywords))
             inner = inner.func
@@ -44,14 +44,15 @@ class Target:
                 call = _method(name)
         elif isinstance(inner, nnx.Module | nnx.GraphDef):
             model, call = inner, _method(CALL)
-            function = getattr(inner.nodes[0].type if isinstance(inner, nnx.GraphDef) else type(inner), CALL, None)
+            first = inner.nodes[0] if isinstance(inner, nnx.GraphDef) else None
+            function = getattr(type(inner) if first is None else getattr(first, "type", None), CALL, None)
         elif not isinstance(getattr(inner, "__self__", None), nnx.Module):
             raise ValueError(
                 f"host='nnx' takes a module, its graphdef, a method of it, or functools.partial(function, module), not {fn!r}. "
                 "A function of parameters that merges a model itself runs through host='dense'."
             )
         else:
-            model, function = inner.__self__, inner.__func__
+            model, function = getattr(inner, "__self__"), getattr(inner, "__func__")  # noqa: B009  # a checker takes it for a function
             own = getattr(type(model), inner.__name__, None) is function
             call = _method(inner.__name__) if own else function
         for args, keywords in reversed(filled):
