@@ -99,8 +99,7 @@ def _patched(cls: type) -> type:
                 record.ran.setdefault(_join(around.path, path), set()).add("__call__")
         return out
 
-    patched = subclass(cls, {"__call__": call})
-    return patched
+    return subclass(cls, {"__call__": call})
 
 
 def _join(prefix: Path, path: Path) -> Path:
