@@ -181,10 +181,10 @@ def dense_model(params, x):
 def test_dense_host_merges_and_says_so():
     peft = jpeft.apply(PARAMS, method=jpeft.lora(rank=2))
     peft = peft.replace(adapter=noised(peft.adapter))
+    forward, x = jpeft.wrap(dense_model, peft.method), jnp.ones((3, 8))
     with pytest.warns(UserWarning, match="merged inside every step, which costs as much as full fine-tuning"):
-        forward = jpeft.wrap(dense_model, peft.method)
-    x = jnp.ones((3, 8))
-    chex.assert_trees_all_close(forward(peft.variables, x), dense_model(jpeft.merge(peft), x))
+        got = forward(peft.variables, x)
+    chex.assert_trees_all_close(got, dense_model(jpeft.merge(peft), x))
     grads = jax.grad(lambda a: forward(peft.replace(adapter=a).variables, x).sum())(peft.adapter)
     assert all(jnp.abs(leaf).max() > 0 for leaf in jax.tree.leaves(grads))
 
@@ -246,8 +246,8 @@ def test_chain_refuses_an_order_that_loses_a_change():
     peft = jpeft.apply(PARAMS, method=swapped)
     peft = peft.replace(adapter=noised(peft.adapter))
     with pytest.warns(UserWarning):
-        forward = jpeft.wrap(dense_model, swapped)
-    chex.assert_trees_all_close(forward(peft.variables, jnp.ones((3, 8))), dense_model(jpeft.merge(peft), jnp.ones((3, 8))))
+        got = jpeft.wrap(dense_model, swapped)(peft.variables, jnp.ones((3, 8)))
+    chex.assert_trees_all_close(got, dense_model(jpeft.merge(peft), jnp.ones((3, 8))))
 
 
 @pytest.mark.parametrize(

@@ -189,6 +189,14 @@ class Method(metaclass=MethodType):
         del leaves, rng
         return layer(*inputs)
 
+    def goes_around(self, inputs: tuple[Any, ...], outputs: Any, leaves: dict[str, Any]) -> bool:
+        """Whether leaves added to a module (``+``) go around a method of it that is not `__call__`: by default, if it gives activations.
+
+        `outputs` are shapes and dtypes, or None where they cannot be found; `leaves` are those under ``+``.
+        """
+        del inputs, leaves
+        return any(jnp.issubdtype(y.dtype, jnp.floating) and y.ndim for y in jax.tree.leaves(outputs) if hasattr(y, "dtype"))
+
     def merge(self, params: Params, adapter: Adapter) -> Params:
         """The base's tree with the change written in. The default does so for a method that only replaces leaves.
 

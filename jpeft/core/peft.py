@@ -141,12 +141,13 @@ def wrap(fn: Any, method: Method | None = None, *, host: str | Host = "auto") ->
         jax.grad(lambda adapter: loss(forward(peft.replace(adapter=adapter), x), y))(peft.adapter)
 
     Args:
-      fn: ``model.apply`` of a linen module, an NNX module, or any function of parameters.
+      fn: ``model.apply`` of a linen module, the model itself, one of its methods, a Flax model of transformers, an NNX module or its
+        graphdef, or any function of parameters or variables.
       method: As in `Peft.method`; None to take it from the `Peft` of each call.
-      host: "linen" calls ``fn(variables, ...)`` and adapts the linen layers that run inside it; "dense" calls ``fn(params, ...)`` with
-        merged weights; "auto" is linen for a linen module's own ``apply`` and dense for anything else. A `jpeft.hosts.base.Host` adapts
-        the layers of another framework. "nnx", which "auto" finds too, runs a copy of the NNX module that is given: itself, its graphdef,
-        a method of it, or ``functools.partial(function, module)``.
+      host: "linen" calls ``fn(variables, ...)`` and adapts the linen layers that run inside it; "nnx" runs a copy of the NNX module that
+        is given: itself, its graphdef, a method of it, or ``functools.partial(function, module)``; "dense" calls ``fn(params, ...)`` with
+        merged weights. "auto" is linen for a linen module, and for a function if linen modules run inside of it, which the first call
+        tells; nnx for an NNX module; and dense for anything else. A `jpeft.hosts.base.Host` adapts the layers of another framework.
 
     Returns:
       ``forward(peft, *args, collections=None, **kwargs)``, or ``forward(variables, *args, **kwargs)`` if `method` is given. Other
@@ -169,14 +170,18 @@ def wrap(fn: Any, method: Method | None = None, *, host: str | Host = "auto") ->
     if not isinstance(method, Method | None):
         raise ValueError(f"wrap needs a jpeft.Method, such as peft.method, and was given {method!r}.")
     chosen = registry_of_hosts.host_for(fn, host)
-    if hasattr(fn, "lower") and not chosen.runs_jitted:
+    if hasattr(innermost(fn), "lower") and not chosen.runs_jitted:
         raise ValueError(
             "wrap was given a function that is jitted already: its compiled form does not know the method and would silently ignore it. "
             "Wrap first, jit the result instead: jax.jit(jpeft.wrap(model.apply))."
         )
+    if not callable(fn) and chosen.takes_any:
+        raise ValueError(f"wrap takes a model or a function that runs one, such as model.apply, and was given a {type(fn).__name__}.")
     fn = chosen.callable_of(fn)
     of_method = functools.cache(functools.partial(chosen.wrap, fn))
-    if method is not None:
+    # A function that no host recognises may run a model all the same. Its first call tells.
+    decided = None if host == registry_of_hosts.AUTO and chosen.takes_any else chosen
+    if method is not None and decided is not None:
         of_method(method)  # what the host says of the method, it says now
 
     @functools.wraps(innermost(fn))
@@ -192,6 +197,12 @@ def wrap(fn: Any, method: Method | None = None, *, host: str | Host = "auto") ->
             )
         if method not in (None, used):
             raise ValueError(f"The model was wrapped with {method!r} and is called with a Peft of {used!r}: wrap it without a method.")
+        nonlocal decided, of_method
+        if decided is None:
+            own = {"params", used.name, *(name for name, _ in used.parts)}
+            others = {name: tree for name, tree in variables.items() if name not in own}
+            decided, form = registry_of_hosts.host_inside(fn, variables["params"], others, args, kwargs)
+            of_method = functools.cache(functools.partial(decided.wrap, form))
         return of_method(used)(variables, *args, **kwargs)
 
     forward.method = method  # pyright: ignore[reportAttributeAccessIssue]

@@ -9,6 +9,7 @@ A host is one file in this folder with one subclass of `Host`; `jpeft.hosts.regi
 
 import abc
 import functools
+import inspect
 from collections.abc import Callable, Mapping
 from typing import Any, ClassVar
 
@@ -49,6 +50,23 @@ class Host(abc.ABC):
           ValueError: for a target that cannot be run with other parameters.
         """
         return target
+
+    def form_inside(
+        self, fn: Callable[..., Any], params: Params, collections: Mapping[str, Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]
+    ) -> Callable[..., Any] | None:
+        """A function that no host recognises in the form that `wrap` takes, if it runs models of the framework; else None.
+
+        It is asked when the function is first called.
+
+        Args:
+          fn: The function, of parameters or of the framework's variables.
+          params: The parameters of the call.
+          collections: The model's other collections, such as running means.
+          args: The other arguments.
+          kwargs: The keyword arguments.
+        """
+        del fn, params, collections, args, kwargs
+        return None
 
     @abc.abstractmethod
     def wrap(self, fn: Callable[..., Any], method: Method) -> Callable[..., Any]:
@@ -121,3 +139,12 @@ def innermost(fn: Any) -> Any:
 def dropout_key(rngs: Any) -> jax.Array | None:
     """The key of dropout in the ``rngs`` of a call, which are a dict of streams or one key for all of them."""
     return rngs.get(DROPOUT) if isinstance(rngs, Mapping) else rngs
+
+
+def has_argument(fn: Callable[..., Any], name: str) -> bool:
+    """Whether a function takes a keyword argument of that name. A function without a signature is taken to have it."""
+    try:
+        parameters = inspect.signature(fn).parameters
+    except (TypeError, ValueError):
+        return True
+    return name in parameters or any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in parameters.values())

@@ -6,13 +6,12 @@ whole before it is contracted to the adapter.
 """
 
 import functools
-import inspect
 import warnings
 from collections.abc import Callable, Mapping
 from typing import Any
 
 from jpeft.core.method import Method
-from jpeft.hosts.base import Host, dropout_key
+from jpeft.hosts.base import Host, dropout_key, has_argument
 from jpeft.tree.paths import like
 
 
@@ -38,10 +37,10 @@ class DenseHost(Host):
         if method.wraps_layers:
             warnings.warn(
                 f"{method.name}: no host knows the layers of this model, so its weights are merged inside every step, which costs as much "
-                "as full fine-tuning. If it is a linen module, pass the module's own `apply`; if it calls one, say host='linen'.",
-                stacklevel=3,
+                "as full fine-tuning. None of them ran in it; if it calls a linen module all the same, say host='linen'.",
+                stacklevel=5,
             )
-        takes_rngs = _has_argument(fn, "rngs")
+        takes_rngs = has_argument(fn, "rngs")
 
         @functools.wraps(fn)
         def forward(variables: Mapping[str, Any], *args: Any, **kwargs: Any) -> Any:
@@ -56,12 +55,3 @@ class DenseHost(Host):
             return fn(like(params, variables["params"]), *args, **kwargs)
 
         return forward
-
-
-def _has_argument(fn: Callable[..., Any], name: str) -> bool:
-    """Whether a function takes a keyword argument of that name. A function without a signature is taken to have it."""
-    try:
-        parameters = inspect.signature(fn).parameters
-    except (TypeError, ValueError):
-        return True
-    return name in parameters or any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in parameters.values())

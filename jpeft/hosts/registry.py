@@ -7,11 +7,11 @@ import functools
 import importlib
 import inspect
 import pkgutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from jpeft import hosts as package
-from jpeft.hosts.base import Host
+from jpeft.hosts.base import Host, innermost
 from jpeft.tree.kernels import KernelAxes
 from jpeft.tree.paths import Params
 
@@ -52,6 +52,17 @@ def host_for(target: Any, host: str | Host = AUTO) -> Host:
     if host not in by_name:
         raise ValueError(f"host={host!r} is not one of {', '.join(map(repr, (AUTO, *by_name)))}, nor a jpeft.hosts.base.Host.")
     return by_name[host]
+
+
+def host_inside(
+    fn: Callable[..., Any], params: Params, collections: Mapping[str, Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]
+) -> tuple[Host, Callable[..., Any]]:
+    """The host of the models that a function runs inside, and the function in the form that the host takes; see `Host.form_inside`."""
+    for host in hosts():
+        form = host.form_inside(fn, params, collections, args, kwargs)
+        if form is not None:
+            return host, functools.update_wrapper(form, innermost(fn))
+    return next(host for host in hosts() if host.takes_any), fn
 
 
 def unwrap(params: Params) -> Params:

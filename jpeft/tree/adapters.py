@@ -90,7 +90,8 @@ def put_grafts(params: Params, grafts: Mapping[Path, Any]) -> Params:
     out = dict(params)
     for module, leaves in grafts.items():
         node = out
-        for key in module.split("/") if module else ():
+        for name in module.split("/") if module else ():
+            key = key_of(node, name)
             child = node.get(key, {})
             node[key] = dict(child)
             node = node[key]
@@ -98,15 +99,24 @@ def put_grafts(params: Params, grafts: Mapping[Path, Any]) -> Params:
     return out
 
 
+def key_of(node: Mapping[Any, Any], name: str) -> Any:
+    """The key of a mapping that a path calls `name`: lists of NNX modules have numbers as keys.
+
+    >>> key_of({0: "first"}, "0"), key_of({"0": "first"}, "0")
+    (0, '0')
+    """
+    return int(name) if name not in node and name.isdecimal() and int(name) in node else name
+
+
 def pop_grafts(params: Params) -> tuple[Params, dict[Path, Any]]:
     """Take all grafts out again: ``(params without them, {module path: leaves})``."""
     found: dict[Path, Any] = {}
 
-    def strip(node: Any, path: tuple[str, ...]) -> Any:
+    def strip(node: Any, path: tuple[Any, ...]) -> Any:
         if not isinstance(node, Mapping):
             return node
         if GRAFT in node:
-            found["/".join(path)] = node[GRAFT]
+            found["/".join(map(str, path))] = node[GRAFT]
         children = {key: strip(child, (*path, key)) for key, child in node.items() if key != GRAFT}
         # A parameterless module exists in the tree only because something was grafted onto it.
         return {key: child for key, child in children.items() if not (isinstance(child, dict) and not child and node[key])}

@@ -66,7 +66,7 @@ _COUNT = ["rank", "size", "reduction", "division", "length", "mlp", "hidden", "w
 _NUMBER = ["alpha", "dropout", "std", "sparsity", "l0", "gate_rate", "weight_rate", "mask_share", "retention", "priming_share", "scale"]
 _FLAG = ["structured", "draw", "train_norms", "plus_plus", "own_norm", "shift", "rslora", "causal"]
 _CHOICE = ["activation", "init", "view", "encoder", "stage"]
-_SELECTION = ["output", "target", "feedforward", "also", "layers", "head", "embedding", "body", "subset"]
+_SELECTION = ["output", "hidden_state", "target", "feedforward", "also", "layers", "head", "embedding", "body", "subset"]
 _LIST = ["tokens", "labels", "template", "edges", "axes"]
 
 

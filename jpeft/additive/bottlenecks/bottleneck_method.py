@@ -8,10 +8,11 @@ import jax
 
 from jpeft import layouts, tree
 from jpeft.additive.bottlenecks.bottleneck import Activation, project_down_and_up
+from jpeft.additive.bottlenecks.hidden_state import change_hidden, is_hidden
 from jpeft.additive.bottlenecks.sites import BottleneckSite, find_sites
 from jpeft.core.layer import Layer
 from jpeft.core.method import Method, with_head
-from jpeft.core.options import Axes, Names, Pattern
+from jpeft.core.options import Axes, Names, PathPattern, Pattern
 from jpeft.tree.adapters import ADDED
 from jpeft.tree.head import not_head
 
@@ -25,6 +26,7 @@ class BottleneckMethod(Method):
     Attributes:
       activation: Name of the bottleneck's nonlinearity.
       target: The leaves that name the modules, a regex or a list of names. None if the method chooses by family; see `target_in`.
+      hidden_state: Which output of the module is the hidden state, by its path among them (a regex), where several may be.
       axes: Geometry of kernels with more than two axes, as in `jpeft.lora`.
       head: Task head to train along: "auto", a regex, or None.
       train_norms: Whether scale and bias of all normalisations are trained too. An option where the method's paper does so.
@@ -32,6 +34,7 @@ class BottleneckMethod(Method):
 
     activation: Activation
     target: Names | None
+    hidden_state: PathPattern | None = None
     axes: Axes | None = None
     head: Pattern | None = "auto"
 
@@ -72,13 +75,20 @@ class BottleneckMethod(Method):
     def call(self, layer: Layer, inputs: tuple[Any, ...], leaves: dict[str, Any], rng: jax.Array | None) -> Any:
         """``h + W_up act(W_down h + b_down) + b_up`` in place of the module's output h."""
         del rng
-        return map_hidden(layer(*inputs), lambda h: h + project_down_and_up(leaves[ADDED], h, self.activation))
+        return self.change(layer, inputs, leaves[ADDED], lambda h: h + project_down_and_up(leaves[ADDED], h, self.activation))
+
+    def change(self, layer: Layer, inputs: tuple[Any, ...], leaves: dict[str, Any], change: Callable[[jax.Array], jax.Array]) -> Any:
+        """Run a module, with ``change(h)`` in place of its hidden state h, which is as wide as the bottleneck."""
+        where = f"{self.name}: '{layer.path}'" if layer.path else f"{self.name}: the model"
+        given, width = (*inputs, *layer.keywords.values()), width_of(leaves)
+        return change_hidden(layer(*inputs), change, width=width, inputs=given, chosen=self.hidden_state, where=where)
+
+    def goes_around(self, inputs: tuple[Any, ...], outputs: Any, leaves: dict[str, Any]) -> bool:
+        """Whether a module's method of another name than `__call__` gives a hidden state as wide as the bottleneck."""
+        del inputs
+        return any(is_hidden(y, width_of(leaves)) for y in jax.tree.leaves(outputs))
 
 
-def map_hidden(outputs: Any, change: Callable[[jax.Array], jax.Array]) -> Any:
-    """A module's outputs with ``change(h)`` in place of the hidden state h, which is the first entry of a tuple or the only output.
-
-    >>> map_hidden((1, "cache"), lambda h: h + 1)
-    (2, 'cache')
-    """
-    return (change(outputs[0]), *outputs[1:]) if isinstance(outputs, tuple) else change(outputs)
+def width_of(leaves: dict[str, Any]) -> int:
+    """The width of the hidden state that a bottleneck reads and changes."""
+    return leaves["up"]["bias"].shape[-1]

@@ -34,6 +34,8 @@ class Compacter(BottleneckMethod):
       std: Standard deviation of the initial A. It is so small that the model begins near the base.
       target: Other kernels whose outputs are adapted: a regex or a list of names.
       train_norms: Train scale and bias of all normalisation layers, as the paper does.
+      hidden_state: Which output of the module is its hidden state, where several have its shape: a regex for the path among the outputs,
+        such as "1" or "hidden".
       axes: Geometry of kernels with more than two axes; see `jpeft.lora`.
       head: Task head to train along: "auto", a regex, or None.
 

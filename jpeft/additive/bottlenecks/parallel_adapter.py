@@ -5,7 +5,8 @@ from typing import Any
 import jax
 
 from jpeft.additive.bottlenecks.bottleneck import Activation, init_bottleneck, project_down_and_up
-from jpeft.additive.bottlenecks.bottleneck_method import BottleneckMethod, map_hidden
+from jpeft.additive.bottlenecks.bottleneck_method import BottleneckMethod, width_of
+from jpeft.additive.bottlenecks.hidden_state import is_hidden
 from jpeft.additive.bottlenecks.sites import BottleneckSite, SiteKind
 from jpeft.core.initializers import kaiming_uniform, zeros
 from jpeft.core.layer import Layer
@@ -29,6 +30,8 @@ class ParallelAdapter(BottleneckMethod):
         has a named group, the module in the group: ``(?P<layer>.*/mlp)/down/kernel``. A group called ``residual`` must hold a module that
         takes x as its second argument and adds x to the output of the feed-forward layer, as `output` does in BERT; the branch is then
         added to that argument. By default the feed-forward layers of common families.
+      hidden_state: Which output of the module is its hidden state, where several have its shape: a regex for the path among the outputs,
+        such as "1" or "hidden".
       axes: Geometry of kernels with more than two axes; see `jpeft.lora`.
       head: Task head to train along: "auto", a regex, or None.
 
@@ -73,12 +76,12 @@ class ParallelAdapter(BottleneckMethod):
         del rng
         kind = SiteKind.RESIDUAL if RESIDUAL in leaves[ADDED] else SiteKind.MODULE
         bottleneck = leaves[ADDED][RESIDUAL] if kind is SiteKind.RESIDUAL else leaves[ADDED]
-        x = _hidden_state(layer, inputs, kind, width=bottleneck["up"]["bias"].shape[-1])
+        x = _hidden_state(layer, inputs, kind, width=width_of(bottleneck))
         branch = self.scale * project_down_and_up(bottleneck, x, self.activation)  # [*batch, d]
         if kind is SiteKind.RESIDUAL:
             # The module computes norm(FFN(x) + residual) with residual = x, so this is the sum of the equation.
             return layer(inputs[0], x + branch, *inputs[2:])
-        return map_hidden(layer(*inputs), lambda y: y + branch.astype(y.dtype))
+        return self.change(layer, inputs, bottleneck, lambda y: y + branch.astype(y.dtype))
 
 
 def _hidden_state(layer: Layer, inputs: tuple[Any, ...], kind: SiteKind, *, width: int) -> jax.Array:
@@ -88,6 +91,10 @@ def _hidden_state(layer: Layer, inputs: tuple[Any, ...], kind: SiteKind, *, widt
       ValueError: if that argument is missing or is no array of the bottleneck's width.
     """
     index = 1 if kind is SiteKind.RESIDUAL else 0
+    # A module may take something else first, such as a mask.
+    fitting = [x for x in inputs if is_hidden(x, width)]
+    if kind is SiteKind.MODULE and len(fitting) == 1:
+        return fitting[0]
     shapes = [getattr(x, "shape", ()) for x in inputs]
     if len(shapes) <= index or shapes[index][-1:] != (width,):
         raise ValueError(

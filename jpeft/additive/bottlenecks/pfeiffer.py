@@ -8,7 +8,7 @@ from jaxtyping import Array, Float
 
 from jpeft import layouts, tree
 from jpeft.additive.bottlenecks.bottleneck import Activation, init_bottleneck, project_down_and_up
-from jpeft.additive.bottlenecks.bottleneck_method import BottleneckMethod, map_hidden
+from jpeft.additive.bottlenecks.bottleneck_method import BottleneckMethod
 from jpeft.additive.bottlenecks.sites import BottleneckSite
 from jpeft.core.initializers import normal
 from jpeft.core.layer import Layer
@@ -36,6 +36,8 @@ class PfeifferAdapter(BottleneckMethod):
         after the feed-forward layers of BERT and its relatives, or, if there are none, the blocks of common pre-norm families.
       std: Standard deviation of the initial kernels.
       own_norm: A new LayerNorm in front of the down-projection, ``2 d`` more parameters: on GPT-2 this is the adapter of Lin et al.
+      hidden_state: Which output of the module is its hidden state, where several have its shape: a regex for the path among the outputs,
+        such as "1" or "hidden".
       axes: Geometry of kernels with more than two axes; see `jpeft.lora`.
       head: Task head to train along: "auto", a regex, or None.
 
@@ -96,7 +98,7 @@ class PfeifferAdapter(BottleneckMethod):
         if "scale" in layer.params:  # a normalisation: its input is the sum of output and residual
             h, *rest = inputs
             return layer(h + f(layer(h, *rest)).astype(h.dtype), *rest)
-        return map_hidden(layer(*inputs), lambda h: h + f(h))
+        return self.change(layer, inputs, leaves[ADDED], lambda h: h + f(h))
 
 
 def _layer_norm(h: Float[Array, "*batch d"], scale: Float[Array, " d"], bias: Float[Array, " d"]) -> Float[Array, "*batch d"]:

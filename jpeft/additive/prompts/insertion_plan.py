@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int, Shaped
+from jaxtyping import Array, Bool, Int, Shaped
 
 from jpeft.additive.prompts.template import TextPlace, TokenBlock
 
@@ -56,7 +56,7 @@ class InsertionPlan(NamedTuple):
         """Repeat one number a block for each token of the block."""
         return jnp.repeat(blocks, jnp.array(self.sizes), axis=1, total_repeat_length=sum(self.sizes))
 
-    def shorten(self, x: Float[Array, "batch longer width"], *, causal: bool) -> Float[Array, "batch length width"]:
+    def shorten(self, x: Shaped[Array, "batch longer *rest"], *, causal: bool) -> Shaped[Array, "batch length *rest"]:
         """Keep one output for each token of the text.
 
         An output of a causal model says what comes after its token. Where a block follows the token, the output at the last token of the

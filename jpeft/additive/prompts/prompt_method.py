@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from typing import Annotated, Any
 
 import jax
+import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from jpeft import tree
@@ -77,6 +78,14 @@ class PromptMethod(Method):
         if prompt is not None:
             grafts[site.module] = {tree.ADDED: {"site": site, "prompt": prompt}}
         return tree.put_grafts(tree.replace(params, replaced) if replaced else params, grafts)
+
+    def goes_around(self, inputs: tuple[Any, ...], outputs: Any, leaves: dict[str, Any]) -> bool:
+        """Whether a module's method takes token ids: a lookup gives an embedding for each, the body is given a text."""
+        if not inputs or not jnp.issubdtype(jnp.result_type(inputs[0]), jnp.integer):
+            return False
+        if "prompt" in leaves:
+            return getattr(outputs, "shape", None) == (*jnp.shape(inputs[0]), leaves["site"].width)
+        return jnp.ndim(inputs[0]) == 2 and super().goes_around(inputs, outputs, leaves)
 
     def call(self, layer: Layer, inputs: tuple[Any, ...], leaves: dict[str, Any], rng: jax.Array | None) -> Any:
         """Look up rows in the word embedding, which alone has the prompt beside it; lengthen the text around the body."""

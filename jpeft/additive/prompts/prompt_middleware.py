@@ -11,7 +11,7 @@ which no embedding has a row for. Where the ids are known it is an error.
 """
 
 import functools
-from typing import Any
+from typing import Any, NoReturn
 
 import jax
 import jax.numpy as jnp
@@ -19,6 +19,7 @@ import numpy as np
 from jax.core import Tracer
 from jaxtyping import Array, Float, Int, Shaped
 
+from jpeft.additive.prompts.grown_outputs import cut_outputs, output_shapes
 from jpeft.additive.prompts.insertion_plan import InsertionPlan, plan_insertion
 from jpeft.additive.prompts.prompt_site import PromptSite
 from jpeft.additive.prompts.template import PSEUDO, TokenBlock
@@ -27,6 +28,7 @@ from jpeft.tree.adapters import ADDED
 
 # Names under which bodies take inputs with one entry for each token.
 MASKS, TOKEN_TYPES, POSITIONS = {"attention_mask", "mask", "padding_mask"}, {"token_type_ids"}, {"position_ids", "positions"}
+KNOWN = MASKS | TOKEN_TYPES | POSITIONS
 
 # The largest id: the lookup of an embedding gives NaN for it.
 NO_WORD = int(np.iinfo(np.int32).max)
@@ -83,34 +85,37 @@ def run_on_longer_text(layer: Layer, inputs: tuple[Any, ...], site: PromptSite, 
     Raises:
       ValueError: if the first input is not [batch, length] token ids, or if it is not known how to lengthen another input.
     """
-    where = layer.path or "the model"
-    ids, first_row = _token_ids(inputs, where), first_row_id(layer, site)
+    ids, first_row = _token_ids(inputs, layer.path, site), first_row_id(layer, site)
     if layer.cached:  # an earlier call has put the inserted tokens into the cache
         return layer(_known_ids(ids, site, NO_WORD), *inputs[1:])
     # A prompt around this one has put its rows in already; their ids follow those of this prompt.
     ids = _known_ids(ids, site, first_row + site.rows)
     names = [*layer.names[: len(inputs)], *(f"input {i}" for i in range(len(layer.names), len(inputs)))]
     others = dict(zip(names[1:], inputs[1:]))
-    plan = plan_insertion(blocks, ids, _text_mask({**others, **layer.keywords}, ids.shape, where), site.edges)
+    plan = plan_insertion(blocks, ids, _text_mask({**others, **layer.keywords}, ids.shape, layer.path, site), site.edges)
     new_ids = _inserted_ids(blocks, first_row)
-    lengthen = functools.partial(_lengthen_input, plan, ids.shape, where)
 
-    keywords = {name: lengthen(name, x) for name, x in layer.keywords.items()}
+    keywords = {name: _lengthen_input(plan, ids.shape, name, x) for name, x in layer.keywords.items()}
     if keywords.get("cache_length") is not None:
         keywords["cache_length"] += len(new_ids)  # callers ask for the slots of the text alone
-    longer = plan.lengthen(ids, new_ids)  # [batch, longer]
-    out = layer(longer, *(lengthen(name, x) for name, x in others.items()), **keywords)
-    has_every_token = lambda x: getattr(x, "ndim", 0) == 3 and x.shape[:2] == longer.shape
-    return jax.tree.map(lambda x: plan.shorten(x, causal=site.causal) if has_every_token(x) else x, out)
+    longer = (plan.lengthen(ids, new_ids), *(_lengthen_input(plan, ids.shape, name, x) for name, x in others.items()))
+    unknown = {name: x for name, x in {**others, **layer.keywords}.items() if name not in KNOWN and ids.shape[1] in _sizes(x)}
+    if unknown and output_shapes(layer, longer, keywords) is None:
+        _refuse_input(*next(iter(unknown.items())), ids.shape, layer.path, site)
+    out = layer(*longer, **keywords)
+    shorten = functools.partial(plan.shorten, causal=site.causal)
+    return cut_outputs(layer, (ids, *inputs[1:]), layer.keywords, out, longer[0].shape, shorten)
 
 
-def _token_ids(inputs: tuple[Any, ...], where: str) -> Int[Array, "batch length"]:
+def _token_ids(inputs: tuple[Any, ...], path: str, site: PromptSite) -> Int[Array, "batch length"]:
     """The first input of the body, if it holds token ids."""
     if not inputs or jnp.ndim(inputs[0]) != 2 or not jnp.issubdtype(jnp.result_type(inputs[0]), jnp.integer):
         got = f"{jnp.result_type(inputs[0])}{list(jnp.shape(inputs[0]))}" if inputs else "nothing"
+        parts = site.module.split("/")
+        others = [repr(body) for i in range(len(parts)) if (body := "/".join(parts[:i])) != path]
+        hint = f"Name the module that takes the ids: body={' or body='.join(others)}" if others else "Its first input must be the ids"
         raise ValueError(
-            f"Tokens are put in where a model takes token ids [batch, length], but '{where}' was given {got}. "
-            "Name the module that takes the ids: body='encoder'."
+            f"Tokens are put in where a model takes token ids [batch, length], but '{path or 'the model'}' was given {got} first. {hint}."
         )
     return jnp.asarray(inputs[0], jnp.int32)
 
@@ -130,18 +135,23 @@ def _known_ids(ids: Int[Array, "batch length"], site: PromptSite, others_from: i
     return jnp.where(known, ids, NO_WORD)
 
 
-def _text_mask(named: dict[str, Any], shape: tuple[int, ...], where: str) -> Shaped[Array, "#batch length"] | None:
+def _text_mask(named: dict[str, Any], shape: tuple[int, ...], path: str, site: PromptSite) -> Shaped[Array, "#batch length"] | None:
     """The mask of the body's inputs that marks padding by zeros; None if there is none."""
     masks = {name: x for name, x in named.items() if name in MASKS and x is not None}
     for name, x in masks.items():
         if not _for_each_token(x, shape):
-            raise ValueError(f"'{name}' of '{where}' has shape {jnp.shape(x)}: only [batch, length] can grow.")
+            _refuse_input(name, x, shape, path, site)
     return jnp.asarray(next(iter(masks.values()))) if masks else None
 
 
 def _for_each_token(x: Any, shape: tuple[int, ...]) -> bool:
     """Whether an input has an entry for each token, for all texts or for each text."""
     return getattr(x, "shape", ()) in (shape, (1, shape[1]))
+
+
+def _sizes(x: Any) -> set[int]:
+    """The sizes of all axes of an input, or of the arrays in it."""
+    return {size for leaf in jax.tree.leaves(x) for size in getattr(leaf, "shape", ())}
 
 
 def _inserted_ids(blocks: tuple[TokenBlock, ...], first_row: int) -> Int[Array, " new"]:
@@ -153,22 +163,33 @@ def _inserted_ids(blocks: tuple[TokenBlock, ...], first_row: int) -> Int[Array, 
     return jnp.array(ids, jnp.int32)
 
 
-def _lengthen_input(plan: InsertionPlan, shape: tuple[int, ...], where: str, name: str, x: Any) -> Any:
-    """An input of the body besides the ids: longer if it has an entry for each token, else as it is.
-
-    Raises:
-      ValueError: for an entry for each token whose meaning is not known.
-    """
-    if not _for_each_token(x, shape):
+def _lengthen_input(plan: InsertionPlan, shape: tuple[int, ...], name: str, x: Any) -> Any:
+    """An input of the body besides the ids: longer if it is known to have an entry for each token, else as it is."""
+    if name not in KNOWN or not _for_each_token(x, shape):
         return x
     x, new = jnp.broadcast_to(jnp.asarray(x), shape), plan.new_indices.shape[1]
     if name in MASKS:
         return plan.lengthen(x, jnp.ones(new, x.dtype))
     if name in TOKEN_TYPES:
         return plan.lengthen(x, jnp.zeros(new, x.dtype))
-    if name in POSITIONS:
-        return plan.lengthen_positions(x)
-    raise ValueError(
-        f"'{name}' of '{where}' has an entry for each token, and what it says of a prompt's tokens is not known. "
-        f"Known are {', '.join(sorted(MASKS | TOKEN_TYPES | POSITIONS))}."
-    )
+    return plan.lengthen_positions(x)
+
+
+def _refuse_input(name: str, x: Any, shape: tuple[int, ...], path: str, site: PromptSite) -> NoReturn:
+    """Refuse an input that goes by the text, and that nobody can lengthen.
+
+    Raises:
+      ValueError: always.
+    """
+    where = path or "the model"
+    if _for_each_token(x, shape):
+        raise ValueError(
+            f"'{name}' of '{where}' has an entry for each token, and what it says of a prompt's tokens is not known. "
+            f"Known are {', '.join(sorted(KNOWN))}."
+        )
+    # Whoever calls the body has made it, of the text without the prompt.
+    parts = path.split("/") if path else []
+    around = " or ".join(f"body={'/'.join(parts[:i])!r}" for i in reversed(range(len(parts))))
+    way_out = f"Put the prompt in where it is made, at a module around '{path}': {around}" if around else "Give one of that shape"
+    shapes = ", ".join(str(leaf.shape) for leaf in jax.tree.leaves(x) if hasattr(leaf, "shape"))
+    raise ValueError(f"'{name}' of '{where}' has shape {shapes}: only [batch, length] can grow with the text. {way_out}.")

@@ -14,18 +14,25 @@ from jpeft.hosts import products
 from jpeft.hosts.base import DROPOUT
 from jpeft.hosts.linen import flax_internals
 from jpeft.hosts.linen.layers import compute_dtype, direct, linear_of
-from jpeft.tree.adapters import GRAFT
+from jpeft.tree.adapters import GRAFT, pop_grafts
 
 LAYER_METHODS = ("__call__", "attend")  # the methods by which layers are run; `attend` is that of `nn.Embed`
 
 
-def is_layer_call(context: nn.module.InterceptorContext) -> bool:
-    """Whether an intercepted call runs a bound module, and does not enter a lifted transform around the module that will run.
+def is_call(context: nn.module.InterceptorContext) -> bool:
+    """Whether an intercepted call runs a method of a bound module, and does not enter a lifted transform around the module that will run.
 
     The leaves around a transform are those of all layers. The module inside sees its own, so it is the one to adapt.
     """
     module, name = context.module, context.method_name
-    return module.scope is not None and name in LAYER_METHODS and not flax_internals.enters_transform(module, name)
+    if module.scope is None or name == "setup" or (name.startswith("__") and name != "__call__"):
+        return False
+    return not flax_internals.enters_transform(module, name)
+
+
+def is_layer_call(context: nn.module.InterceptorContext) -> bool:
+    """Whether such a call is by one of the methods by which layers are run."""
+    return context.method_name in LAYER_METHODS and is_call(context)
 
 
 def own_params(module: nn.Module) -> dict[str, Any]:
@@ -58,7 +65,9 @@ def as_layer(
     parameters: `apply` of an unbound copy.
     """
     module, method_name = context.module, context.method_name
-    own = own_params(module)
+    own, hide = own_params(module), None
+    if flax_internals.holds_nnx(module):
+        own, hide = pop_grafts(own)[0], GRAFT
     # Without parent and name the copy is a model by itself, whose `apply` takes the layer's parameters alone.
     unbound = module.clone(parent=None, name=None)
     # A layer without submodules draws nothing that its own middleware does not draw.
@@ -71,7 +80,8 @@ def as_layer(
     def run(params: Mapping[str, Any], *inputs: Any, **keywords: Any) -> Any:
         # `is`: equal parameters that went through a transformation are other arrays, which the scope does not hold.
         if params is own and in_place:
-            return in_place.pop()(*inputs, **{**kwargs, **keywords})
+            direct_run = in_place.pop()
+            return direct_run(*inputs, **{**kwargs, **keywords}) if hide is None else run_changed(params, {}, *inputs, **keywords)
         if short is not None and not keywords:
             return short(params, *inputs)
         if linear is None and in_place:  # a layer of an unknown class may do more than return its outputs
@@ -83,7 +93,8 @@ def as_layer(
         def use(pure: Callable[..., Any], *inputs: Any) -> Any:
             return products.run_changed(pure, dict(params), changes, *inputs) if changes else pure(params, *inputs)
 
-        out = flax_internals.call_as_function(module, flax_internals.function_of(context), use, inputs, {**kwargs, **keywords})
+        method = flax_internals.function_of(context)
+        out = flax_internals.call_as_function(module, method, use, inputs, {**kwargs, **keywords}, hide=hide)
         in_place.clear()
         return out
 

@@ -44,26 +44,44 @@ def _class_enters_transform(cls: type, method_name: str) -> bool:
     return any(code is not None and code.co_filename == transforms.__file__ and code.co_qualname.startswith(lifted) for code in codes)
 
 
+def holds_nnx(module: nn.Module) -> bool:
+    """Whether a module is an `nnx.bridge.ToLinen`, which reads all of its parameters, and fails if it finds others among them."""
+    return _is_bridge(type(module))
+
+
+@functools.cache
+def _is_bridge(cls: type) -> bool:
+    # By name, for importing NNX takes as long as importing linen.
+    return any(base.__name__ == "ToLinen" and base.__module__.startswith("flax.nnx.bridge") for base in cls.__mro__)
+
+
 def origin(scope: Any) -> Any:
     """The scope that `call_as_function` has copied; the scope itself, if it is no copy."""
     return getattr(scope, "jpeft_origin", scope)
 
 
 def call_as_function(
-    module: nn.Module, method: Callable[..., Any], use: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]
+    module: nn.Module,
+    method: Callable[..., Any],
+    use: Callable[..., Any],
+    args: tuple[Any, ...],
+    kwargs: Mapping[str, Any],
+    *,
+    hide: str | None = None,
 ) -> Any:
     """Call a method of a bound module by ``use(pure, *args)``, where ``pure(params, *args)`` is the call as a function of its parameters.
 
     `pure` returns the outputs and the state that the call writes: what it sows, its other collections. `use` returns the same, and the
     state goes where the module would have written it. The module draws the random numbers that it would draw by itself.
 
-    This is what flax's own lifted transforms do, with `use` for the transform.
+    This is what flax's own lifted transforms do, with `use` for the transform. Entries of the name `hide`, at any depth, are not shown to
+    the module.
     """
     state, counters = module._state.export(), dict(_scope(module).rng_counters)
 
     def transform(core_fn: Callable[..., Any], scopes: Any, *args: Any) -> Any:
         def inner(scope_fn: Any, repack_fn: Any, variable_groups: Any, rng_groups: Any, *args: Any) -> Any:
-            before = collection(module, "params")
+            before, variable_groups = _without(hide, collection(module, "params")), _without(hide, variable_groups)
 
             def pure(params: Mapping[str, Any], *args: Any) -> Any:
                 # The very arrays of the scope are exchanged, inside of metadata boxes, too.
@@ -91,6 +109,15 @@ def call_as_function(
         module._state.reimport(state)
         _scope(module).rng_counters.update(counters)
         raise
+
+
+def _without(name: str | None, tree: Any) -> Any:
+    """A tree without the entries of a name."""
+    if name is None:
+        return tree
+    if isinstance(tree, Mapping):
+        return {key: _without(name, value) for key, value in tree.items() if key != name}
+    return type(tree)(_without(name, each) for each in tree) if type(tree) in (tuple, list) else tree
 
 
 def function_of(context: nn.module.InterceptorContext) -> Callable[..., Any]:

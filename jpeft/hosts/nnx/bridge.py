@@ -15,7 +15,7 @@ from flax import nnx
 
 from jpeft.core.layer import Layer
 from jpeft.core.method import Method
-from jpeft.hosts.linen.host import Interceptor
+from jpeft.hosts.linen.interceptor import Interceptor
 from jpeft.hosts.nnx.patching import KEY, Around, current_record, subclass
 from jpeft.tree.adapters import GRAFT, Adapter
 from jpeft.tree.paths import Params, Path, flatten, unflatten
@@ -47,6 +47,10 @@ class Placed(Method):
     def init(self, key: jax.Array, params: Params, *, stats: Any = None) -> Adapter:
         """The method's own."""
         return self.inner.init(key, params, stats=stats)
+
+    def goes_around(self, inputs: tuple[Any, ...], outputs: Any, leaves: dict[str, Any]) -> bool:
+        """The method's own."""
+        return self.inner.goes_around(inputs, outputs, leaves)
 
     def call(self, layer: Layer, inputs: tuple[Any, ...], leaves: dict[str, Any], rng: Any) -> Any:
         """Run the method around a layer."""
@@ -90,13 +94,13 @@ def _tag(around: Around) -> str:
 def _patched(cls: type) -> type:
     def call(self: Any, *args: Any, **kwargs: Any) -> Any:
         around = vars(self)[_AROUND]
-        interceptor = Interceptor(Placed(inner=around.method, prefix=around.path), _tag(around), dict(around.narrow))
+        interceptor = Interceptor(Placed(inner=around.method, prefix=around.path), {_tag(around): None}, dict(around.narrow))
         with nn.intercept_methods(interceptor):
             out = cls.__call__(self, *args, **kwargs)
         record = current_record()
         if record is not None:
-            for path in interceptor.ran:
-                record.ran.setdefault(_join(around.path, path), set()).add("__call__")
+            for path, names in interceptor.ran.items():
+                record.ran.setdefault(_join(around.path, path), set()).update(names)
         return out
 
     return subclass(cls, {"__call__": call})

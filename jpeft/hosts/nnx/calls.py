@@ -5,7 +5,6 @@ from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 from flax import nnx
 
 from jpeft.core.layer import Change, Layer
@@ -13,9 +12,10 @@ from jpeft.core.method import Method
 from jpeft.hosts import products
 from jpeft.hosts.arguments import argument_names, bind_by_position
 from jpeft.hosts.linear import compute_dtype
+from jpeft.hosts.linen.dependence import inputs_used
+from jpeft.hosts.linen.named_methods import Traced, belonging
 from jpeft.hosts.nnx.layers import is_known, linear_of, run_known, twin
 from jpeft.hosts.nnx.patching import LAYER_METHODS, Around, current_record
-from jpeft.hosts.products.traced import trace
 from jpeft.tree.adapters import ADDED
 from jpeft.tree.paths import flatten, replace, unflatten
 
@@ -27,8 +27,10 @@ def run_around(
     args, kwargs = bind_by_position(module, name, args, kwargs)
     effects = [module]
     layer = as_layer(module, name, around, effects, args, kwargs)
-    if name not in LAYER_METHODS and not _concerns(layer, around, leaves, args):
-        return layer(*args)
+    if name not in LAYER_METHODS:
+        leaves = _leaves_for(layer, around, leaves, args)
+        if not leaves:
+            return layer(*args)
     record = current_record()
     if record is not None:
         ran = record.ran.setdefault(around.path, set())
@@ -149,15 +151,14 @@ def _refuse_several(around: Around, names: set[str]) -> None:
         )
 
 
-def _concerns(layer: Layer, around: Around, leaves: dict[str, Any], args: tuple[Any, ...]) -> bool:
-    """Whether a call of a method that is not `__call__` is one to go around: it reads a parameter with leaves, or returns activations."""
-    names = held_names(around.method, leaves)
-    beside = {name: layer.params[name] for name in names if name in layer.params}
-    call = lambda params, *args: layer.run({**layer.params, **params}, *args)
-    if products.reads(call, beside, *args):
-        return True
-    traced = trace(call, beside, *args)
-    return ADDED in names and any(jnp.issubdtype(out.dtype, jnp.floating) for out in traced.closed.out_avals)
+def _leaves_for(layer: Layer, around: Around, leaves: dict[str, Any], args: tuple[Any, ...]) -> dict[str, Any]:
+    """The leaves that a method which is not `__call__` is to be changed by, by what it reads and what it returns."""
+    try:
+        used, outputs = inputs_used(lambda params: layer.run({**layer.params, **params}, *args), dict(layer.params))
+        call = Traced({path.partition("/")[0] for path in used}, outputs)
+    except Exception:  # a method that looks at values cannot be traced
+        call = Traced(set(layer.params), None)
+    return belonging(around.method, leaves, layer.params, args, call)
 
 
 def held_names(method: Method, leaves: Mapping[str, Any]) -> set[str]:
