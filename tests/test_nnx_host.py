@@ -390,6 +390,22 @@ class Properties(nnx.Module):
         return self.own.table[...][ids] @ self.more[0][...]
 
 
+class Both(nnx.Linear):
+    def first(self, x):
+        return self(x)
+
+    def second(self, x):
+        return -self(x)
+
+
+class Two(nnx.Module):
+    def __init__(self, rngs):
+        self.both = Both(D, D, rngs=rngs)
+
+    def __call__(self, x):
+        return self.both.first(x) + self.both.second(x)
+
+
 def test_what_would_be_lost_is_refused():
     table = {"target": ".*table"}
     cases = [
@@ -402,9 +418,9 @@ def test_what_would_be_lost_is_refused():
             jpeft.wrap(model)(jpeft.apply(model, head=None, **options), IDS)
     check(Model(RNGS(), reads="outside"), IDS, "freeze", target=["own"])  # what replaces a parameter is read by all
     check(Properties(RNGS()), IDS, "freeze", target=["more/0"])
-    model = Model(RNGS())
-    with pytest.raises(ValueError, match="of which this call runs several methods: decode, encode"):
-        jpeft.wrap(model)(jpeft.apply(model, method="adapter", target=["own"], head=None), IDS)
+    model = Two(RNGS())
+    with pytest.raises(ValueError, match="of which this call runs several methods: first, second"):
+        jpeft.wrap(model)(jpeft.apply(model, method="adapter", target=["both"], head=None), X)
 
 
 def test_wrong_states_are_refused():
