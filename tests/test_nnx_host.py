@@ -239,6 +239,22 @@ def test_geometry_is_that_of_linen():
         assert dict(ours) == dict(jpeft.kernel_axes(linen(twin), linen_params(twin), batch()["x"]))
 
 
+class Named(nnx.Module):
+    """With a module that is called as linen calls a collection."""
+
+    def __init__(self, rngs):
+        self.params, self.out = nnx.Linear(D, D, rngs=rngs), nnx.Linear(D, D, rngs=rngs)
+
+    def __call__(self, x):
+        return self.out(self.params(x))
+
+
+def test_a_module_called_params():
+    model = Named(RNGS())
+    check(model, X)
+    chex.assert_trees_all_equal(noisy(nnx.state(model)).adapter, noisy(model).adapter)
+
+
 # --- cost and state ---------------------------------------------------------------------------------------------------------------------
 
 
