@@ -51,10 +51,7 @@ class Forward:
         bind = lambda rng: Grafts.of(self.method, base, self.method.bind(unflatten(base), adapter, rng=rng))
 
         call = (bind(None), others, args, kwargs)
-        signature = signature_of(*call)
-        if signature not in self.known:
-            self.known[signature] = inspect_call(self.run, *call)
-        found = self.known[signature]
+        found = self._inspected(call)
         if given is not None or found.drew:
             key = key_of(given, others, stream_arguments(args, kwargs))
             call = (bind(key).with_keys(key, found.inner), others, args, kwargs)
@@ -63,6 +60,15 @@ class Forward:
             return out
         chosen = nnx.Not(nnx.Param) if mutable is True or self.target.takes("mutable") else nnx.All(nnx.Not(nnx.Param), mutable)
         return out, {STATE: nnx.filter_state(state, chosen)}
+
+    def _inspected(self, call: tuple[Any, ...]) -> Inspection:
+        """What is found of a call, once for all calls of its signature."""
+        signature = signature_of(*call)
+        if not _hashable(signature):
+            return inspect_call(self.run, *call)
+        if signature not in self.known:
+            self.known[signature] = inspect_call(self.run, *call)
+        return self.known[signature]
 
     def run(self, grafts: Grafts, others: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any], trace: str = "") -> tuple[Any, Any]:
         """The outputs of a copy with leaves in it, and its other state afterwards."""
@@ -73,3 +79,11 @@ class Forward:
             record_streams(model)
         out = self.target.call(model, *args, **kwargs)
         return out, nnx.state(model, nnx.Not(nnx.Param))
+
+
+def _hashable(value: Any) -> bool:
+    try:
+        hash(value)
+    except TypeError:  # static arguments of a class of the user's that cannot be compared
+        return False
+    return True
