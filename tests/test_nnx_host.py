@@ -222,6 +222,15 @@ def test_stacks_on_any_axis(axis):
     check(model, X, axes=axes)
 
 
+def test_methods_with_other_options_share_no_trace():
+    """Under `nnx.jit`, which looks traces up by the graph."""
+    model = Model(RNGS())
+    low, high = (noisy(model, target=["rest"], alpha=alpha) for alpha in (2.0, 32.0))
+    forward = jpeft.wrap(model.jitted)
+    for peft in (low, high, low):
+        chex.assert_trees_all_close(forward(peft, IDS), updated(model, jpeft.merge(peft))(IDS), atol=1e-4)
+
+
 def test_linen_modules_inside():
     rank = {"inner/up/kernel": 3, ".*": 2}  # the paths that rules go by are those of the whole model
     peft = noisy(WithLinen(RNGS()), rank=rank)

@@ -263,7 +263,8 @@ def advance(peft: Peft, *, key: jax.Array | None = None, stats: Any = None) -> P
 def merge(peft: Peft) -> Params:
     """Plain parameters with the adapter written in: the base's own tree and dtypes, no trace of jpeft, no cost at inference.
 
-    The sum of base and adapter is taken in float32 and rounded once, to the dtype of the base.
+    The sum of base and adapter is taken in float32 and rounded once, to the dtype of the base. Of an NNX model the result is a state, which
+    goes into a copy of the model: ``copy = nnx.clone(model); nnx.update(copy, jpeft.merge(peft))``.
 
     Raises:
       ValueError: with the reason, if the method adds computation that no weight can take up.
