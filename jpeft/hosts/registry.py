@@ -24,7 +24,7 @@ def hosts() -> tuple[Host, ...]:
     """All hosts in the order in which they are asked: hosts of one framework by name, then those that take any function.
 
     >>> [host.name for host in hosts()]
-    ['linen', 'dense']
+    ['linen', 'nnx', 'dense']
     """
     found: list[Host] = []
     for module in pkgutil.iter_modules(package.__path__, f"{package.__name__}."):

@@ -8,8 +8,9 @@ from typing import Any
 import jax
 
 from jpeft.core.method import Method
+from jpeft.hosts.arguments import bind_by_position
 from jpeft.hosts.linen import flax_internals
-from jpeft.hosts.linen.calls import LAYER_METHODS, as_layer, bind_by_position, dropout_key, dtypes_of, is_call, own_params
+from jpeft.hosts.linen.calls import LAYER_METHODS, as_layer, dropout_key, dtypes_of, is_call, own_params
 from jpeft.hosts.linen.elsewhere import marked
 from jpeft.hosts.linen.named_methods import has_added, leaves_for
 from jpeft.hosts.linen.nested import call_nested

@@ -8,7 +8,7 @@ import jax
 from jax.extend import core
 
 from jpeft.core.layer import Change, NoProductError
-from jpeft.hosts.products.find import Use, axis_roles, calls, varying_axes, walk, whole_views
+from jpeft.hosts.products.find import Use, axis_roles, calls, loop_counts, varying_axes, walk, whole_views
 from jpeft.hosts.products.linear import NotLinear, layer_of
 from jpeft.hosts.products.traced import trace
 from jpeft.hosts.products.view import View, through
@@ -128,7 +128,7 @@ class _Run:
         name, params, none = eqn.primitive.name, eqn.params, [None] * len(eqn.outvars)
         body = called[0]
         consts = next((value.consts for value in params.values() if isinstance(value, core.ClosedJaxpr)), [])
-        if name == "scan" and not any(mine[params["num_consts"] :]):
+        if name == "scan" and not any(mine[loop_counts(eqn)[0] :]):
             return self._scan(eqn, operands, mine), none
         if name == "cond":
             branches = [self._function(branch.jaxpr, branch.consts, mine[1:]) for branch in params["branches"]]
@@ -145,7 +145,7 @@ class _Run:
     def _scan(self, eqn: Any, operands: list[Any], mine: list[View | None]) -> list[Any]:
         """A loop whose body uses a parameter as it is, such as the kernel of a recurrent cell."""
         params, closed = eqn.params, eqn.params["jaxpr"]
-        consts, carries = params["num_consts"], params["num_carry"]
+        consts, carries = loop_counts(eqn)
         views = mine[:consts] + [None] * (len(operands) - consts)
 
         def body(carry: list[Any], x: list[Any]) -> tuple[list[Any], list[Any]]:
