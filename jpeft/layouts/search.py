@@ -79,9 +79,7 @@ def _look(items: tuple[tuple[Path, tuple[int, ...] | None], ...]) -> _View:
     for stack in candidates:
         firsts: dict[str, Path] = {}
         for path, i in stack.leaves.items():
-            # The same leaves of two blocks differ in the number alone, which a separator precedes. Dense_0 and Dense_1 are no blocks.
-            rest = path if i is None else path[len(f"{stack.path}/{i}") :]
-            kinds[path] = firsts.setdefault(rest if rest.count("/") > 1 else path, path)
+            kinds[path] = firsts.setdefault(path if i is None else stack.inside(path), path)
         outside = [path for path in shapes if path not in stack.leaves]
         layout = next((layout for layout in LAYOUTS if layout.follows([*firsts.values()], outside)), None)
         if layout is not None:
