@@ -29,6 +29,8 @@ from jpeft.layouts.search import find as find
 from jpeft.layouts.search import modules as modules
 from jpeft.layouts.stacks import STACKED as STACKED
 from jpeft.layouts.stacks import Stack as Stack
+from jpeft.layouts.stacks import layer_axes as layer_axes
+from jpeft.layouts.stacks import rows as rows
 from jpeft.layouts.stacks import stacks as stacks
 from jpeft.layouts.table import LAYOUTS as LAYOUTS
 from jpeft.layouts.table import PLAIN as PLAIN

@@ -10,8 +10,8 @@ import functools
 import re
 from collections.abc import Iterator, Mapping
 
-from jpeft.layouts.stacked import NO_LAYERS, axis_of, has_container_name
-from jpeft.tree.paths import Path
+from jpeft.layouts.stacked import NO_LAYERS, STACKED_NAME, axis_of, has_container_name
+from jpeft.tree.paths import Params, Path, flatten
 
 Shapes = Mapping[Path, tuple[int, ...] | None]  # None: not known
 
@@ -76,9 +76,51 @@ def stacks(shapes: Shapes) -> list[Stack]:
     return sorted(found, key=lambda stack: stack.axis is None)
 
 
-def stack_axes(shapes: Shapes) -> dict[Path, int]:
-    """The axis of the layers of each leaf of stacked modules."""
-    return {path: stack.axis for stack in stacks(shapes) if stack.axis is not None for path in stack.leaves}
+@functools.lru_cache(maxsize=32)
+def _layer_axes(items: tuple[tuple[Path, tuple[int, ...] | None], ...]) -> dict[Path, int | None]:
+    shapes = dict(items)
+    out: dict[Path, int | None] = {}
+    for stack in stacks(shapes):
+        out |= dict.fromkeys(stack.leaves if stack.count > 1 else (), stack.axis)
+        if stack.axis is None:  # a numbered module may hold stacked ones
+            for module in {stack.module(path) for path in stack.leaves}:
+                leaves = {path.removeprefix(f"{module}/"): shapes[path] for path in stack.leaves if path.startswith(f"{module}/")}
+                out |= {path: found.axis for found in _visit(module, leaves) if found.axis is not None for path in found.leaves}
+    return out
+
+
+def layer_axes(params: Params) -> Mapping[Path, int | None]:
+    """The axis of the layers for each leaf of a stack: None where its modules are numbered. Other leaves are not in it.
+
+    >>> from jax import ShapeDtypeStruct
+    >>> shapes = {"decoder/wi/kernel": (8, 3, 16), "decoder/norm/scale": (8, 3), "head/kernel": (8, 2)}
+    >>> layer_axes({path: ShapeDtypeStruct(shape, "float32") for path, shape in shapes.items()})
+    {'decoder/wi/kernel': 1, 'decoder/norm/scale': 1}
+    """
+    return _layer_axes(tuple((path, tuple(leaf.shape)) for path, leaf in flatten(params).items() if hasattr(leaf, "shape")))
+
+
+def rows(shapes: Shapes) -> list[Stack]:
+    """Numbered layers of one kernel each that follow each other: the outputs of each are as many as the inputs of the next.
+
+    So the layers of a perceptron are a row, and the two projections into a gated feed-forward layer are none.
+
+    >>> [stack.path for stack in rows({"l_0/kernel": (8, 8), "l_1/kernel": (8, 8), "wi_0/kernel": (8, 16), "wi_1/kernel": (8, 16)})]
+    ['l']
+    """
+    numbered: dict[tuple[str, str], dict[Path, int | None]] = {}
+    for path in shapes:
+        module = path.rpartition("/")[0]
+        if match := re.fullmatch(r"(?P<stack>.*[^/\d])(?P<separator>[_/])(?P<index>\d+)", module):
+            numbered.setdefault((match["stack"], match["separator"]), {})[path] = int(match["index"])
+    found = []
+    for (name, _), leaves in numbered.items():
+        kernels = {number: shapes[path] for path, number in leaves.items() if len(shapes[path] or ()) > 1}
+        count = len(set(leaves.values()))
+        follow = [(kernels.get(i) or (0,))[-1] == (kernels.get(i + 1) or (1,))[0] for i in range(count - 1)]
+        if count > 1 and set(leaves.values()) == set(range(count)) and all(follow):
+            found.append(Stack(name, count, None, leaves))
+    return found
 
 
 def _visit(node: str, leaves: dict[str, tuple[int, ...] | None]) -> Iterator[Stack]:
@@ -88,19 +130,20 @@ def _visit(node: str, leaves: dict[str, tuple[int, ...] | None]) -> Iterator[Sta
     name = node.rpartition("/")[2]
     axis = axis_of(name, leaves) if node else None
     # Where several containers of known names have as many layers, each is a stack.
-    if axis is not None and (has_container_name(name, leaves) or not _holds_containers(children)):
+    if axis is not None and (has_container_name(name, leaves) or (len(children) > 1 and not _holds_containers(children))):
         yield Stack(node, axis[1], axis[0], {whole(rest): None for rest in leaves})
         return
     single = []
     for name, group in _numbered(children).items():
         members = {index: children[child] for index, child in group.items()}
-        if len(members) > 1 and _are_layers(members, {child: children[child] for child in children if child not in group.values()}):
+        others = {child: children[child] for child in children if child not in group.values()}
+        if len(members) > 1 and _are_layers(name or node.rpartition("/")[2], members, others):
             path, order = whole(name).rstrip("/"), {child: index for index, child in group.items()}
             numbers = {whole(f"{child}/{rest}"): index for child, index in order.items() for rest in children[child]}
             yield Stack(path, len(members), None, {path: numbers[path] for path in map(whole, leaves) if path in numbers})
             for child in group.values():
                 children.pop(child)
-        elif len(members) == 1 and 0 in members and _count_modules(members[0]) > 1:
+        elif len(members) == 1 and 0 in members and _is_layer(name or node.rpartition("/")[2], members[0]):
             single.append((whole(name).rstrip("/"), group[0]))
     for path, child in single:
         inner = list(_visit(whole(child), children[child]))
@@ -137,14 +180,19 @@ def _numbered(children: Mapping[str, object]) -> dict[str, dict[int, str]]:
     }
 
 
-def _are_layers(members: Mapping[int, Mapping[str, object]], others: Mapping[str, Mapping[str, object]]) -> bool:
-    """Whether numbered modules hold the same leaves, each in several modules, and are no parts of one block.
+def _is_layer(name: str, member: Mapping[str, object]) -> bool:
+    """Whether a numbered module may be a layer of the model: one that holds several modules, or is called a layer."""
+    return _count_modules(member) > 1 or re.fullmatch(STACKED_NAME, name.rstrip("_-")) is not None
+
+
+def _are_layers(name: str, members: Mapping[int, Mapping[str, object]], others: Mapping[str, Mapping[str, object]]) -> bool:
+    """Whether numbered modules hold the same leaves, each may be a layer, and they are no parts of one block.
 
     Blocks may differ a little: the first of T5 has the table of positions, and every second one may have experts.
     """
     names = [frozenset(member) for member in members.values()]
     shared = frozenset.intersection(*names)
-    if any(_count_modules(member) < 2 for member in members.values()) or any(2 * len(shared) <= len(own) for own in names):
+    if not all(_is_layer(name, member) for member in members.values()) or any(2 * len(shared) <= len(own) for own in names):
         return False
     # Self- and cross-attention of one block, `MultiHeadDotProductAttention_0` and `_1`, stand beside its feed-forward layer.
     is_attention = all(_PROJECTION.fullmatch(rest.split("/")[-2]) for rest in shared if "/" in rest)
