@@ -73,7 +73,8 @@ def test_the_coverage_table_is_committed():
 # are still read.
 _SELF = (
     r"attention/output/dense|out_lin|attn/c_proj|o_proj|(?<!encoder_attn/)out_proj|SelfAttention/o|attn/out|attention/out|"
-    r"MultiHeadDotProductAttention_\d+/out"
+    r"MultiHeadDotProductAttention_\d+/out|"
+    r"attn/mha/out"  # which no name tells: it is read off the shapes
 )
 _CROSS = r"encoder_attn/out_proj|EncDecAttention/o"
 _FFN = r"(?<!attention/)output/dense|lin2|mlp/c_proj|down_proj|fc2|wo|down"

@@ -5,6 +5,7 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
+from jpeft.layouts import structure
 from jpeft.layouts.layout import Layout, container
 from jpeft.layouts.roles import MEANING, MODULES, OUTER, PROJECTIONS, Role, Wanted, parse
 from jpeft.layouts.stacks import Shapes, Stack, stacks
@@ -82,6 +83,8 @@ def _look(items: tuple[tuple[Path, tuple[int, ...] | None], ...]) -> _View:
             kinds[path] = firsts.setdefault(path if i is None else stack.inside(path), path)
         outside = [path for path in shapes if path not in stack.leaves]
         layout = next((layout for layout in LAYOUTS if layout.follows([*firsts.values()], outside)), None)
+        if layout in (None, PLAIN):
+            layout = _read(stack, firsts.values(), shapes) or layout
         if layout is not None:
             found.append((stack, layout))
     if not found:
@@ -94,6 +97,13 @@ def _look(items: tuple[tuple[Path, tuple[int, ...] | None], ...]) -> _View:
     around = [stack for stack, _ in found if stack.path] or ([repeated] if repeated else [])
     inside = {path for stack in around for path in stack.leaves}
     return _View(shapes, kinds, tuple(found), [path for path in shapes if path not in inside])
+
+
+def _read(stack: Stack, leaves: Iterable[Path], shapes: Shapes) -> Layout | None:
+    """The layout of a stack's blocks as their structure and shapes show it."""
+    if stack.count < 2:
+        return None
+    return structure.layout_of({stack.inside(path): stack.shape_inside(shapes[path]) for path in leaves})
 
 
 # --- roles -----------------------------------------------------------------------------------------------------------------------------

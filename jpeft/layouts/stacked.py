@@ -6,7 +6,7 @@ the axis, or the container has a name that such containers usually have.
 """
 
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Container, Mapping
 
 Leaves = Mapping[str, tuple[int, ...] | None]  # by their paths in the container
 
@@ -20,8 +20,13 @@ _NORM = re.compile(r"(?i)(.*/)?([^/]*norm[^/]*|ln(_?\w+)?)")
 _AXES = (0, 1, -1)
 
 
-def axis_of(name: str, leaves: Leaves) -> tuple[int, int] | None:
+def axis_of(name: str, leaves: Leaves, outside: Callable[[], Container[int]] = frozenset) -> tuple[int, int] | None:
     """The axis on which modules are stacked in a container of this name, and how many there are; None if it holds no stack.
+
+    Args:
+      name: Of the container.
+      leaves: The shapes of its leaves.
+      outside: The sizes of leaves outside. The width of the modules is among them, where two axes could be that of the stack.
 
     >>> axis_of("decoder", {"mlp/wi/kernel": (8, 3, 16), "mlp/wo/kernel": (16, 3, 8), "norm/scale": (8, 3)})
     (1, 3)
@@ -46,6 +51,10 @@ def axis_of(name: str, leaves: Leaves) -> tuple[int, int] | None:
     found = [(signs, axis, count) for signs, axis, count in found if signs > 0 or is_named]
     if not found:
         return None
+    if len(found) > 1:
+        sizes = outside()
+        widths = lambda axis: {_without(shape, axis)[0] for path, shape in known.items() if path.endswith("scale") and len(shape) == 2}
+        found = [(signs + any(width in sizes for width in widths(axis)), axis, count) for signs, axis, count in found]
     _, axis, count = max(found, key=lambda entry: entry[0])  # of equal ones, the first axis
     return axis, count
 

@@ -72,7 +72,7 @@ def stacks(shapes: Shapes) -> list[Stack]:
     >>> [(stack.path, stack.count, stack.axis) for stack in stacks(numbered)]
     [('h', 2, None)]
     """
-    found = list(_visit("", dict(shapes)))
+    found = list(_visit("", dict(shapes), shapes))
     return sorted(found, key=lambda stack: stack.axis is None)
 
 
@@ -85,7 +85,7 @@ def _layer_axes(items: tuple[tuple[Path, tuple[int, ...] | None], ...]) -> dict[
         if stack.axis is None:  # a numbered module may hold stacked ones
             for module in {stack.module(path) for path in stack.leaves}:
                 leaves = {path.removeprefix(f"{module}/"): shapes[path] for path in stack.leaves if path.startswith(f"{module}/")}
-                out |= {path: found.axis for found in _visit(module, leaves) if found.axis is not None for path in found.leaves}
+                out |= {path: found.axis for found in _visit(module, leaves, shapes) if found.axis is not None for path in found.leaves}
     return out
 
 
@@ -123,12 +123,13 @@ def rows(shapes: Shapes) -> list[Stack]:
     return found
 
 
-def _visit(node: str, leaves: dict[str, tuple[int, ...] | None]) -> Iterator[Stack]:
-    """The stacks below a node of the tree, given its leaves by their paths from the node on."""
+def _visit(node: str, leaves: dict[str, tuple[int, ...] | None], tree: Shapes) -> Iterator[Stack]:
+    """The stacks below a node of the tree, given its leaves by their paths from the node on, and those of the whole tree."""
     whole = lambda rest: f"{node}/{rest}" if node else rest
     children = _by_first(leaves)
     name = node.rpartition("/")[2]
-    axis = axis_of(name, leaves) if node else None
+    outside = lambda: {size for path, shape in tree.items() if not path.startswith(f"{node}/") for size in shape or ()}
+    axis = axis_of(name, leaves, outside) if node else None
     # Where several containers of known names have as many layers, each is a stack.
     if axis is not None and (has_container_name(name, leaves) or (len(children) > 1 and not _holds_containers(children))):
         yield Stack(node, axis[1], axis[0], {whole(rest): None for rest in leaves})
@@ -146,7 +147,7 @@ def _visit(node: str, leaves: dict[str, tuple[int, ...] | None]) -> Iterator[Sta
         elif len(members) == 1 and 0 in members and _is_layer(name or node.rpartition("/")[2], members[0]):
             single.append((whole(name).rstrip("/"), group[0]))
     for path, child in single:
-        inner = list(_visit(whole(child), children[child]))
+        inner = list(_visit(whole(child), children[child], tree))
         if any(stack.count > 1 for stack in inner):
             yield from inner
         else:
@@ -154,7 +155,7 @@ def _visit(node: str, leaves: dict[str, tuple[int, ...] | None]) -> Iterator[Sta
         children.pop(child)
     for child, inner in children.items():
         if "" not in inner and not NO_LAYERS.search(child):
-            yield from _visit(whole(child), inner)
+            yield from _visit(whole(child), inner, tree)
 
 
 def _by_first(leaves: dict[str, tuple[int, ...] | None]) -> dict[str, dict[str, tuple[int, ...] | None]]:
