@@ -20,6 +20,8 @@ This package imports nothing of jpeft but `jpeft.tree.paths`, and needs names an
 
 from jpeft.layouts.geometry import KERNEL_AXES as KERNEL_AXES
 from jpeft.layouts.layout import Layout as Layout
+from jpeft.layouts.parts import Parts as Parts
+from jpeft.layouts.parts import parts as parts
 from jpeft.layouts.roles import Role as Role
 from jpeft.layouts.roles import is_role as is_role
 from jpeft.layouts.search import RoleModule as RoleModule

@@ -61,7 +61,8 @@ def detect(params: Params) -> Layout | None:
     return max(found, key=lambda pair: len(pair[0].leaves) * (pair[0].count if pair[0].axis is not None else 1))[1] if found else None
 
 
-def _view(params: Params) -> _View:
+def shapes_of(params: Params) -> dict[Path, tuple[int, ...] | None]:
+    """The shapes of parameters, arrays or shapes already, by path; None for those of paths alone."""
     is_shape = lambda leaf: leaf is None or (isinstance(leaf, tuple) and all(isinstance(size, int) for size in leaf))
     if isinstance(params, Sequence) and all(isinstance(path, str) for path in params):
         leaves: Mapping[Path, Any] = dict.fromkeys(params)
@@ -69,7 +70,11 @@ def _view(params: Params) -> _View:
         leaves = params
     else:
         leaves = flatten(params)
-    return _look(tuple((path, leaf if is_shape(leaf) else tuple(getattr(leaf, "shape", ()))) for path, leaf in leaves.items()))
+    return {path: leaf if is_shape(leaf) else tuple(getattr(leaf, "shape", ())) for path, leaf in leaves.items()}
+
+
+def _view(params: Params) -> _View:
+    return _look(tuple(shapes_of(params).items()))
 
 
 @functools.lru_cache(maxsize=32)

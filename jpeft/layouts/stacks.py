@@ -95,7 +95,7 @@ def layer_axes(params: Params) -> Mapping[Path, int | None]:
     >>> from jax import ShapeDtypeStruct
     >>> shapes = {"decoder/wi/kernel": (8, 3, 16), "decoder/norm/scale": (8, 3), "head/kernel": (8, 2)}
     >>> layer_axes({path: ShapeDtypeStruct(shape, "float32") for path, shape in shapes.items()})
-    {'decoder/wi/kernel': 1, 'decoder/norm/scale': 1}
+    {'decoder/norm/scale': 1, 'decoder/wi/kernel': 1}
     """
     return _layer_axes(tuple((path, tuple(leaf.shape)) for path, leaf in flatten(params).items() if hasattr(leaf, "shape")))
 

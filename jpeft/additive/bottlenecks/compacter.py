@@ -79,6 +79,11 @@ class Compacter(BottleneckMethod):
         if self.plus_plus and self.target is not None:
             raise ValueError("plus_plus=True chooses the feed-forward layers; leave it out when you give a target.")
 
+    @property
+    def in_both_parts(self) -> bool:
+        """Unless the user says where."""
+        return self.target is None and not self.plus_plus
+
     def target_in(self, params: tree.Params) -> Names:
         """The option, or the feed-forward layers, or these and self-attention."""
         del params

@@ -17,7 +17,7 @@ from jpeft.core.options import Axes, Names
 from jpeft.tree.adapters import ADDED
 from jpeft.tree.head import not_head
 from jpeft.tree.kernels import AxesRules, KernelAxes, axes_of, axes_rules
-from jpeft.tree.paths import Params, Path, flatten
+from jpeft.tree.paths import Params, Path, first_few, flatten
 from jpeft.tree.select import select
 
 
@@ -93,6 +93,25 @@ def find_sites(params: Params, target: Names, *, axes: Axes | None = None, head:
                 f"{width}. Let it match one of them: the kernel of the module's last projection."
             )
     return list(found.values())
+
+
+def check_both_parts(params: Params, head: str | None, method: str) -> None:
+    """Refuse blocks of which the roles find one part alone, attention or the feed-forward layer, where there is more to find.
+
+    Raises:
+      ValueError: with what was found, and the kernels without a role.
+    """
+    for part in layouts.parts(not_head(params, head)):
+        if not part.unread:
+            continue
+        found = [*part.attention, *part.feed_forward]
+        shown = ", ".join(f"'{path}' {shape}" for path, shape in list(part.unread.items())[:8])
+        names = [path.rpartition("/")[0] or path for path in [*found, *part.unread]]
+        raise ValueError(
+            f"{method}: a block of '{part.stack.path}' gets a bottleneck after attention and one after its feed-forward layer, and of these "
+            f"{first_few(found) if found else 'none'} {'was' if len(found) == 1 else 'were'} found. Kernels without a role: {shown}. "
+            f"Name the last kernels of both, as a regex or a list, such as target={names[:2]!r}."
+        )
 
 
 def _named(params: Params, shapes: dict[str, tuple[int, ...]], target: Names) -> list[tuple[str, str, SiteKind]]:
