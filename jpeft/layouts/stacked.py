@@ -92,7 +92,9 @@ def _sign(path: str, leaves: Mapping[str, tuple[int, ...]], axis: int) -> int:
 
 def _has_pair(leaves: Mapping[str, tuple[int, ...]], axis: int) -> bool:
     """Whether all kernels have three axes, and two of them fit as those of a feed-forward layer without the axis, and not with it."""
-    kernels = [shape for path, shape in leaves.items() if path.rpartition("/")[2] == "kernel" and not _NORM.fullmatch(path.rpartition("/")[0])]
+    kernels = [
+        shape for path, shape in leaves.items() if path.rpartition("/")[2] == "kernel" and not _NORM.fullmatch(path.rpartition("/")[0])
+    ]
     if not kernels or any(len(shape) != 3 for shape in kernels):
         return False
     one = [_without(shape, axis) for shape in kernels]

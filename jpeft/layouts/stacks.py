@@ -203,7 +203,10 @@ def _are_layers(name: str, members: Mapping[int, Mapping[str, object]], others: 
 
 def _is_feed_forward(name: str, leaves: Mapping[str, object]) -> bool:
     """Whether a child beside attention modules may be a block's feed-forward layer, or a part of it."""
-    return any(rest.endswith("kernel") for rest in leaves) and re.search(r"(?i)mlp|ffn|feed_?forward|ff|dense|linear|wi|wo|up|down", name) is not None
+    return (
+        any(rest.endswith("kernel") for rest in leaves)
+        and re.search(r"(?i)mlp|ffn|feed_?forward|ff|dense|linear|wi|wo|up|down", name) is not None
+    )
 
 
 def _count_modules(leaves: Mapping[str, object]) -> int:

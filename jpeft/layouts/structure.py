@@ -23,7 +23,9 @@ _INPUT = r"(w|to|in|linear|fc|dense)?_?({})(_?(proj|projection|lin|linear|einsum
 _QUERY, _KEY, _VALUE, _QKV, _KV = (
     re.compile(_INPUT.format(names)) for names in ("q|query|queries", "k|key|keys", "v|value|values", "qkv|c_attn|in", "kv")
 )
-_OUT = re.compile(r"(?i)(w|to|linear|fc|dense)?_?(o|out|output|proj|projection|c_proj)(_?(proj|projection|lin|linear|einsum|fc|dense|kernel|w|layer|\d+))?(_\d+)?|dense|final")
+_OUT = re.compile(
+    r"(?i)(w|to|linear|fc|dense)?_?(o|out|output|proj|projection|c_proj)(_?(proj|projection|lin|linear|einsum|fc|dense|kernel|w|layer|\d+))?(_\d+)?|dense|final"
+)
 _LATER = re.compile(r"(?i).*(out|down|2|_1|wo|proj|final|second).*")
 _NORM = re.compile(r"(?i)[^/]*norm[^/]*|ln(_?\w+)?")
 _WEIGHTS = ("kernel", "w", "weight")

@@ -14,6 +14,7 @@ from jpeft.layouts import Stack
 from jpeft.tree.head import not_head
 from jpeft.tree.select import select
 
+
 class Freeze(Method):
     r"""Freeze: train the ``top`` layers nearest the output, the modules that follow them, and the task head; all else stays as it is.
 
