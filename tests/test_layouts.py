@@ -21,7 +21,10 @@ from jpeft.tree.head import head_leaves
 from jpeft.tree.kernels import axes_of
 from jpeft.tree.select import matches, select
 
-CASES = [(name, form) for name in FAMILIES for form in ("numbered", "stacked")] + [("MaxText", "stacked-1")]
+CASES = [(name, form) for name in FAMILIES for form in ("numbered", "stacked")] + [
+    ("MaxText", "stacked-1"),
+    ("t5x (scalable)", "stacked-1"),
+]
 
 # Families that the table must cover.
 PROMISED = {

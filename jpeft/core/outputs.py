@@ -6,6 +6,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.core import Tracer
 
 from jpeft import tree
 from jpeft.core.method import Method
@@ -41,13 +42,13 @@ def check_outputs(method: Method, params: tree.Params, adapters: Iterable[tree.A
         return
     regex = "|".join(re.escape(path.rpartition("/")[0]) for path in dead)
     raise ValueError(
-        f"{method.name}: the output layer {tree.first_few(dead)} is all zeros and would stay so: no gradient passes it, and nothing before it "
-        f"could learn. Train it along, as a new head: head={regex!r}."
+        f"{method.name}: the output layer {tree.first_few(dead)} is all zeros and would stay so. No gradient passes it, so nothing before "
+        f"it could learn. Train it along, as a new head: head={regex!r}."
     )
 
 
 def _is_zero(leaf: Any) -> bool:
     """Whether a leaf has values, and all are zero."""
-    if isinstance(leaf, (jax.core.Tracer, jax.ShapeDtypeStruct)) or not jnp.issubdtype(leaf.dtype, jnp.inexact):
+    if isinstance(leaf, (Tracer, jax.ShapeDtypeStruct)) or not jnp.issubdtype(leaf.dtype, jnp.inexact):
         return False
     return not bool(jnp.any(leaf != 0))

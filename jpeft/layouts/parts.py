@@ -31,7 +31,13 @@ class Parts(NamedTuple):
     def unread(self) -> dict[Path, tuple[int, ...] | None]:
         """The kernels that should have a role: those of attention by name, or all, where a block shows one of its two parts alone."""
         one_part = bool(self.attention) != bool(self.feed_forward)
-        return {path: shape for path, shape in self.others.items() if one_part or _ATTENTION.search(path)}
+        return {path: shape for path, shape in self.others.items() if one_part or self._is_other_attention(path)}
+
+    def _is_other_attention(self, path: Path) -> bool:
+        """Whether a kernel stands in a module that is named as attention, and that nothing is known to leave."""
+        names = path.split("/")[:-1]
+        at = next((i for i, name in enumerate(names) if _ATTENTION.search(name)), None)
+        return at is not None and not any(found.startswith("/".join([*names[: at + 1], ""])) for found in self.attention)
 
 
 def parts(params: Params) -> list[Parts]:
@@ -53,7 +59,8 @@ def parts(params: Params) -> list[Parts]:
         numbers = [number for number in stack.leaves.values() if number is not None]
         block = [path for path, number in stack.leaves.items() if number is None or number == min(numbers)]
         inside = {path: stack.shape_inside(shapes[path]) for path in block}
-        others = {path for path in block if path not in explained and _is_kernel(path, inside[path])}
+        widths = {inside[path][-1] for path in block if path in attention | feed_forward and inside[path]}
+        others = {path for path in block if path not in explained and _is_kernel(path, inside[path], widths)}
         of = lambda paths, block=block, stack=stack: [stack.inside(path) for path in block if path in paths]
         out.append(Parts(stack, of(attention), of(feed_forward), {stack.inside(path): inside[path] for path in sorted(others)}))
     return out
@@ -67,5 +74,9 @@ def _having(shapes: dict[Path, tuple[int, ...] | None], role: Role) -> set[Path]
         return set()
 
 
-def _is_kernel(path: Path, shape: tuple[int, ...] | None) -> bool:
-    return shape is not None and len(shape) > 1 and path.rpartition("/")[2] not in _NO_KERNEL
+def _is_kernel(path: Path, shape: tuple[int, ...] | None, widths: set[int]) -> bool:
+    """Whether a leaf is a kernel: by its name, or as one that takes or gives the width of the model."""
+    name = path.rpartition("/")[2]
+    if shape is None or len(shape) < 2 or name in _NO_KERNEL:
+        return False
+    return name in ("kernel", "w", "weight") or bool(widths & set(shape))

@@ -1,8 +1,8 @@
 """The layout of a block that no naming scheme covers, read off its structure and shapes.
 
-Of attention, queries, keys and values go from the model's width to heads, and one projection goes back; in flax's own attention these kernels
-have an axis of heads. A feed-forward layer goes from the width to an inner one, once or twice, and back. Names tell what shapes leave open:
-which of four square kernels leaves attention. Where neither tells, nothing is read.
+Of attention, queries, keys and values go from the model's width to heads, and one projection goes back; in flax's own attention these
+kernels have an axis of heads. A feed-forward layer goes from the width to an inner one, once or twice, and back. Names tell what shapes
+leave open: which of four square kernels leaves attention. Where neither tells, nothing is read.
 """
 
 import re
@@ -19,13 +19,12 @@ STRUCTURE = "structure"  # name of the layouts that are read here
 _ATTENTION = re.compile(r"(?i)att(n|ention|entive|$|(?=[_\d]))|mha|mhsa|mhdpa")
 _CROSS = re.compile(r"(?i)cross|enc(oder)?_?dec|encoder_att|context_att|src_att")
 _FEED_FORWARD = re.compile(r"(?i)(^|_)(mlp|ffn?|ffw|feed_?forward)(_|block|layer|network|\d|$)|mlp|feed_?forward|ffn")
-_INPUT = r"(w|to|in|linear|fc|dense)?_?({})(_?(proj|projection|lin|linear|einsum|fc|dense|kernel|w|layer))?(_\d+)?"
+_SUFFIX = r"(_?(proj|projection|lin|linear|einsum|fc|dense|kernel|w|layer|\d+))?(_\d+)?"
+_INPUT = rf"(w|to|in|linear|fc|dense)?_?({{}}){_SUFFIX}"
 _QUERY, _KEY, _VALUE, _QKV, _KV = (
     re.compile(_INPUT.format(names)) for names in ("q|query|queries", "k|key|keys", "v|value|values", "qkv|c_attn|in", "kv")
 )
-_OUT = re.compile(
-    r"(?i)(w|to|linear|fc|dense)?_?(o|out|output|proj|projection|c_proj)(_?(proj|projection|lin|linear|einsum|fc|dense|kernel|w|layer|\d+))?(_\d+)?|dense|final"
-)
+_OUT = re.compile(rf"(?i)((w|to|linear|fc|dense|attn)_?)?_?(o|out|output|proj|projection|c_proj){_SUFFIX}|dense|final")
 _LATER = re.compile(r"(?i).*(out|down|2|_1|wo|proj|final|second).*")
 _NORM = re.compile(r"(?i)[^/]*norm[^/]*|ln(_?\w+)?")
 _WEIGHTS = ("kernel", "w", "weight")
@@ -108,10 +107,22 @@ def layout_of(leaves: Mapping[str, Shape | None]) -> Layout | None:
     if reading is None or reading.unread or not (reading.ffn_out or reading.attention_out):
         return None
     pattern = lambda modules: "|".join(map(re.escape, modules))
-    roles = {name: pattern(modules) for name, modules in reading.attention_in.items()}
-    for name in ("attention_out", "cross_attention_out", "ffn_in", "ffn_out", "ffn"):
-        roles[name] = pattern(getattr(reading, name))
-    return Layout(name=STRUCTURE, families="blocks that are read by structure and shapes", weights=(*_WEIGHTS, ""), **roles)
+    ins = {name: pattern(modules) for name, modules in reading.attention_in.items()}
+    return Layout(
+        name=STRUCTURE,
+        families="blocks that are read by structure and shapes",
+        query=ins.get("query", ""),
+        key=ins.get("key", ""),
+        value=ins.get("value", ""),
+        qkv=ins.get("qkv", ""),
+        kv=ins.get("kv", ""),
+        attention_out=pattern(reading.attention_out),
+        cross_attention_out=pattern(reading.cross_attention_out),
+        ffn_in=pattern(reading.ffn_in),
+        ffn_out=pattern(reading.ffn_out),
+        ffn=pattern(reading.ffn),
+        weights=(*_WEIGHTS, ""),
+    )
 
 
 def _width(shapes: Mapping[str, Shape]) -> int | None:

@@ -233,7 +233,7 @@ def _layer_axes(params: tree.Params) -> dict[str, int]:
     """The axis of the layers of each leaf that holds those of a stack, by path."""
     by_name = {path: 0 for path, leaf in tree.flatten(params).items() if len(leaf.shape) > 2 and re.fullmatch(STACKED, path)}
     found = layouts.layer_axes(params)
-    return {path: axis for path, axis in (by_name | found).items() if axis is not None}
+    return {path: axis for path, axis in {**by_name, **found}.items() if axis is not None}
 
 
 def _bias_path(kernel: str) -> str:

@@ -12,7 +12,7 @@ import jax
 from jpeft import layouts
 from jpeft.layouts import Role
 from jpeft.layouts.roles import PROJECTIONS
-from jpeft.tree.kernels import axes_of
+from jpeft.tree.kernels import axes_of, without_axis
 from jpeft.tree.paths import Params, Path, flatten, trained_copy, unflatten
 from jpeft.tree.select import select
 
@@ -21,7 +21,8 @@ HEAD = rf"({layouts.PLAIN.head})(/.*)?"
 
 # Names that heads have in models of no known family. They count where the structure agrees.
 _NAMES = re.compile(
-    r"(?i)(\w+_)?heads?(_\w+)?|(out|output|class|final)_?(proj|projection|layer|dense|linear|fc)?|(\w+_)?logits?(_?\w+)?|predictions?|conv_?out"
+    r"(?i)(\w+_)?heads?(_\w+)?|(out|output|class|final)_?(proj|projection|layer|dense|linear|fc)?|(\w+_)?logits?(_?\w+)?|predictions?|"
+    r"conv_?out"
 )
 
 # What ends a model, or a part of one, and is no task head.
@@ -102,14 +103,17 @@ def unknown_heads(params: Params) -> list[Path]:
     >>> unknown_heads({path: ShapeDtypeStruct(shape, "float32") for path, shape in shapes.items()})
     ['Dense_1']
     """
-    shapes = {path: tuple(leaf.shape) for path, leaf in flatten(params).items() if leaf.shape and not path.endswith("bias")}
-    if layouts.find(shapes, Role.HEAD, required=False):
+    whole = {path: tuple(leaf.shape) for path, leaf in flatten(params).items() if leaf.shape and not path.endswith("bias")}
+    if layouts.find(whole, Role.HEAD, required=False):
         return []
     # Without queries, `value` is a head that predicts one.
-    roles = [role for role in _KNOWN if role not in (Role.KEY, Role.VALUE) or _found(shapes, Role.QUERY)]
-    known = {path for role in roles for path in _found(shapes, role)}
+    roles = [role for role in _KNOWN if role not in (Role.KEY, Role.VALUE) or _found(whole, Role.QUERY)]
+    known = {path for role in roles for path in _found(whole, role)}
     # Logits are those of words only if there is a table of as many words; that the outputs are read nowhere else is asked below.
-    known -= {path for path in _found(shapes, Role.LM_HEAD) if "logit" in path.split("/")[-2]}
+    known -= {path for path in _found(whole, Role.LM_HEAD) if "logit" in path.split("/")[-2]}
+    # Of stacked layers one counts: how many there are is no width.
+    layers = layouts.layer_axes(params)
+    shapes = {path: shape for path in whole if (shape := without_axis(whole[path], layers.get(path)))}
     blocks = Counter(map(_block, shapes))
     given = Counter(shape[-1] for path, shape in shapes.items() if _is_kernel(path))
     read = Counter(width for path, shape in shapes.items() for width in _read(path, shape))
@@ -148,7 +152,7 @@ def _read(path: Path, shape: tuple[int, ...]) -> set[int]:
     if not _is_kernel(path) or len(shape) < 2:
         return set(shape[-2:]) if path.endswith("embedding") else set(shape[-1:])
     try:
-        inputs = axes_of(path, shape).inputs
+        inputs = axes_of(path, shape, layers={path: None}).inputs
     except ValueError:
         inputs = tuple(range(len(shape) - 1))
     # The inputs together, and the channels of a convolution.

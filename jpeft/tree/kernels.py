@@ -137,7 +137,7 @@ def axes_of(
             return axes
     known = path in layers
     at = layers[path] if known else 0 if re.fullmatch(STACKED, path) is not None and len(shape) > 2 else None
-    inside = shape if at is None else _without(shape, at)
+    inside = without_axis(shape, at)
     named = [(pattern, axes) for pattern, ndim, axes in DEFAULT_AXES if ndim == len(inside) and re.fullmatch(pattern, path)]
     # A module called `block` may be one block or a stack of them: a square window tells that a convolution in it is not stacked.
     kernel, stacked = (inside, False) if known else (shape, at is not None)
@@ -149,7 +149,10 @@ def axes_of(
     return named[0][1] if at is None else _with_stack(named[0][1], at % len(shape))
 
 
-def _without(shape: tuple[int, ...], axis: int) -> tuple[int, ...]:
+def without_axis(shape: tuple[int, ...], axis: int | None) -> tuple[int, ...]:
+    """A shape without one of its axes, or whole for None."""
+    if axis is None:
+        return shape
     at = axis % len(shape)
     return shape[:at] + shape[at + 1 :]
 

@@ -72,7 +72,7 @@ class BottleneckMethod(Method):
         out = {path: tree.trained_copy(base[path]) for path in norms}
         sites = find_sites(params, self.target_in(params), axes=self.axes, head=self.head)
         if self.in_both_parts:
-            check_both_parts(params, self.head, self.name)
+            check_both_parts(params, sites, self.head, self.name)
         for site in sites:
             out |= site.added(self.init_at(tree.key_for(key, site.leaf), site))
         return with_head(out, params, self.head)

@@ -7,7 +7,7 @@ added to the module that owns the leaf. If the regex has a named group, the bott
 
 import enum
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
@@ -95,22 +95,35 @@ def find_sites(params: Params, target: Names, *, axes: Axes | None = None, head:
     return list(found.values())
 
 
-def check_both_parts(params: Params, head: str | None, method: str) -> None:
+def check_both_parts(params: Params, sites: Sequence[BottleneckSite], head: str | None, method: str) -> None:
     """Refuse blocks of which the roles find one part alone, attention or the feed-forward layer, where there is more to find.
 
+    Args:
+      params: The base.
+      sites: What the roles found.
+      head: Where the task head is.
+      method: Name of the method, for the message.
+
     Raises:
-      ValueError: with what was found, and the kernels without a role.
+      ValueError: with what was found, and the kernels without a role; also if two parts of one block have different widths.
     """
+    widths = {site.leaf: site.width for site in sites}
     for part in layouts.parts(not_head(params, head)):
+        found = {path: widths[leaf] for leaf in part.stack.leaves if leaf in widths and (path := part.stack.inside(leaf))}
+        if len(set(found.values())) > 1:
+            shown = ", ".join(f"'{path}' with {width} outputs" for path, width in found.items())
+            raise ValueError(
+                f"{method}: what leaves attention and the feed-forward layer of a block is as wide as the model. In '{part.stack.path}' "
+                f"names and shapes disagree: {shown}. Name the last kernels of both with target=[...], or give the geometry with axes=."
+            )
         if not part.unread:
             continue
-        found = [*part.attention, *part.feed_forward]
         shown = ", ".join(f"'{path}' {shape}" for path, shape in list(part.unread.items())[:8])
-        names = [path.rpartition("/")[0] or path for path in [*found, *part.unread]]
+        names = [path.rpartition("/")[0] or path for path in [*part.attention, *part.feed_forward, *part.unread]]
         raise ValueError(
-            f"{method}: a block of '{part.stack.path}' gets a bottleneck after attention and one after its feed-forward layer, and of these "
-            f"{first_few(found) if found else 'none'} {'was' if len(found) == 1 else 'were'} found. Kernels without a role: {shown}. "
-            f"Name the last kernels of both, as a regex or a list, such as target={names[:2]!r}."
+            f"{method}: a block of '{part.stack.path}' gets a bottleneck after attention and one after its feed-forward layer. Found: "
+            f"{first_few([*part.attention, *part.feed_forward]) or 'none'}. Kernels without a role: {shown}. Name the last kernels of "
+            f"both, as a regex or a list, such as target={names[:2]!r}."
         )
 
 
