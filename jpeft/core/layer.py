@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 from collections.abc import Callable, Mapping
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -24,6 +24,14 @@ class Wrapper(Protocol):
         ...
 
 
+class NoProductError(ValueError):
+    """A layer that uses a parameter in another way than in products with its inputs."""
+
+    def __init__(self, name: str, reason: str):
+        super().__init__(f"'{name}' does not act as a kernel: {reason}.")
+        self.name, self.reason = name, reason
+
+
 @dataclasses.dataclass(frozen=True)
 class Linear:
     """What is linear about a layer: the parameter that acts as its kernel, its geometry, and cheap ways to change its product.
@@ -42,6 +50,8 @@ class Linear:
       scale_inputs: ``(x, g) -> x``: the layer's inputs times g, which has the kernel's input axes.
       add_bias: ``(y, bias) -> y``: the layer's outputs with its bias added.
       reads_once: Whether each number of x is an input at one position only, as in a dense layer and not in a convolution.
+      views: In which forms an update of low rank can be computed: "factored", ``layer(x) + (x a) b``, or "merged", the layer on the new
+        kernel with the gradient of the factors taken from the factored form.
     """
 
     name: str
@@ -53,6 +63,19 @@ class Linear:
     scale_inputs: Callable[[jax.Array, jax.Array], jax.Array] | None = None
     add_bias: Callable[[jax.Array, jax.Array], jax.Array] | None = None
     reads_once: bool = False
+    views: tuple[str, ...] = ("factored", "merged")
+
+
+class Change(NamedTuple):
+    """What runs in the place of a parameter's products; see `Layer.run_changed`.
+
+    Attributes:
+      axes: The geometry of the parameter, as the adapter has it.
+      run: ``(layer, x) -> y``: `layer` is a product as a layer of its own, whose kernel is the parameter.
+    """
+
+    axes: KernelAxes
+    run: Callable[["Layer", jax.Array], jax.Array]
 
 
 @jax.tree_util.register_dataclass
@@ -82,6 +105,8 @@ class Layer:
       merged: ``params -> params``: the layer's own parameters with the changes of all inner middleware written in, as `Method.merge` would
         write them; None where a change is none of a parameter. A method that looks at the kernel's value takes it from here.
       bare: The layer without any middleware; None where there is none around it.
+      run_changed: ``(params, changes, *inputs) -> outputs``: the layer with a `Change` in the place of the products of some parameters, by
+        their names, for layers of unknown classes; None where the host gives none. Raises `NoProductError`.
     """
 
     run: Callable[..., Any]
@@ -95,6 +120,7 @@ class Layer:
     cached: bool = False
     merged: Callable[[Mapping[str, Any]], Mapping[str, Any] | None] = lambda params: params
     bare: "Layer | None" = None
+    run_changed: Callable[..., Any] | None = None
 
     def __call__(self, *inputs: Any, **keywords: Any) -> Any:
         """Run the layer as it is."""
@@ -157,7 +183,7 @@ class Layer:
             return method.merge_layer(below(params), params[name].leaves)
 
         return dataclasses.replace(
-            self, run=run, merged=merged, bare=inner.innermost, params={**self.params, name: MiddlewareState(leaves, rng)}
+            self, run=run, run_changed=None, merged=merged, bare=inner.innermost, params={**self.params, name: MiddlewareState(leaves, rng)}
         )
 
 

@@ -39,8 +39,10 @@ def low_rank(layer: Layer, linear: Linear, scale: float, inputs: tuple[Any, ...]
     if view == "joined" and joined.applies(layer, linear, inputs):
         return changed(joined.joined(layer, linear, scale, inputs[0], a, b))
     # With middleware of another method in between, a bottleneck say, the outputs are no longer linear in the kernel.
-    if not layer.is_wrapped and (applies(layer, linear, inputs, a) if view == "auto" else view == "two-view"):
-        return two_view(layer, linear, scale, inputs, a, b)
+    if "merged" in linear.views and not layer.is_wrapped:
+        wanted = "factored" not in linear.views or (applies(layer, linear, inputs, a) if view == "auto" else view == "two-view")
+        if wanted:
+            return two_view(layer, linear, scale, inputs, a, b)
     return factored(layer, linear, scale, inputs, inputs[0], a, b)
 
 

@@ -7,6 +7,7 @@ runs layers. By default a layer runs on its new kernel, which is right everywher
 """
 
 import abc
+import warnings
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
@@ -15,7 +16,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from jpeft import tree
-from jpeft.core.layer import Layer, Linear
+from jpeft.core.layer import Change, Layer, Linear, NoProductError
 from jpeft.core.method import Method, with_head
 from jpeft.core.options import Axes, Names, Pattern, per_path
 from jpeft.layouts import layer_axes
@@ -139,9 +140,8 @@ class WeightMethod(Method):
         """`call_linear` where the layer's geometry is known, else the layer on its new parameters."""
         linear = layer.linear
         if linear is None or list(leaves) != [linear.name]:
-            # All that is known of a layer of an unknown class is its parameters.
             axes = {name: self._axes_inside(layer, name, part) for name, part in leaves.items()}
-            return self._run_on_new_params(layer, inputs, leaves, axes)
+            return self._call_unknown(layer, inputs, leaves, axes, rng)
         path = f"{layer.path}/{linear.name}"
         self.check_geometry(path, MatrixForm(layer.params[linear.name].shape, linear.axes), leaves[linear.name])
         return self.call_linear(layer, linear, inputs, leaves[linear.name], path, rng)
@@ -197,6 +197,30 @@ class WeightMethod(Method):
 
     # --- one layer --------------------------------------------------------------------------------------------------------------------
 
+    def _call_unknown(
+        self, layer: Layer, inputs: Inputs, leaves: Mapping[str, Any], axes: Mapping[str, KernelAxes], rng: Key | None
+    ) -> Any:
+        """A layer of an unknown class: each product of its kernels as a layer by itself, else the layer on its new parameters."""
+        if layer.run_changed is None:
+            return self._run_on_new_params(layer, inputs, leaves, axes)
+
+        def change(name: str) -> Change:
+            path = "/".join(filter(None, (layer.path, name)))
+            return Change(axes[name], lambda product, x: self.call_linear(product, _linear(product), (x,), leaves[name], path, rng))
+
+        # A bias beside the kernel takes its new value, as in `merge`: where the layer adds it is the layer's own affair.
+        own = {name: part for name, part in leaves.items() if self.changes_bias(part) and "bias" in layer.params}
+        params = {**layer.params, "bias": self._new_params(layer.params, own, axes, layer.path)["bias"]} if own else layer.params
+        try:
+            return layer.run_changed(params, {name: change(name) for name in leaves}, *inputs)
+        except NoProductError as error:
+            warnings.warn(
+                f"{self.name}: in '{layer.path or 'the model'}' {error} The layer runs on its new kernel: exact, at the cost of full "
+                "fine-tuning of this layer.",
+                stacklevel=2,
+            )
+            return self._run_on_new_params(layer, inputs, leaves, axes)
+
     def _run_on_new_params(self, layer: Layer, inputs: Inputs, leaves: Mapping[str, Any], axes: Mapping[str, KernelAxes]) -> Any:
         """Run a layer on its new parameters, made from those that other middleware leaves, as in `merge`."""
         merged = layer.merged(layer.params) if layer.is_wrapped else None
@@ -219,8 +243,9 @@ class WeightMethod(Method):
             # Summed in the dtype of the leaves, float32 as a rule, and rounded once to the kernel's own: bfloat16 would lose small updates.
             wide = jnp.promote_types(kernel.dtype, jnp.result_type(*part.values()))
             new[name] = form.from_matrix(run(form.to_matrix(kernel.astype(wide)), matrices)).astype(kernel.dtype)
-            if self.changes_bias(part) and params.get("bias") is not None:
-                bias = params["bias"]  # [*stack, *outputs]
+            bias = params.get("bias")
+            # [*stack, *outputs]: what has another shape is no bias of the kernel's outputs.
+            if bias is not None and self.changes_bias(part) and tuple(bias.shape) == form.leaf_shape((OUTPUTS,), {}):
                 run = form.each(lambda b, leaves, path=path: self.new_bias(b, leaves, path))
                 changed = run(form.leaf_to_matrix(bias.astype(wide), (OUTPUTS,)), matrices)
                 new["bias"] = form.leaf_from_matrix(changed, (OUTPUTS,)).astype(bias.dtype)
@@ -259,6 +284,12 @@ class WeightMethod(Method):
                 f"leaves of shapes {expected}, but the adapter holds {found}. The axes were taken from the kernel's name; "
                 "let the model tell them: axes=jpeft.kernel_axes(model, params, *example_inputs)."
             )
+
+
+def _linear(layer: Layer) -> Linear:
+    """What is linear about a product."""
+    assert layer.linear is not None
+    return layer.linear
 
 
 def _wide(kernel: jax.Array) -> jax.Array:

@@ -9,7 +9,8 @@ import jax
 from flax import linen as nn
 from flax.core import meta
 
-from jpeft.core.layer import Layer
+from jpeft.core.layer import Change, Layer
+from jpeft.hosts import products
 from jpeft.hosts.base import DROPOUT
 from jpeft.hosts.linen import flax_internals
 from jpeft.hosts.linen.layers import compute_dtype, direct, linear_of
@@ -47,13 +48,16 @@ def dropout_key(module: nn.Module) -> Any:
     return module.make_rng(DROPOUT) if module.has_rng(DROPOUT) else None
 
 
-def as_layer(module: nn.Module, method_name: str, next_fun: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Layer:
+def as_layer(
+    context: nn.module.InterceptorContext, next_fun: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]
+) -> Layer:
     """A module that is about to run as a `Layer`, for middleware that may run it any number of times, on any parameters.
 
     linen lets a compact module run once in its scope. So the first run on the module's own parameters happens in place, by `next_fun`,
     where submodules are intercepted and variables of other collections can be written. Every other run is a pure function of its
     parameters: `apply` of an unbound copy.
     """
+    module, method_name = context.module, context.method_name
     own = own_params(module)
     # Without parent and name the copy is a model by itself, whose `apply` takes the layer's parameters alone.
     unbound = module.clone(parent=None, name=None)
@@ -62,6 +66,7 @@ def as_layer(module: nn.Module, method_name: str, next_fun: Callable[..., Any], 
     rngs = {DROPOUT: module.make_rng(DROPOUT)} if draws else None
     in_place = [next_fun]  # emptied by the first run
     short = direct(unbound, method_name)
+    linear = linear_of(unbound, method_name, own, args, kwargs)
 
     def run(params: Mapping[str, Any], *inputs: Any, **keywords: Any) -> Any:
         # `is`: equal parameters that went through a transformation are other arrays, which the scope does not hold.
@@ -69,18 +74,30 @@ def as_layer(module: nn.Module, method_name: str, next_fun: Callable[..., Any], 
             return in_place.pop()(*inputs, **{**kwargs, **keywords})
         if short is not None and not keywords:
             return short(params, *inputs)
+        if linear is None and in_place:  # a layer of an unknown class may do more than return its outputs
+            in_place.pop()
+            return run_changed(params, {}, *inputs, **keywords)
         return unbound.apply({"params": params}, *inputs, rngs=rngs, method=method_name, **{**kwargs, **keywords})
+
+    def run_changed(params: Mapping[str, Any], changes: Mapping[str, Change], *inputs: Any, **keywords: Any) -> Any:
+        def use(pure: Callable[..., Any], *inputs: Any) -> Any:
+            return products.run_changed(pure, dict(params), changes, *inputs) if changes else pure(params, *inputs)
+
+        out = flax_internals.call_as_function(module, flax_internals.function_of(context), use, inputs, {**kwargs, **keywords})
+        in_place.clear()
+        return out
 
     return Layer(
         run=run,
         params=own,
         path="/".join(module.path),
-        linear=linear_of(unbound, method_name, own, args, kwargs),
+        linear=linear,
         dtype=compute_dtype(module, own, args),
         names=_names(type(module), method_name),
         keywords=kwargs,
         method=method_name,
         cached=bool(flax_internals.collection(module, "cache")),
+        run_changed=run_changed if linear is None else None,
     )
 
 

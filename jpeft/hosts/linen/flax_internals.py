@@ -4,11 +4,15 @@
 functions rely on fails there, with a message that names the function.
 """
 
+import contextlib
 import functools
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
+import jax
 from flax import linen as nn
+from flax.core import DenyList, lift
+from flax.linen import module as linen_module
 from flax.linen import transforms
 
 
@@ -38,3 +42,74 @@ def _class_enters_transform(cls: type, method_name: str) -> bool:
     codes = [getattr(vars(base).get(method_name), "__code__", None) for base in cls.__mro__]
     lifted = "module_class_lift_transform"
     return any(code is not None and code.co_filename == transforms.__file__ and code.co_qualname.startswith(lifted) for code in codes)
+
+
+def origin(scope: Any) -> Any:
+    """The scope that `call_as_function` has copied; the scope itself, if it is no copy."""
+    return getattr(scope, "jpeft_origin", scope)
+
+
+def call_as_function(
+    module: nn.Module, method: Callable[..., Any], use: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]
+) -> Any:
+    """Call a method of a bound module by ``use(pure, *args)``, where ``pure(params, *args)`` is the call as a function of its parameters.
+
+    `pure` returns the outputs and the state that the call writes: what it sows, its other collections. `use` returns the same, and the
+    state goes where the module would have written it. The module draws the random numbers that it would draw by itself.
+
+    This is what flax's own lifted transforms do, with `use` for the transform.
+    """
+    state, counters = module._state.export(), dict(_scope(module).rng_counters)
+
+    def transform(core_fn: Callable[..., Any], scopes: Any, *args: Any) -> Any:
+        def inner(scope_fn: Any, repack_fn: Any, variable_groups: Any, rng_groups: Any, *args: Any) -> Any:
+            before = collection(module, "params")
+
+            def pure(params: Mapping[str, Any], *args: Any) -> Any:
+                # The very arrays of the scope are exchanged, inside of metadata boxes, too.
+                pairs = zip(*(jax.tree.leaves({name: tree[name] for name in params}) for tree in (before, params)), strict=True)
+                changed = {id(old): new for old, new in pairs if new is not old}
+                groups = jax.tree.map(lambda leaf: changed.get(id(leaf), leaf), variable_groups)
+                # Parameters are not written: what is returned as the model's parameters must be those without the change.
+                scopes = scope_fn(groups, rng_groups, DenyList("params"))
+                return core_fn(scopes, *args), repack_fn(scopes)
+
+            return use(pure, *args)
+
+        return lift.pack(inner, (True,), (True,), (True,))(scopes, *args)
+
+    def call(copy: nn.Module, *args: Any) -> Any:
+        _scope(copy).jpeft_origin = _scope(module)  # pyright: ignore[reportAttributeAccessIssue]
+        with _captured_once(copy, method.__name__):
+            return linen_module.wrap_method_once(method)(copy, *args, **kwargs)
+
+    call.method_wrapped = True  # pyright: ignore[reportFunctionMemberAccess]  # it is no method of the module's own
+    try:
+        return transforms.lift_direct_transform(transform, (call,), module, *args)
+    except BaseException:
+        # The caller may run the module in another way, as if nothing had been tried.
+        module._state.reimport(state)
+        _scope(module).rng_counters.update(counters)
+        raise
+
+
+def function_of(context: nn.module.InterceptorContext) -> Callable[..., Any]:
+    """The function that an intercepted call runs: the method as its class defines it, inside of transforms that decorate it."""
+    return context.orig_method.func  # pyright: ignore[reportFunctionMemberAccess]  # a partial application to the module
+
+
+@contextlib.contextmanager
+def _captured_once(module: nn.Module, method_name: str) -> Iterator[None]:
+    """Let ``capture_intermediates`` leave out this call, which runs inside another one that it captures."""
+    stack = linen_module._context.capture_stack
+    outer = stack[-1] if stack else None
+    stack.append(outer and (lambda other, name: bool(outer(other, name)) and not (other is module and name == method_name)))
+    try:
+        yield
+    finally:
+        stack.pop()
+
+
+def _scope(module: nn.Module) -> Any:
+    assert module.scope is not None, "Only a bound module has a scope."
+    return module.scope

@@ -24,7 +24,7 @@ from flax.core import meta
 from jpeft.core.method import Method
 from jpeft.hosts import base
 from jpeft.hosts.call_stack import with_room
-from jpeft.hosts.linen import reading
+from jpeft.hosts.linen import flax_internals, reading
 from jpeft.hosts.linen.calls import LAYER_METHODS, as_layer, bind_by_position, dropout_key, dtypes_of, is_layer_call
 from jpeft.hosts.linen.unread import UnreadLeaves
 from jpeft.hosts.linen.variables import params_of, split_variables
@@ -89,7 +89,7 @@ class LinenHost(base.Host):
         return forward
 
     def kernel_axes(self, model: Any, params: Params, *args: Any, **kwargs: Any) -> tuple[tuple[str, KernelAxes], ...]:
-        """Return the geometry of all kernels whose layers have a class in `jpeft.hosts.linen.layers`."""
+        """Return the geometry of all parameters that act as kernels."""
         params, collections = split_variables(params)
         return reading.kernel_axes(model, self.unwrap(params), collections, *args, **kwargs)
 
@@ -153,12 +153,12 @@ class Interceptor:
         if self.tag not in tagged:
             return next_fun(*args, **kwargs)  # the leaves of another wrap: a wrapped model inside a wrapped model
         # A layer's method may call another method in the same scope, as a subclass of Dense calls `super().__call__`. Count leaves once.
-        if any(scope is module.scope for scope in self.active):
+        if any(scope is flax_internals.origin(module.scope) for scope in self.active):
             return next_fun(*args, **kwargs)
         self.ran.add("/".join(module.path))
         # The method sees arguments in one form, however the model spells the call.
         args, kwargs = bind_by_position(module, name, args, kwargs)
-        layer = as_layer(module, name, next_fun, args, kwargs)
+        layer = as_layer(context, next_fun, args, kwargs)
         self.active.append(module.scope)
         # A random key is drawn only where the model draws some, so a method is random exactly when the model's dropout is.
         try:
