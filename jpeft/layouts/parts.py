@@ -59,7 +59,7 @@ def parts(params: Params) -> list[Parts]:
         numbers = [number for number in stack.leaves.values() if number is not None]
         block = [path for path, number in stack.leaves.items() if number is None or number == min(numbers)]
         inside = {path: stack.shape_inside(shapes[path]) for path in block}
-        widths = {inside[path][-1] for path in block if path in attention | feed_forward and inside[path]}
+        widths = {shape[-1] for path in block if path in attention | feed_forward and (shape := inside[path])}
         others = {path for path in block if path not in explained and _is_kernel(path, inside[path], widths)}
         of = lambda paths, block=block, stack=stack: [stack.inside(path) for path in block if path in paths]
         out.append(Parts(stack, of(attention), of(feed_forward), {stack.inside(path): inside[path] for path in sorted(others)}))
