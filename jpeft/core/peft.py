@@ -13,6 +13,7 @@ import jax
 from jpeft import registry
 from jpeft.core.chain import chain
 from jpeft.core.method import FREEZE, Method
+from jpeft.core.outputs import check_outputs
 from jpeft.core.statistics import find
 from jpeft.hosts import registry as registry_of_hosts
 from jpeft.hosts.base import Host, innermost
@@ -105,6 +106,7 @@ def apply(
             raise
         raise ValueError(f"The adapter of {made!r} does not fit into the memory. Choose smaller sizes.") from error
     _warn_of_unknown_heads(peft)
+    check_outputs(peft.method, peft.params, peft.method.to_collections(peft.adapter).values())
     return peft
 
 

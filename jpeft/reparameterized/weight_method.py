@@ -18,6 +18,7 @@ from jpeft import tree
 from jpeft.core.layer import Change, Layer, Linear, NoProductError
 from jpeft.core.method import Method, with_head
 from jpeft.core.options import Axes, Names, Pattern, per_path
+from jpeft.layouts import layer_axes
 from jpeft.reparameterized.matrix_form import OUTPUTS, LeafAxes, MatrixForm
 from jpeft.tree.head import not_head
 from jpeft.tree.kernels import KernelAxes, axes_inside, axes_of, axes_rules
@@ -103,8 +104,8 @@ class WeightMethod(Method):
           ValueError: if the geometry of one is not known.
         """
         shapes = {path: tuple(leaf.shape) for path, leaf in tree.flatten(params).items()}
-        rules = axes_rules(self.axes)
-        return {path: MatrixForm(shapes[path], axes_of(path, shapes[path], rules)) for path in self.kernels(params)}
+        rules, layers = axes_rules(self.axes), layer_axes(params)
+        return {path: MatrixForm(shapes[path], axes_of(path, shapes[path], rules, layers=layers)) for path in self.kernels(params)}
 
     # --- the contract of a method -----------------------------------------------------------------------------------------------------
 
@@ -153,7 +154,7 @@ class WeightMethod(Method):
             prefix = f"{module}/" if module else ""
             # As a layer sees them: the kernel and, if there is one, the bias beside it.
             own = {name: base[path]} | ({"bias": base[f"{prefix}bias"]} if f"{prefix}bias" in base else {})
-            axes = axes_of(path, tuple(base[path].shape), axes_rules(self.axes))
+            axes = axes_of(path, tuple(base[path].shape), axes_rules(self.axes), layers=layer_axes(params))
             new = self._new_params(own, {name: leaves}, {name: axes}, module)
             replaced |= {f"{prefix}{key}": value for key, value in new.items() if value is not own[key]}
         return tree.replace(params, replaced)

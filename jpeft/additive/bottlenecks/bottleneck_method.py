@@ -9,7 +9,7 @@ import jax
 from jpeft import layouts, tree
 from jpeft.additive.bottlenecks.bottleneck import Activation, project_down_and_up
 from jpeft.additive.bottlenecks.hidden_state import change_hidden, is_hidden
-from jpeft.additive.bottlenecks.sites import BottleneckSite, find_sites
+from jpeft.additive.bottlenecks.sites import BottleneckSite, check_both_parts, find_sites
 from jpeft.core.layer import Layer
 from jpeft.core.method import Method, with_head
 from jpeft.core.options import Axes, Names, PathPattern, Pattern
@@ -52,6 +52,11 @@ class BottleneckMethod(Method):
           site: The module, its width and its stack axes.
         """
 
+    @property
+    def in_both_parts(self) -> bool:
+        """Whether a bottleneck is wanted after attention and after the feed-forward layer of each block, wherever these are."""
+        return False
+
     def target_in(self, params: tree.Params) -> Names:
         """The option `target`, or what None stands for in this base."""
         del params
@@ -68,7 +73,10 @@ class BottleneckMethod(Method):
         norms = layouts.find(not_head(params, self.head), "@norms", required=False) if self.train_norms else []
         base = tree.flatten(params)
         out = {path: tree.trained_copy(base[path]) for path in norms}
-        for site in find_sites(params, self.target_in(params), axes=self.axes, head=self.head):
+        sites = find_sites(params, self.target_in(params), axes=self.axes, head=self.head)
+        if self.in_both_parts:
+            check_both_parts(params, sites, self.head, self.name)
+        for site in sites:
             out |= site.added(self.init_at(tree.key_for(key, site.leaf), site))
         return with_head(out, params, self.head)
 
