@@ -22,7 +22,7 @@ from jpeft.models import BertConfig, BertForSequenceClassification, LlamaConfig,
 from jpeft.tasks.task import find_task
 from jpeft.training.config import parse_options
 from jpeft.training.cost import cost
-from jpeft.training.flops import count_flops
+from jpeft.core.flops import count_flops
 from jpeft.training.schedule import clipped_adamw, learning_rate_schedule
 from jpeft.training.step import make_step
 

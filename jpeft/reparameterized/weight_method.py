@@ -48,6 +48,7 @@ class WeightMethod(Method):
     leaf_axes: ClassVar[Mapping[str, LeafAxes]]
     family = "reparameterized"
     why_no_merge = None
+    begins_within = 0.0
 
     # --- what a weight method defines -------------------------------------------------------------------------------------------------
 

@@ -41,6 +41,7 @@ class DiffPruningOptions(Method):
 
     name = "diff_pruning"
     family = "selective"
+    begins_within = 0.0
     summary = "learn which weights to change by gates, then train the k largest changes"
     learning_rate = 1e-3
     why_no_merge = None

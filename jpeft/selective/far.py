@@ -36,6 +36,7 @@ class NeuronMethod(Method):
     summary = "train the feed-forward neurons that move the most in a short priming"
     learning_rate = 1e-3
     why_no_merge = None
+    begins_within = 0.0
 
     def find_targets(self, params: tree.Params) -> tuple[list[str], list[str]]:
         """The paths of the kernels, and of the leaves that the option `also` names besides.

@@ -57,6 +57,7 @@ class Freeze(Method):
     summary = "train the top layers and what follows them, freeze the rest"
     learning_rate = 5e-4
     why_no_merge = None
+    begins_within = 0.0
 
     def check(self) -> None:
         """Refuse a regex for the layers that has no group for their index."""

@@ -42,6 +42,7 @@ class BottleneckMethod(Method):
     family = "additive"
     learning_rate = 2e-3
     why_no_merge = "an adapter is a nonlinear layer of its own, which no weight of the base can take up; keep using it through jpeft.wrap"
+    begins_within = 0.2
 
     @abc.abstractmethod
     def init_at(self, key: jax.Array, site: BottleneckSite) -> dict[str, Any]:
