@@ -11,7 +11,7 @@ from jpeft.core.method import Method
 from jpeft.core.peft import Peft, merge
 from jpeft.hosts.base import Host
 from jpeft.hosts.check.cost import gradient_cost
-from jpeft.hosts.check.reach import Reach, reach_of
+from jpeft.hosts.check.reach import reach_of
 from jpeft.hosts.check.report import Finding, Report, named
 from jpeft.hosts.check.subject import Subject, floats, noised, subject
 from jpeft.tree.adapters import split
@@ -71,6 +71,7 @@ def _look(checked: Subject) -> tuple[list[Finding], dict[str, Any]]:
     replaced, beside, added = split(params, checked.peft.adapter)
     adapted = tuple({**replaced, **beside})
     left = tuple(path for path, leaf in flatten(params).items() if path not in {**replaced, **beside} and _is_matrix(path, leaf))
+    unread = tuple(path for path in read.unread if path not in adapted)  # a parameter that is replaced is not read
     price = f"a gradient takes {cost.passes:.3g} forward passes, and needs {cost.needed / max(cost.forward, 1):.3g}"
     if cost.is_high:
         price += f": {named(cost.whole)} cost as much as in full fine-tuning. docs/any_model.md says how to teach jpeft a layer"
@@ -80,14 +81,14 @@ def _look(checked: Subject) -> tuple[list[Finding], dict[str, Any]]:
         "added": tuple(added),
         "left": left,
         "dead": dead,
-        "unread": read.unread,
+        "unread": unread,
         "begins": begins,
         "effect": effect,
         "merge": apart,
         "passes": cost.passes,
         "full_cost": cost.whole,
     }
-    return [*found, *_coverage(adapted, tuple(added), left, read)], fields
+    return [*found, *_coverage(adapted, tuple(added), left, unread)], fields
 
 
 def _is_matrix(path: str, leaf: Any) -> bool:
@@ -143,7 +144,7 @@ def _merges(checked: Subject, run: Callable[..., Any], adapter: Any, out: Any) -
     return far, Finding("merges", "BAD" if bad else "ok", f"{text}, but should be equal." if bad else f"{text}.")
 
 
-def _coverage(checked: Subject, adapted: tuple[str, ...], added: tuple[str, ...], left: tuple[str, ...], read: Reach) -> Iterator[Finding]:
+def _coverage(adapted: tuple[str, ...], added: tuple[str, ...], left: tuple[str, ...], unread: tuple[str, ...]) -> Iterator[Finding]:
     """What the method reaches, and what it does not."""
     if adapted:
         yield Finding("adapts", "-", f"{len(adapted)} parameters: {named(adapted)}.")
@@ -151,9 +152,8 @@ def _coverage(checked: Subject, adapted: tuple[str, ...], added: tuple[str, ...]
         yield Finding("adds to", "-", f"{len(added)} modules: {named([path or '(the model)' for path in added])}.")
     if left:
         yield Finding("leaves", "-", f"{len(left)} kernels and tables: {named(left)}.")
-    others = tuple(path for path in read.unread if path not in adapted)  # a replaced parameter is not read
-    if others:
-        yield Finding("unread", "-", f"the model does not read {named(others)} for these inputs.")
+    if unread:
+        yield Finding("unread", "-", f"the model does not read {named(unread)} for these inputs.")
 
 
 def promise(method: Method) -> float | None:

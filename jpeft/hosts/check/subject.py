@@ -8,7 +8,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import linen as nn
 
 from jpeft.core.method import FREEZE, Method
 from jpeft.core.peft import Peft, check_peft, penalty, wrap
@@ -82,7 +81,7 @@ class Subject:
         return [path for path, label in labels.items() if label != FREEZE]
 
 
-def subject(model: Any, peft: Peft, inputs: tuple[Any, ...], keywords: Mapping[str, Any], host: str | Host = "auto") -> Subject:
+def subject(model: Any, peft: Any, inputs: tuple[Any, ...], keywords: Mapping[str, Any], host: str | Host = "auto") -> Subject:
     """Return what is to be checked.
 
     Raises:
@@ -96,7 +95,7 @@ def subject(model: Any, peft: Peft, inputs: tuple[Any, ...], keywords: Mapping[s
                 f"jpeft.wrap(model.apply), and was given a function that was wrapped with {model.method!r}."
             )
         return Subject(model, peft, inputs, keywords)
-    return Subject(wrap(model.apply if isinstance(model, nn.Module) else model, host=host), peft, inputs, keywords)
+    return Subject(wrap(model, host=host), peft, inputs, keywords)
 
 
 def floats(outputs: Any) -> list[jax.Array]:

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import jax
 from flax import nnx
 
-from jpeft.core.layer import Change, Layer
+from jpeft.core.layer import Change, Layer, NoProductError
 from jpeft.core.method import Method
 from jpeft.hosts import products
 from jpeft.hosts.arguments import argument_names, bind_by_position
@@ -16,6 +16,7 @@ from jpeft.hosts.linen.dependence import inputs_used
 from jpeft.hosts.linen.named_methods import Traced, belonging
 from jpeft.hosts.nnx.layers import is_known, linear_of, run_known, twin
 from jpeft.hosts.nnx.patching import LAYER_METHODS, Around, current_record
+from jpeft.hosts.taught import linear_of as linear_of_taught
 from jpeft.tree.adapters import ADDED
 from jpeft.tree.paths import flatten, replace, unflatten
 
@@ -88,7 +89,8 @@ def as_layer(
         linear = linear_of(bare, name, own, args, kwargs)
         runs = _Runs(own, run, None)
     else:
-        runs, linear = _any_module(module, name, effects, kwargs), None
+        runs = _any_module(module, name, effects, kwargs, around.path)
+        linear = linear_of_taught(module, runs.own, args, name)
     return Layer(
         run=runs.run,
         params=runs.own,
@@ -111,7 +113,7 @@ class _Runs(NamedTuple):
     run_changed: Callable[..., Any] | None
 
 
-def _any_module(module: nnx.Module, name: str, effects: list[nnx.Module], kwargs: Mapping[str, Any]) -> _Runs:
+def _any_module(module: nnx.Module, name: str, effects: list[nnx.Module], kwargs: Mapping[str, Any], path: str) -> _Runs:
     """What runs a module of any class."""
     graphdef, state, others = nnx.split(module, nnx.Param, ...)
     own = unflatten(flatten(state))
@@ -135,7 +137,13 @@ def _any_module(module: nnx.Module, name: str, effects: list[nnx.Module], kwargs
         return out
 
     def run_changed(params: Mapping[str, Any], changes: Mapping[str, Change], *inputs: Any, **keywords: Any) -> Any:
-        out, state = products.run_changed(functools.partial(pure, keywords), dict(params), changes, *inputs)
+        try:
+            out, state = products.run_changed(functools.partial(pure, keywords), dict(params), changes, *inputs)
+        except NoProductError as error:
+            record = current_record()
+            if record is not None:
+                record.costly["/".join(filter(None, (path, error.name)))] = error.reason
+            raise
         keep(state)
         return out
 

@@ -12,6 +12,7 @@ from jpeft.hosts.base import DROPOUT
 from jpeft.hosts.nnx.graph import Grafts
 from jpeft.hosts.nnx.patching import Around, Record, RecordedStream, recording
 from jpeft.hosts.products import Read, reads
+from jpeft.hosts.products.costly import CostlyKernels
 from jpeft.tree.paths import Path
 
 # Operations that run a function of their own, into which nothing is followed.
@@ -58,6 +59,7 @@ def inspect_call(run: Run, grafts: Grafts, others: Any, args: tuple[Any, ...], k
         except jax.errors.ConcretizationTypeError:  # a model that looks at values cannot be traced, and runs all the same
             call(adapted, others_of, dict(grafts.leaves), arrays)
     _refuse_unread(grafts, record)
+    CostlyKernels(grafts.method.name).warn(record.costly, stacklevel=6)
     if uses is not None:
         _refuse_reads_outside(grafts, uses)
     return Inspection(record.inner, record.drew)

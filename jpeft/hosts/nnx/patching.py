@@ -57,11 +57,13 @@ class Record:
     Attributes:
       ran: For each module with leaves that ran, the methods of it that ran with the method around them.
       inner: The shapes of its leaves inside, where loops have sliced axes away.
+      costly: The kernels that the method must exchange whole, each with the reason.
       drew: Whether a random stream of the model gave a key.
     """
 
     ran: dict[Path, set[str]] = dataclasses.field(default_factory=dict)
     inner: dict[Path, dict[str, tuple[int, ...]]] = dataclasses.field(default_factory=dict)
+    costly: dict[Path, str] = dataclasses.field(default_factory=dict)
     drew: bool = False
 
 
