@@ -88,7 +88,8 @@ def compare(name: str, visible: Visible, shape: tuple[int, int, int, int, int], 
     seen = np.broadcast_to(np.asarray(tokens), (*lead, batch, length))
     finite = all(np.isfinite(x).all() for x in found)
     errors = [error(found[0][seen], expected[0][seen]), *map(error, found[1:], expected[1:])]
-    who = attention_kernels.choose("auto", *(jnp.zeros(x.shape[-4:], x.dtype) for x in inputs[:2]), visible, drops=False)
+    query, key = (jnp.zeros(x.shape[-4:], x.dtype) for x in inputs[:2])
+    who = attention_kernels.choose("auto", query, key, visible, drops=False)
     what = f"{name}{', three at once (vmap)' if many else ''}"
     line = {"attention": what, "shape": shape, "by": "xla, as cudnn" if by_xla else who}
     return line | dict(zip(("out", "dq", "dk", "dv"), errors, strict=True)) | {"ok": finite and max(errors) < BAR}
