@@ -16,6 +16,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
+from flax import errors
 from flax import linen as nn
 from flax.core import meta
 
@@ -24,6 +25,7 @@ from jpeft.hosts import base
 from jpeft.hosts.call_stack import with_room
 from jpeft.hosts.linen import callables, reading
 from jpeft.hosts.linen.calls import LAYER_METHODS
+from jpeft.hosts.linen.elsewhere import refuse_leaves_met
 from jpeft.hosts.linen.interceptor import Interceptor, narrower, tag_grafts
 from jpeft.hosts.linen.unread import Known, UnreadLeaves
 from jpeft.hosts.linen.variables import params_of, split_variables
@@ -78,7 +80,11 @@ class LinenHost(base.Host):
                 paths = {tag: None if tag == usual else path for path, tag in tags.items()}
                 interceptor = Interceptor(method, paths, narrow, marks=usual not in paths)
                 with nn.intercept_methods(interceptor):
-                    out = fn({**others, "params": tag_grafts(params, tags)}, *args, **kwargs)
+                    try:
+                        out = fn({**others, "params": tag_grafts(params, tags)}, *args, **kwargs)
+                    except errors.FlaxError as error:
+                        refuse_leaves_met(method, error)
+                        raise
                 return _without_grafts(out) if kwargs.get("mutable", False) is not False else out, set(interceptor.ran)
 
             grafts, usual = pop_grafts(bound)[1], f"{hash(method):x}"
