@@ -98,12 +98,12 @@ class LinenHost(base.Host):
     def kernel_axes(self, model: Any, params: Params, *args: Any, **kwargs: Any) -> tuple[tuple[str, KernelAxes], ...]:
         """Return the geometry of all parameters that act as kernels."""
         params, collections = split_variables(params)
-        return reading.kernel_axes(model, self.unwrap(params), collections, *args, **kwargs)
+        return reading.kernel_axes(callables.module_of(model), self.unwrap(params), collections, *args, **kwargs)
 
     def inputs_of(self, model: Any, params: Params, name: str, *args: Any, **kwargs: Any) -> dict[str, list[Any]]:
         """Return the inputs of the modules called `name`."""
         params, collections = split_variables(params)
-        return reading.inputs_of(model, self.unwrap(params), collections, name, *args, **kwargs)
+        return reading.inputs_of(callables.module_of(model), self.unwrap(params), collections, name, *args, **kwargs)
 
     def map_outputs(self, fn: Callable[..., Any], change: Callable[[Any], Any]) -> Callable[..., Any]:
         """Return `fn` with `change` applied to what every module's `__call__` or `attend` returns."""
