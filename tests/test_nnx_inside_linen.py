@@ -58,8 +58,11 @@ METHODS = {
 }
 
 
-@pytest.mark.parametrize("model", [Net(), Net(nn.remat), Stack()], ids=["plain", "remat", "scan"])
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize(
+    ("model", "method"),
+    [(Net(), "lora"), (Net(), "chain"), (Net(), "ia3"), (Net(nn.remat), "dora"), (Stack(), "lora")],
+    ids=["lora", "chain", "ia3", "dora-remat", "lora-scan"],
+)
 def test_parameters_inside_are_adapted(model, method):
     variables = model.init(KEY, X)
     others = {name: tree for name, tree in variables.items() if name != "params"}

@@ -103,6 +103,14 @@ def test_the_error_is_the_models_own(peft):
         jpeft.wrap(lambda variables, x: model.apply(variables, x, nothing=1))(peft, X)
 
 
+def test_geometry_is_read_off_the_module(peft):
+    axes = jpeft.kernel_axes(pretrained.module, peft.params, X)
+    assert [path for path, _ in axes] == ["down/kernel", "up/kernel"]
+    for target, way_out in ((pretrained, "model.module"), (model.apply, "give the model")):
+        with pytest.raises(ValueError, match=f"no layers that can be read: .*{way_out}"):
+            jpeft.kernel_axes(target, peft.params, X)
+
+
 def test_what_wrap_refuses(peft):
     bound = model.bind({"params": peft.params})
     refused = {

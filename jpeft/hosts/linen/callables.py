@@ -46,6 +46,18 @@ def as_apply(fn: Any) -> Callable[..., Any]:
     return _with_params_keyword(fn) if any(_module_in(each) is not None for each in (fn, owner)) else fn
 
 
+def module_of(target: Any) -> nn.Module:
+    """The linen module itself, where a model is to be read and not run.
+
+    Raises:
+      ValueError: for anything else that `is_linen` recognises.
+    """
+    if isinstance(target, nn.Module):
+        return target
+    inside = "its linen module, such as model.module" if _module_in(target) is not None else "the model"
+    raise ValueError(f"A {type(target).__name__} has no layers that can be read: give {inside}, and the inputs of that module.")
+
+
 def form_inside(
     fn: Callable[..., Any], params: Params, collections: Mapping[str, Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]
 ) -> Callable[..., Any] | None:

@@ -26,6 +26,9 @@ def is_call(context: nn.module.InterceptorContext) -> bool:
     module, name = context.module, context.method_name
     if module.scope is None or name == "setup" or (name.startswith("__") and name != "__call__"):
         return False
+    # Transforms of functions, such as `nn.while_loop` and `nn.switch`, run them on a module as if they were its methods.
+    if name not in LAYER_METHODS and not flax_internals.is_method(module, name, flax_internals.function_of(context)):
+        return False
     return not flax_internals.enters_transform(module, name)
 
 

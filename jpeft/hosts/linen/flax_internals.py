@@ -44,6 +44,14 @@ def _class_enters_transform(cls: type, method_name: str) -> bool:
     return any(code is not None and code.co_filename == transforms.__file__ and code.co_qualname.startswith(lifted) for code in codes)
 
 
+def is_method(module: nn.Module, name: str, function: Callable[..., Any]) -> bool:
+    """Whether a function that interceptors see is the method of that name of the module's class."""
+    method = getattr(type(module), name, None)
+    while method is not None and method is not function:  # flax wraps methods, and so do transforms that decorate them
+        method = getattr(method, "__wrapped__", None)
+    return method is not None
+
+
 def holds_nnx(module: nn.Module) -> bool:
     """Whether a module is an `nnx.bridge.ToLinen`, which reads all of its parameters, and fails if it finds others among them."""
     return _is_bridge(type(module))

@@ -16,6 +16,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
+from flax import errors
 from flax import linen as nn
 from flax.core import meta
 
@@ -24,6 +25,7 @@ from jpeft.hosts import base
 from jpeft.hosts.call_stack import with_room
 from jpeft.hosts.linen import callables, reading
 from jpeft.hosts.linen.calls import LAYER_METHODS
+from jpeft.hosts.linen.elsewhere import refuse_leaves_met
 from jpeft.hosts.linen.interceptor import Interceptor, narrower, tag_grafts
 from jpeft.hosts.linen.unread import Known, UnreadLeaves
 from jpeft.hosts.linen.variables import params_of, split_variables
@@ -79,7 +81,11 @@ class LinenHost(base.Host):
                 paths = {tag: None if tag == usual else path for path, tag in tags.items()}
                 interceptor = Interceptor(method, paths, narrow, marks=usual not in paths)
                 with nn.intercept_methods(interceptor):
-                    out = fn({**others, "params": tag_grafts(params, tags)}, *args, **kwargs)
+                    try:
+                        out = fn({**others, "params": tag_grafts(params, tags)}, *args, **kwargs)
+                    except errors.FlaxError as error:
+                        refuse_leaves_met(method, error)
+                        raise
                 costly.warn(interceptor.costly, stacklevel=4)
                 return _without_grafts(out) if kwargs.get("mutable", False) is not False else out, set(interceptor.ran)
 
@@ -94,12 +100,12 @@ class LinenHost(base.Host):
     def kernel_axes(self, model: Any, params: Params, *args: Any, **kwargs: Any) -> tuple[tuple[str, KernelAxes], ...]:
         """Return the geometry of all parameters that act as kernels."""
         params, collections = split_variables(params)
-        return reading.kernel_axes(model, self.unwrap(params), collections, *args, **kwargs)
+        return reading.kernel_axes(callables.module_of(model), self.unwrap(params), collections, *args, **kwargs)
 
     def inputs_of(self, model: Any, params: Params, name: str, *args: Any, **kwargs: Any) -> dict[str, list[Any]]:
         """Return the inputs of the modules called `name`."""
         params, collections = split_variables(params)
-        return reading.inputs_of(model, self.unwrap(params), collections, name, *args, **kwargs)
+        return reading.inputs_of(callables.module_of(model), self.unwrap(params), collections, name, *args, **kwargs)
 
     def map_outputs(self, fn: Callable[..., Any], change: Callable[[Any], Any]) -> Callable[..., Any]:
         """Return `fn` with `change` applied to what every module's `__call__` or `attend` returns."""

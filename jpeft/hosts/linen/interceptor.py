@@ -6,12 +6,13 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
+from flax.core import FrozenDict
 
 from jpeft.core.method import Method
 from jpeft.hosts.arguments import bind_by_position
 from jpeft.hosts.linen import flax_internals
 from jpeft.hosts.linen.calls import LAYER_METHODS, as_layer, dropout_key, dtypes_of, is_call, own_params
-from jpeft.hosts.linen.elsewhere import marked
+from jpeft.hosts.linen.elsewhere import mark_leaves, marked
 from jpeft.hosts.linen.named_methods import has_added, leaves_for
 from jpeft.hosts.linen.nested import call_nested
 from jpeft.tree.adapters import GRAFT, pop_grafts, put_grafts
@@ -67,6 +68,7 @@ class Interceptor:
         inputs, keywords = bind_by_position(module, name, args, kwargs)
         # Inside a scan these are the leaves of one layer: linen has sliced them with the kernel.
         leaves = module.scope.get_variable("params", GRAFT)[tag]
+        leaves = leaves.unfreeze() if isinstance(leaves, FrozenDict) else leaves  # as loops have them
         if name not in LAYER_METHODS:
             # A module may have any number of other methods. Those that do not compute with what the leaves change run as they are.
             with self._paused():
@@ -76,6 +78,8 @@ class Interceptor:
         path = self.tags[tag]
         self._note("/".join(module.path) if path is None else path, name, leaves)
         layer = as_layer(context, next_fun, inputs, keywords, self.costly)
+        if self.marks:
+            mark_leaves({part: value for part, value in layer.params.items() if part in leaves}, leaves)
         self.active.append(module)
         # A random key is drawn only where the model draws some, so a method is random exactly when the model's dropout is.
         try:

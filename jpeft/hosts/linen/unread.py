@@ -95,8 +95,8 @@ class UnreadLeaves:
         # 2. A module that ran is not all that may use its parameters.
         clean = pop_grafts(bound)[0]
         adapted = frozenset(_beside(self.method, grafts) & flatten(clean).keys())
-        key = (adapted, jax.tree.structure(clean), _signature(call, shapes=False))
-        if adapted and key not in self.known.nowhere_else:
+        key = (adapted, tuple(grafts), jax.tree.structure(clean), _signature(call, shapes=False))
+        if grafts and key not in self.known.nowhere_else:
             refuse_reads_elsewhere(self.method, adapted, lambda params: run(params, tags)[0], bound)
             self.known.nowhere_else.add(key)
 
