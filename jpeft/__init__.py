@@ -40,6 +40,7 @@ from jpeft.core.summary import Summary as Summary
 from jpeft.core.summary import summary as summary
 from jpeft.factories import *
 from jpeft.hosts.registry import kernel_axes as kernel_axes
+from jpeft.hosts.taught import register_layer as register_layer
 from jpeft.registry import MethodInfo as MethodInfo
 from jpeft.registry import make as make
 from jpeft.registry import methods as methods
@@ -51,6 +52,7 @@ __version__: str
 
 if _TYPE_CHECKING:
     from jpeft.estimation.estimate import estimate as estimate
+    from jpeft.hosts.check.check import check as check
     from jpeft.training.run import load_run as load_run
 else:
 
@@ -71,6 +73,10 @@ else:
             from jpeft.estimation.estimate import estimate
 
             return estimate
+        if name == "check":
+            from jpeft.hosts.check.check import check
+
+            return check
         from jpeft.registry import classes
 
         if name in classes():
@@ -79,4 +85,4 @@ else:
 
     def __dir__() -> list[str]:
         """All public names, those of `__getattr__` among them."""
-        return sorted({*globals(), "estimate", "load_run"})
+        return sorted({*globals(), "check", "estimate", "load_run"})

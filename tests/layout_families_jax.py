@@ -151,3 +151,57 @@ BONSAI_VIT = Family("ViT (bonsai)", "bonsai_vit", (Part("layers/{i}", """
         "@positions": "pos_embeddings/pos_embeddings", "@norms": "ln/{scale,bias}", "@final_norm": "ln/{scale,bias}",
         "@head": "classifier/{kernel,bias}",
     })  # fmt: skip
+SCALABLE_T5X = Family("t5x (scalable)", "t5x", (
+    dataclasses.replace(_T5X_ENCODER, at="encoder/encoder_{i}", block="""
+        pre_{attention,mlp}_layer_norm rms
+        attention/{query,key,value} D>N,K nobias
+        attention/out N,K>D nobias
+        relpos_bias/rel_embedding N,P
+        mlp/wi_{0,1} D>F nobias
+        mlp/wo F>D nobias"""),
+    dataclasses.replace(_T5X_DECODER, at="decoder/decoder_{i}", block="""
+        pre_{self_attention,cross_attention,mlp}_layer_norm rms
+        {self,encoder_decoder}_attention/{query,key,value} D>N,K nobias
+        {self,encoder_decoder}_attention/out N,K>D nobias
+        relpos_bias/rel_embedding N,P
+        mlp/wi_{0,1} D>F nobias
+        mlp/wo F>D nobias"""),
+), """
+    token_embedder/embedding V,D
+    {encoder/encoder,decoder/decoder}_norm rms
+    decoder/logits_dense D>V nobias""", T5X.roles)  # fmt: skip
+
+# google/flax, examples/lm1b, and octo-models/octo, whose blocks stand deep in modules that are numbered themselves.
+LM1B = Family("lm1b (flax)", "flax_vit", (Part("decoder/encoderdecoderblock_{i}", """
+    LayerNorm_{0,1} norm
+    SelfAttention_0/{query,key,value} D>N,K nobias
+    SelfAttention_0/out N,K>D nobias
+    MlpBlock_0/Dense_0 D>F
+    MlpBlock_0/Dense_1 F>D""", {
+        "@query": "SelfAttention_0/query/kernel", "@key": "SelfAttention_0/key/kernel", "@value": "SelfAttention_0/value/kernel",
+        "@attention_out": "SelfAttention_0/out/kernel", "@ffn_in": "MlpBlock_0/Dense_0/kernel", "@ffn_out": "MlpBlock_0/Dense_1/kernel",
+        "@ffn": "MlpBlock_0", "@block": ".", "@norms": "LayerNorm_{0,1}/{scale,bias}",
+    }),), """
+    decoder/Embed_0/embedding V,D
+    decoder/posembed_output/pos_embedding 1,P,D
+    decoder/encoderdecoder_norm norm
+    decoder/logitdense D>V""", {
+        "@embedding": "decoder/Embed_0/embedding", "@positions": "decoder/posembed_output/pos_embedding",
+        "@norms": "decoder/encoderdecoder_norm/{scale,bias}", "@final_norm": "decoder/encoderdecoder_norm/{scale,bias}",
+        "@lm_head": "decoder/logitdense/{kernel,bias}",
+    })  # fmt: skip
+OCTO = Family("octo", "flax_vit", (Part("octo_transformer/BlockTransformer_0/Transformer_0/encoderblock_{i}", """
+    LayerNorm_{0,1} norm
+    MultiHeadDotProductAttention_0/{query,key,value} D>N,K
+    MultiHeadDotProductAttention_0/out N,K>D
+    MlpBlock_0/Dense_0 D>F
+    MlpBlock_0/Dense_1 F>D""", FLAX_BLOCK.parts[0].roles | {
+        "@ffn_in": "MlpBlock_0/Dense_0/kernel", "@ffn_out": "MlpBlock_0/Dense_1/kernel", "@ffn": "MlpBlock_0",
+    }),), """
+    octo_transformer/obs_primary_projection F>D
+    octo_transformer/obs_primary_pos_embedding 1,2,P,D
+    octo_transformer/BlockTransformer_0/Transformer_0/encoder_norm norm
+    heads_action/mean_proj D>C""", {
+        "@norms": "octo_transformer/BlockTransformer_0/Transformer_0/encoder_norm/{scale,bias}",
+        "@final_norm": "octo_transformer/BlockTransformer_0/Transformer_0/encoder_norm/{scale,bias}",
+    })  # fmt: skip

@@ -64,6 +64,15 @@ def test_the_recipes_run(tmp_path, monkeypatch):
         assert scope["loaded_again"][name].params is scope["loaded"].params
 
 
+def test_the_page_on_any_model_runs(capsys):
+    """Every block of docs/any_model.md, one after the other."""
+    names: dict[str, Any] = {}
+    for block in code_blocks("docs/any_model.md"):
+        exec(block, names)
+    assert names["logits"].shape == (8, 4)
+    assert "ok   merges" in capsys.readouterr().out
+
+
 def test_the_readme_trains_at_the_rates_of_the_command_line():
     lora = jpeft.methods()["lora"]
     assert f"linear_schedule({lora.learning_rate:g}".replace("0.003", "3e-3") in (ROOT / "README.md").read_text()

@@ -14,6 +14,7 @@ import jpeft
 import jpeft.estimation.estimate
 from jpeft.cli import main
 from jpeft.cli.estimate import print_estimates
+from jpeft.core.flops import count_flops
 from jpeft.estimation import program
 from jpeft.estimation.estimate import Fit
 from jpeft.estimation.memory import largest_that_fits, parse_memory
@@ -22,7 +23,6 @@ from jpeft.models import BertConfig, BertForSequenceClassification, LlamaConfig,
 from jpeft.tasks.task import find_task
 from jpeft.training.config import parse_options
 from jpeft.training.cost import cost
-from jpeft.training.flops import count_flops
 from jpeft.training.schedule import clipped_adamw, learning_rate_schedule
 from jpeft.training.step import make_step
 

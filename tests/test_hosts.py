@@ -37,7 +37,7 @@ ROOT = Path(__file__).parents[1]
 
 def test_hosts_are_found_and_ordered():
     model = nn.Dense(2)
-    assert [host.name for host in registry.hosts()] == ["linen", "dense"]
+    assert [host.name for host in registry.hosts()] == ["linen", "nnx", "dense"]
     assert registry.host_for(model).name == registry.host_for(model.apply).name == "linen"
     assert registry.host_for(lambda params, x: x).name == "dense"
     toy = ToyHost()
@@ -297,7 +297,7 @@ import jax, jax.numpy as jnp, jpeft
 from jpeft.hosts import frame
 from jpeft.hosts.registry import hosts
 
-assert [host.name for host in hosts()] == ["linen", "list", "dense"]
+assert [host.name for host in hosts()] == ["linen", "list", "nnx", "dense"]
 model = frame.Model(("up", frame.dense))
 peft = jpeft.apply({"up": {"kernel": jnp.ones((4, 3)), "bias": jnp.zeros(3)}}, method="lora", rank=2)
 forward = jpeft.wrap(model.apply)

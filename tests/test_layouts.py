@@ -21,7 +21,10 @@ from jpeft.tree.head import head_leaves
 from jpeft.tree.kernels import axes_of
 from jpeft.tree.select import matches, select
 
-CASES = [(name, form) for name in FAMILIES for form in ("numbered", "stacked")] + [("MaxText", "stacked-1")]
+CASES = [(name, form) for name in FAMILIES for form in ("numbered", "stacked")] + [
+    ("MaxText", "stacked-1"),
+    ("t5x (scalable)", "stacked-1"),
+]
 
 # Families that the table must cover.
 PROMISED = {
@@ -73,7 +76,8 @@ def test_the_coverage_table_is_committed():
 # are still read.
 _SELF = (
     r"attention/output/dense|out_lin|attn/c_proj|o_proj|(?<!encoder_attn/)out_proj|SelfAttention/o|attn/out|attention/out|"
-    r"MultiHeadDotProductAttention_\d+/out"
+    r"MultiHeadDotProductAttention_\d+/out|"
+    r"attn/mha/out"  # which no name tells: it is read off the shapes
 )
 _CROSS = r"encoder_attn/out_proj|EncDecAttention/o"
 _FFN = r"(?<!attention/)output/dense|lin2|mlp/c_proj|down_proj|fc2|wo|down"

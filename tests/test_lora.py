@@ -141,7 +141,7 @@ def test_a_foreign_module_runs_on_its_merged_parameter():
     peft = jpeft.apply(params, method=jpeft.lora(rank=2, target="w", axes=((".*", jpeft.KernelAxes((0,), (1,), (2,))),)))
     peft = peft.replace(adapter=noised(peft.adapter))
     # This einsum sums the experts' kernels before it multiplies.
-    with pytest.warns(UserWarning, match="also used by `reduce_sum`.*at the cost of full fine-tuning"):
+    with pytest.warns(UserWarning, match="also used by `reduce_sum`.*costs as much as full fine-tuning"):
         got = jpeft.wrap(model.apply, peft.method)(peft.variables, x)
     chex.assert_trees_all_close(got, model.apply({"params": jpeft.merge(peft)}, x), atol=1e-5)
     assert jnp.abs(got - model.apply({"params": params}, x)).max() > 1e-3

@@ -1,5 +1,6 @@
 """Products: the geometry of kernels read off jaxprs, and functions run with other products in their place."""
 
+import inspect
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -8,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 from flax import linen as nn
+from flax import nnx
 
 import jpeft
 from jpeft.core.layer import Change, Layer, NoProductError
@@ -341,3 +343,66 @@ def test_kernel_axes_of_tied_embeddings_and_of_calls_with_other_arguments():
     for mode in ("attend", "variables"):
         params = jax.eval_shape(lambda mode=mode: Tied().init(KEY, IDS, True, mode))["params"]
         assert jpeft.kernel_axes(Tied(), params, IDS, True, mode) == (("embed/embedding", IO), ("dense/kernel", IO))
+
+
+def test_apply_reads_the_geometry_off_the_model():
+    model = Lifted("scan1")
+    params = model.init(KEY, X)["params"]
+    for method in ("lora", jpeft.chain(one=jpeft.lora(rank=2), two=jpeft.lora(rank=1, target=["wo"]))):
+        peft = jpeft.apply(params, method, model=model, inputs=(X,))
+        lora = peft.method if method == "lora" else peft.method.parts[0][1]
+        assert dict(lora.axes) == dict(jpeft.kernel_axes(model, params, X))  # pyright: ignore[reportAttributeAccessIssue]
+        noise = lambda leaf: leaf + 0.1 * jax.random.normal(KEY, leaf.shape)
+        peft = peft.replace(adapter=jax.tree.map(noise, peft.adapter))
+        want = model.apply({"params": jpeft.merge(peft)}, X)
+        chex.assert_trees_all_close(jpeft.wrap(model.apply)(peft, X), want, rtol=1e-4, atol=1e-4)
+    # What names tell is no rule.
+    plain = nn.MultiHeadDotProductAttention(2)
+    params = plain.init(KEY, X)["params"]
+    assert not jpeft.apply(params, "lora", model=plain, inputs={"inputs_q": X}).method.axes  # pyright: ignore[reportAttributeAccessIssue]
+
+
+# --- what cannot be found ---------------------------------------------------------------------------------------------------------------
+
+
+class Glued(nn.Module):
+    """Two kernels in one product."""
+
+    @nn.compact
+    def __call__(self, x):
+        parts = [self.param(name, nn.initializers.lecun_normal(), (8, 3)) for name in ("left", "right")]
+        return x @ jnp.concatenate(parts, axis=1)
+
+
+class GluedTwin(nnx.Module):
+    """The same in NNX."""
+
+    def __init__(self):
+        self.left, self.right = (nnx.Param(jax.random.normal(KEY, (8, 3))) for _ in range(2))
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return x @ jnp.concatenate([self.left.get_value(), self.right.get_value()], axis=1)
+
+
+def test_layers_that_cost_full_fine_tuning_are_named_once_and_can_be_taught():
+    linen_model, nnx_model = Glued(), GluedTwin()
+    linen_params = linen_model.init(KEY, X)["params"]
+
+    def of_left(layer: Any, params: Any, inputs: Any, method: str) -> jpeft.Linear:
+        del layer, params, inputs, method
+        left = lambda x, a, b: jnp.pad(x @ a @ b, ((0, 0), (0, 0), (0, 3)))
+        return jpeft.Linear("left", IO, left, views=("factored",))
+
+    for model, params, cls in ((linen_model, linen_params, Glued), (nnx_model, nnx_model, GluedTwin)):
+        peft = jpeft.apply(params, "lora", rank=2, target="left", head=None)
+        noise = lambda leaf: leaf + 0.1 * jax.random.normal(jax.random.key(4), leaf.shape)
+        peft = peft.replace(adapter=jax.tree.map(noise, peft.adapter))
+        forward = jpeft.wrap(model)
+        with pytest.warns(UserWarning, match=r"one kernel does not act.*'left'.*`concatenate`.*register_layer") as said:
+            want = forward(peft, X)
+            forward(peft, X)
+        assert len(said) == 1
+        jpeft.register_layer(cls)(of_left)
+        chex.assert_trees_all_close(jpeft.wrap(model)(peft, X), want, atol=1e-5)
+    with pytest.raises(ValueError, match="takes the class of a layer"):
+        inspect.unwrap(jpeft.register_layer)("Glued")  # without the tests' own check of types

@@ -19,6 +19,7 @@ from jpeft.checkpoint.background import QuietOrbax, in_short
 from jpeft.checkpoint.files import check_output, replace_folder
 from jpeft.checkpoint.fingerprint import damaged_files, file_checksums, fingerprint, fingerprint_of, leaf_table
 from jpeft.checkpoint.forms import Blocks, Lazy, OneFormError, convert, other_form
+from jpeft.checkpoint.heads import as_saved
 from jpeft.checkpoint.plain_paths import PlainPath, check_path
 from jpeft.checkpoint.records import check_record, sealed
 from jpeft.checkpoint.temporary import Temporary, remove_leftovers
@@ -166,6 +167,7 @@ def load(path: str | os.PathLike[str], params: tree.Params, *, method: Method | 
         which = f"{len(damaged)} such files; {source / _RECORD} lists {len(record['files'])}"
         raise ValueError(f"The adapter in '{path}' is damaged: {source / _LEAVES / damaged[0]} is not as it was saved ({which}).")
     adapter = {name: {} for name, _ in method.parts} | _read_arrays(path, source / _LEAVES, record["leaves"])
+    method = as_saved(method, params, adapter)
     try:
         _check_fit(params, adapter, method, path)
         found = _has_fingerprint(params, None, adapter, method, record["base"]) if check_base else True

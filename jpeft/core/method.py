@@ -98,6 +98,8 @@ class Method(metaclass=MethodType):
       learning_rate: Peak AdamW learning rate that suits the method's defaults on a classification task.
       head_lr_scale: Learning rate of a newly made head, as a multiple of the method's: the head starts from nothing, so it has more to
         learn.
+      begins_within: How far a new adapter may move the model's outputs, relative to them: 0.0 for a method that begins as the base, up to
+        rounding; None if it promises nothing, as prompts do.
       stage: Name of the stage of training that the class stands for; empty for a method without stages.
       later_stages: The classes of the stages that may follow.
       why_no_merge: The reason why no weight can take up the change; None for a method that merges.
@@ -124,6 +126,7 @@ class Method(metaclass=MethodType):
     summary: ClassVar[str] = ""
     learning_rate: ClassVar[float] = 1e-3
     head_lr_scale: ClassVar[float] = 5.0
+    begins_within: ClassVar[float | None] = None
     stage: ClassVar[str] = ""
     later_stages: ClassVar[tuple[type["Method"], ...]] = ()
     why_no_merge: ClassVar[str | None] = "this method defines no merge; keep using it through jpeft.wrap"

@@ -11,12 +11,15 @@ from typing import Any
 import jax
 
 from jpeft import registry
+from jpeft.core.chain import chain
 from jpeft.core.method import FREEZE, Method
+from jpeft.core.outputs import check_outputs
 from jpeft.core.statistics import find
 from jpeft.hosts import registry as registry_of_hosts
 from jpeft.hosts.base import Host, innermost
 from jpeft.tree.adapters import Adapter
 from jpeft.tree.head import unknown_heads
+from jpeft.tree.kernels import KernelAxes
 from jpeft.tree.paths import Params, copy, first_few, flatten, like, replace, trained_dtype
 
 
@@ -59,6 +62,8 @@ def apply(
     *,
     key: jax.Array | None = None,
     stats: Any = None,
+    model: Any = None,
+    inputs: Any = (),
     **options: Any,
 ) -> Peft:
     """Split pretrained parameters into a frozen base and a small adapter to train.
@@ -66,11 +71,14 @@ def apply(
     Args:
       params: Parameters of any model as a pytree: a nested dict, a FrozenDict, an NNX state, a registered dataclass. Or their shapes,
         under `jax.eval_shape`. They are kept as they are, neither copied nor changed. Of the variables of a linen model,
-        ``model.init(...)``, the parameters are taken.
+        ``model.init(...)``, of an NNX module and of its state the parameters are taken; those of NNX are its `nnx.Param`.
       method: Name of a method (`jpeft.methods`), its class, its configuration, or a `Method`.
       key: For the adapter's random leaves; `jax.random.key(0)` if not given.
       stats: The statistics that a data-driven method requires, such as the Fisher information; a list of several for a chain. `jpeft.stats`
         makes them.
+      model: The model, such as a linen module, to read the geometry of its kernels off it (`jpeft.kernel_axes`). Without it, names and
+        shapes tell the geometry, or the option `axes`.
+      inputs: Example inputs of the model, or their shapes: a tuple, or a dict of keyword arguments.
       **options: The method's options; see its class, e.g. `jpeft.lora`.
 
     Returns:
@@ -88,6 +96,8 @@ def apply(
     if key is not None and not hasattr(key, "dtype"):
         raise ValueError(f"key={key!r} is no random key: give one, such as jax.random.key(0).")
     params = registry_of_hosts.unwrap(params)
+    if model is not None:
+        made = with_geometry(made, registry_of_hosts.unknown_axes(model, params, inputs))
     made.check_base(params)
     try:
         peft = Peft(params, made.init(jax.random.key(0) if key is None else key, params, stats=stats), made)
@@ -96,7 +106,16 @@ def apply(
             raise
         raise ValueError(f"The adapter of {made!r} does not fit into the memory. Choose smaller sizes.") from error
     _warn_of_unknown_heads(peft)
+    check_outputs(peft.method, peft.params, peft.method.to_collections(peft.adapter).values())
     return peft
+
+
+def with_geometry(method: Method, axes: tuple[tuple[str, KernelAxes], ...]) -> Method:
+    """The method, or each part of a chain, with rules for its option `axes`, where it has one that is not given."""
+    if method.parts:
+        return chain(**{name: with_geometry(part, axes) for name, part in method.parts})
+    takes = any(field.name == "axes" for field in dataclasses.fields(method)) and not getattr(method, "axes", None)
+    return dataclasses.replace(method, axes=axes) if takes and axes else method  # pyright: ignore[reportCallIssue]
 
 
 def _warn_of_unknown_heads(peft: Peft) -> None:
@@ -125,7 +144,7 @@ def check_peft(peft: Any, verb: str) -> None:
         raise ValueError(f"jpeft.{verb} takes a Peft, as jpeft.apply and jpeft.load return it, and was given a {type(peft).__name__}.")
 
 
-def wrap(fn: Callable[..., Any], method: Method | None = None, *, host: str | Host = "auto") -> Callable[..., Any]:
+def wrap(fn: Any, method: Method | None = None, *, host: str | Host = "auto") -> Callable[..., Any]:
     """The model with a method applied: a function with the signature of `fn`, called with a `Peft` in place of the parameters.
 
     There are two forms::
@@ -141,17 +160,21 @@ def wrap(fn: Callable[..., Any], method: Method | None = None, *, host: str | Ho
         jax.grad(lambda adapter: loss(forward(peft.replace(adapter=adapter), x), y))(peft.adapter)
 
     Args:
-      fn: ``model.apply`` of a linen module, the model itself, one of its methods, a Flax model of transformers, or any function of
-        parameters or variables.
+      fn: ``model.apply`` of a linen module, the model itself, one of its methods, a Flax model of transformers, an NNX module or its
+        graphdef, or any function of parameters or variables.
       method: As in `Peft.method`; None to take it from the `Peft` of each call.
-      host: "linen" calls ``fn(variables, ...)`` and adapts the linen layers that run inside it; "dense" calls ``fn(params, ...)`` with
-        merged weights; "auto" is linen for a linen module, and for a function if linen modules run inside of it, which the first call
-        tells; it is dense for anything else. A `jpeft.hosts.base.Host` adapts the layers of another framework.
+      host: "linen" calls ``fn(variables, ...)`` and adapts the linen layers that run inside it; "nnx" runs a copy of the NNX module that
+        is given: itself, its graphdef, a method of it, or ``functools.partial(function, module)``; "dense" calls ``fn(params, ...)`` with
+        merged weights. "auto" is linen for a linen module, and for a function if linen modules run inside of it, which the first call
+        tells; nnx for an NNX module; and dense for anything else. A `jpeft.hosts.base.Host` adapts the layers of another framework.
 
     Returns:
       ``forward(peft, *args, collections=None, **kwargs)``, or ``forward(variables, *args, **kwargs)`` if `method` is given. Other
       collections of the model, such as running means, are given as ``collections={"batch_stats": ...}`` beside a `Peft` and stand in the
-      variables otherwise. ``rngs=`` and ``mutable=`` pass through. The attributes ``method`` and ``host`` say what `fn` was wrapped with.
+      variables otherwise. ``rngs=`` and ``mutable=`` pass through. Of an NNX model, all state beside the parameters is that of the time
+      when it was wrapped, unless ``collections={"state": state}`` gives another; with ``mutable=True``, or a filter of NNX,
+      ``(outputs, {"state": state})`` is returned; and ``rngs={"dropout": key}`` seeds its random streams anew. The attributes ``method``
+      and ``host`` say what `fn` was wrapped with.
 
     Raises:
       ValueError: if `fn` is jitted already: its trace was, or will be, made without the method. Jit the result instead.
@@ -165,14 +188,14 @@ def wrap(fn: Callable[..., Any], method: Method | None = None, *, host: str | Ho
     """
     if not isinstance(method, Method | None):
         raise ValueError(f"wrap needs a jpeft.Method, such as peft.method, and was given {method!r}.")
-    if not callable(fn):
-        raise ValueError(f"wrap takes a model or a function that runs one, such as model.apply, and was given a {type(fn).__name__}.")
-    if hasattr(innermost(fn), "lower"):
+    chosen = registry_of_hosts.host_for(fn, host)
+    if hasattr(innermost(fn), "lower") and not chosen.runs_jitted:
         raise ValueError(
             "wrap was given a function that is jitted already: its compiled form does not know the method and would silently ignore it. "
             "Wrap first, jit the result instead: jax.jit(jpeft.wrap(model.apply))."
         )
-    chosen = registry_of_hosts.host_for(fn, host)
+    if not callable(fn) and chosen.takes_any:
+        raise ValueError(f"wrap takes a model or a function that runs one, such as model.apply, and was given a {type(fn).__name__}.")
     fn = chosen.callable_of(fn)
     of_method = functools.cache(functools.partial(chosen.wrap, fn))
     # A function that no host recognises may run a model all the same. Its first call tells.
@@ -259,7 +282,8 @@ def advance(peft: Peft, *, key: jax.Array | None = None, stats: Any = None) -> P
 def merge(peft: Peft) -> Params:
     """Plain parameters with the adapter written in: the base's own tree and dtypes, no trace of jpeft, no cost at inference.
 
-    The sum of base and adapter is taken in float32 and rounded once, to the dtype of the base.
+    The sum of base and adapter is taken in float32 and rounded once, to the dtype of the base. Of an NNX model the result is a state, which
+    goes into a copy of the model: ``copy = nnx.clone(model); nnx.update(copy, jpeft.merge(peft))``.
 
     Raises:
       ValueError: with the reason, if the method adds computation that no weight can take up.

@@ -1,8 +1,10 @@
 """What a method trains, stores and changes, counted."""
 
-from typing import NamedTuple
+from collections import Counter
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
 
-from jpeft import tree
+from jpeft import layouts, tree
 from jpeft.core.method import FREEZE
 from jpeft.core.peft import Peft, check_peft
 
@@ -16,6 +18,20 @@ class Row(NamedTuple):
     bytes: int
 
 
+class Placement(NamedTuple):
+    """Where the adapter stands in some blocks of a stack, which are alike in this.
+
+    Attributes:
+      stack: The stack, as in `jpeft.layouts.Stack.path`.
+      blocks: Which of its blocks: "0-10", "11", or "all 12".
+      modules: The modules with leaves, by their paths from the block on; "." is the block itself.
+    """
+
+    stack: str
+    blocks: str
+    modules: tuple[str, ...]
+
+
 class Summary(NamedTuple):
     """Three counts that are easily confused, and what they are a part of.
 
@@ -27,6 +43,7 @@ class Summary(NamedTuple):
       bytes: Bytes of the adapter.
       base_bytes: Bytes of the base.
       rows: `trained`, `stored` and `bytes` for each module.
+      placement: Where the adapter stands in the blocks; more than one entry for a stack says that its blocks differ.
     """
 
     trained: int
@@ -36,6 +53,7 @@ class Summary(NamedTuple):
     bytes: int
     base_bytes: int
     rows: tuple[Row, ...]
+    placement: tuple[Placement, ...] = ()
 
     def __str__(self) -> str:
         """A table for the terminal."""
@@ -53,6 +71,9 @@ class Summary(NamedTuple):
             f"stored   {self.stored:>14,}  {share(self.stored)}, {readable_bytes(self.bytes)}",
             f"changed  {self.changed:>14,}  {share(self.changed)}",
         ]
+        differ = [stack for stack, count in Counter(entry.stack for entry in self.placement).items() if count > 1]
+        lines += ["", *(_line(entry) for entry in self.placement)] if self.placement else []
+        lines += [f"note: the blocks of '{stack}' differ in where the adapter stands" for stack in differ]
         return "\n".join(lines)
 
 
@@ -89,7 +110,66 @@ def summary(peft: Peft, *, depth: int | None = None) -> Summary:
         bytes=tree.nbytes(peft.adapter),
         base_bytes=tree.nbytes(peft.params),
         rows=tuple(Row(module, *row) for module, row in counts.items()),
+        placement=tuple(_placement(peft.params, leaves)),
     )
+
+
+def _placement(params: tree.Params, adapter: Mapping[str, Any]) -> Iterator[Placement]:
+    """Where the leaves of an adapter stand in the blocks of each stack."""
+    base = {path: tuple(leaf.shape) for path, leaf in tree.flatten(params).items() if hasattr(leaf, "shape")}
+    parents = {parent for path in base for parent in _parents(path)}
+    modules = {_owner(path, base, parents) for path in adapter}
+    for stack in layouts.stacks(base):
+        if stack.count < 2:
+            continue
+        blocks: dict[int | None, list[str]] = {number: [] for number in dict.fromkeys(stack.leaves.values())}
+        for path, number in {stack.module(path): number for path, number in stack.leaves.items()}.items():
+            blocks[number] = sorted(module[len(path) + 1 :] or "." for module in modules if f"{module}/".startswith(f"{path}/"))
+        # A leaf in the place of stacked ones may hold the top layers alone.
+        tops = {adapter[path].shape[stack.axis] for path in stack.leaves if path in adapter} if stack.axis is not None else set()
+        if len(tops) == 1 and (top := tops.pop()) < stack.count:
+            blocks = {number: blocks[None] if number >= stack.count - top else [] for number in range(stack.count)}
+        alike: dict[tuple[str, ...], list[int | None]] = {}
+        for number, found in blocks.items():
+            alike.setdefault(tuple(found), []).append(number)
+        if any(alike):
+            for found, numbers in alike.items():
+                yield Placement(stack.path, _numbers(numbers, stack.count), found)
+
+
+def _parents(path: str) -> Iterator[str]:
+    while path:
+        path = path.rpartition("/")[0]
+        yield path
+
+
+def _owner(path: str, base: Mapping[str, Any], parents: Collection[str]) -> str:
+    """The module of the base that a leaf of an adapter belongs to."""
+    while path not in base and path not in parents:
+        path = path.rpartition("/")[0]
+    return path.rpartition("/")[0] if path in base else path
+
+
+def _numbers(numbers: Sequence[int | None], count: int) -> str:
+    """Some blocks in words.
+
+    >>> _numbers([0, 1, 2, 5], 12), _numbers([None], 12), _numbers([0, 1], 2)
+    ('0-2, 5', 'all 12', 'all 2')
+    """
+    known = sorted(number for number in numbers if number is not None)
+    if not known or len(known) == count:
+        return f"all {count}"
+    runs: list[list[int]] = []
+    for number in known:
+        if runs and number == runs[-1][-1] + 1:
+            runs[-1].append(number)
+        else:
+            runs.append([number])
+    return ", ".join(f"{run[0]}-{run[-1]}" if len(run) > 1 else str(run[0]) for run in runs)
+
+
+def _line(entry: Placement) -> str:
+    return f"blocks of {entry.stack or 'the model'}, {entry.blocks}: {', '.join(entry.modules) or 'nothing'}"
 
 
 def _module(path: str, depth: int | None) -> str:

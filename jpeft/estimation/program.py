@@ -11,13 +11,13 @@ from jax.sharding import Mesh
 
 import jpeft
 from jpeft import models, sharding
+from jpeft.core.flops import count_flops
 from jpeft.core.peft import Peft
 from jpeft.estimation.shapes import make_batch
 from jpeft.sharding.mesh import AnyMesh, batch_parts
 from jpeft.tasks.task import Task
 from jpeft.training.config import TrainConfig
 from jpeft.training.devices import Devices
-from jpeft.training.flops import count_flops
 from jpeft.training.program import compile_step, make_optimizer
 from jpeft.training.schedule import learning_rate_schedule
 from jpeft.training.step import make_step

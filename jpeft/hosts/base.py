@@ -28,10 +28,12 @@ class Host(abc.ABC):
     Attributes:
       name: Name of the host, for ``jpeft.wrap(fn, host=name)``.
       takes_any: True for a host that can run any function of parameters. Hosts of one framework are asked first.
+      runs_jitted: Whether what the framework itself has jitted runs with a method: its traces are found by the modules, with all in them.
     """
 
     name: ClassVar[str]
     takes_any: ClassVar[bool] = False
+    runs_jitted: ClassVar[bool] = False
 
     @abc.abstractmethod
     def recognises(self, target: Any) -> bool:

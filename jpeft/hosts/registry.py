@@ -7,13 +7,14 @@ import functools
 import importlib
 import inspect
 import pkgutil
+import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
 from jpeft import hosts as package
 from jpeft.hosts.base import Host, innermost
-from jpeft.tree.kernels import KernelAxes
-from jpeft.tree.paths import Params
+from jpeft.tree.kernels import KernelAxes, axes_of
+from jpeft.tree.paths import Params, flatten
 
 AUTO = "auto"
 
@@ -23,7 +24,7 @@ def hosts() -> tuple[Host, ...]:
     """All hosts in the order in which they are asked: hosts of one framework by name, then those that take any function.
 
     >>> [host.name for host in hosts()]
-    ['linen', 'dense']
+    ['linen', 'nnx', 'dense']
     """
     found: list[Host] = []
     for module in pkgutil.iter_modules(package.__path__, f"{package.__name__}."):
@@ -93,6 +94,26 @@ def kernel_axes(model: Any, params: Params, *args: Any, **kwargs: Any) -> tuple[
     (('kernel', KernelAxes(stack=(), inputs=(0,), outputs=(1, 2))),)
     """
     return host_for(model).kernel_axes(model, params, *args, **kwargs)
+
+
+def unknown_axes(model: Any, params: Params, inputs: Any) -> tuple[tuple[str, KernelAxes], ...]:
+    """The rules of `kernel_axes` for the kernels whose names do not tell their geometry, or tell another.
+
+    Args:
+      model: As for `kernel_axes`.
+      params: Likewise.
+      inputs: A tuple of inputs, a dict of keyword arguments, or one array.
+    """
+    args, kwargs = ((), inputs) if isinstance(inputs, Mapping) else (inputs if isinstance(inputs, tuple | list) else (inputs,), {})
+    shapes = {re.escape(path): (path, tuple(leaf.shape)) for path, leaf in flatten(params).items()}
+    return tuple((pattern, axes) for pattern, axes in kernel_axes(model, params, *args, **kwargs) if _by_name(*shapes[pattern]) != axes)
+
+
+def _by_name(path: str, shape: tuple[int, ...]) -> KernelAxes | None:
+    try:
+        return axes_of(path, shape)
+    except ValueError:
+        return None
 
 
 def inputs_of(model: Any, params: Params, name: str, *args: Any, **kwargs: Any) -> dict[str, list[Any]]:

@@ -20,6 +20,8 @@ This package imports nothing of jpeft but `jpeft.tree.paths`, and needs names an
 
 from jpeft.layouts.geometry import KERNEL_AXES as KERNEL_AXES
 from jpeft.layouts.layout import Layout as Layout
+from jpeft.layouts.parts import Parts as Parts
+from jpeft.layouts.parts import parts as parts
 from jpeft.layouts.roles import Role as Role
 from jpeft.layouts.roles import is_role as is_role
 from jpeft.layouts.search import RoleModule as RoleModule
@@ -29,6 +31,8 @@ from jpeft.layouts.search import find as find
 from jpeft.layouts.search import modules as modules
 from jpeft.layouts.stacks import STACKED as STACKED
 from jpeft.layouts.stacks import Stack as Stack
+from jpeft.layouts.stacks import layer_axes as layer_axes
+from jpeft.layouts.stacks import rows as rows
 from jpeft.layouts.stacks import stacks as stacks
 from jpeft.layouts.table import LAYOUTS as LAYOUTS
 from jpeft.layouts.table import PLAIN as PLAIN

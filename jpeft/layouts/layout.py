@@ -20,7 +20,7 @@ EMBEDDING = (
 )
 POSITIONS = r"(position_embeddings?|wpe|embed_positions|pos_embed)/embedding|position_embeddings|(posembed_\w+/)?pos_embeddings?"
 HEAD = r"pre_classifier|classifier|score|qa_outputs|classification_head"
-LM_HEAD = r"lm_head|cls|vocab_\w+|embed_out|proj_out|(decoder/)?logits_?dense|generator_(lm_head|predictions)|discriminator_predictions"
+LM_HEAD = r"lm_head|cls|vocab_\w+|embed_out|proj_out|(decoder/)?logits?_?dense|generator_(lm_head|predictions)|discriminator_predictions"
 
 
 class Match(NamedTuple):

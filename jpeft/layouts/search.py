@@ -5,6 +5,7 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
+from jpeft.layouts import structure
 from jpeft.layouts.layout import Layout, container
 from jpeft.layouts.roles import MEANING, MODULES, OUTER, PROJECTIONS, Role, Wanted, parse
 from jpeft.layouts.stacks import Shapes, Stack, stacks
@@ -60,7 +61,8 @@ def detect(params: Params) -> Layout | None:
     return max(found, key=lambda pair: len(pair[0].leaves) * (pair[0].count if pair[0].axis is not None else 1))[1] if found else None
 
 
-def _view(params: Params) -> _View:
+def shapes_of(params: Params) -> dict[Path, tuple[int, ...] | None]:
+    """The shapes of parameters, arrays or shapes already, by path; None for those of paths alone."""
     is_shape = lambda leaf: leaf is None or (isinstance(leaf, tuple) and all(isinstance(size, int) for size in leaf))
     if isinstance(params, Sequence) and all(isinstance(path, str) for path in params):
         leaves: Mapping[Path, Any] = dict.fromkeys(params)
@@ -68,7 +70,11 @@ def _view(params: Params) -> _View:
         leaves = params
     else:
         leaves = flatten(params)
-    return _look(tuple((path, leaf if is_shape(leaf) else tuple(getattr(leaf, "shape", ()))) for path, leaf in leaves.items()))
+    return {path: leaf if is_shape(leaf) else tuple(getattr(leaf, "shape", ())) for path, leaf in leaves.items()}
+
+
+def _view(params: Params) -> _View:
+    return _look(tuple(shapes_of(params).items()))
 
 
 @functools.lru_cache(maxsize=32)
@@ -79,11 +85,11 @@ def _look(items: tuple[tuple[Path, tuple[int, ...] | None], ...]) -> _View:
     for stack in candidates:
         firsts: dict[str, Path] = {}
         for path, i in stack.leaves.items():
-            # The same leaves of two blocks differ in the number alone, which a separator precedes. Dense_0 and Dense_1 are no blocks.
-            rest = path if i is None else path[len(f"{stack.path}/{i}") :]
-            kinds[path] = firsts.setdefault(rest if rest.count("/") > 1 else path, path)
+            kinds[path] = firsts.setdefault(path if i is None else stack.inside(path), path)
         outside = [path for path in shapes if path not in stack.leaves]
         layout = next((layout for layout in LAYOUTS if layout.follows([*firsts.values()], outside)), None)
+        if layout in (None, PLAIN):
+            layout = _read(stack, firsts.values(), shapes) or layout
         if layout is not None:
             found.append((stack, layout))
     if not found:
@@ -96,6 +102,13 @@ def _look(items: tuple[tuple[Path, tuple[int, ...] | None], ...]) -> _View:
     around = [stack for stack, _ in found if stack.path] or ([repeated] if repeated else [])
     inside = {path for stack in around for path in stack.leaves}
     return _View(shapes, kinds, tuple(found), [path for path in shapes if path not in inside])
+
+
+def _read(stack: Stack, leaves: Iterable[Path], shapes: Shapes) -> Layout | None:
+    """The layout of a stack's blocks as their structure and shapes show it."""
+    if stack.count < 2:
+        return None
+    return structure.layout_of({stack.inside(path): stack.shape_inside(shapes[path]) for path in leaves})
 
 
 # --- roles -----------------------------------------------------------------------------------------------------------------------------

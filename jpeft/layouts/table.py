@@ -187,7 +187,7 @@ LAYOUTS: tuple[Layout, ...] = (
         ffn_out=r"Mlp(Block)?_\d+/Dense_1",
         ffn=r"Mlp(Block)?_\d+",
         head=rf"{Layout.head}|head",
-        lm_head=r"(decoder/)?logits_?dense",  # `cls` is the class token
+        lm_head=r"(decoder/)?logits?_?dense",  # `cls` is the class token
     ),
     Layout(
         name="flax_block",

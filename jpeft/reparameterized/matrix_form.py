@@ -98,8 +98,16 @@ class MatrixForm(NamedTuple):
     def stored_axes(self, leaf_axes: LeafAxes) -> list[Any]:
         """The axes of a leaf in the adapter, in order: numbers of kernel axes, and names of axes that the kernel does not have.
 
-        The kernel's axes keep their order. Where the leaf has no inputs (or no outputs), its own axes stand in their place.
+        The kernel's axes keep their order. Where the leaf has no inputs (or no outputs), its own axes stand in their place. The axes of
+        the stack have the places that they have in the kernel, or the last one, so `nn.scan` slices the leaf as it slices the kernel.
         """
+        stored = self._in_order_of_kernel(leaf_axes)
+        placed = [axis for axis in stored if axis not in self.axes.stack]
+        for axis in sorted(axis for axis in stored if axis in self.axes.stack):
+            placed.insert(len(placed) if axis == len(self.shape) - 1 else axis, axis)
+        return placed
+
+    def _in_order_of_kernel(self, leaf_axes: LeafAxes) -> list[Any]:
         extra = [name for name in leaf_axes if name not in (INPUTS, OUTPUTS)]
         absent = {self.axes.inputs if name == INPUTS else self.axes.outputs for name in (INPUTS, OUTPUTS) if name not in leaf_axes}
         if len(absent) != 1:  # a leaf of the kernel's own shape, or one without any of its inputs and outputs

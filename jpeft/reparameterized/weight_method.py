@@ -7,7 +7,6 @@ runs layers. By default a layer runs on its new kernel, which is right everywher
 """
 
 import abc
-import warnings
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
@@ -19,6 +18,7 @@ from jpeft import tree
 from jpeft.core.layer import Change, Layer, Linear, NoProductError
 from jpeft.core.method import Method, with_head
 from jpeft.core.options import Axes, Names, Pattern, per_path
+from jpeft.layouts import layer_axes
 from jpeft.reparameterized.matrix_form import OUTPUTS, LeafAxes, MatrixForm
 from jpeft.tree.head import not_head
 from jpeft.tree.kernels import KernelAxes, axes_inside, axes_of, axes_rules
@@ -48,6 +48,7 @@ class WeightMethod(Method):
     leaf_axes: ClassVar[Mapping[str, LeafAxes]]
     family = "reparameterized"
     why_no_merge = None
+    begins_within = 0.0
 
     # --- what a weight method defines -------------------------------------------------------------------------------------------------
 
@@ -104,8 +105,8 @@ class WeightMethod(Method):
           ValueError: if the geometry of one is not known.
         """
         shapes = {path: tuple(leaf.shape) for path, leaf in tree.flatten(params).items()}
-        rules = axes_rules(self.axes)
-        return {path: MatrixForm(shapes[path], axes_of(path, shapes[path], rules)) for path in self.kernels(params)}
+        rules, layers = axes_rules(self.axes), layer_axes(params)
+        return {path: MatrixForm(shapes[path], axes_of(path, shapes[path], rules, layers=layers)) for path in self.kernels(params)}
 
     # --- the contract of a method -----------------------------------------------------------------------------------------------------
 
@@ -154,7 +155,7 @@ class WeightMethod(Method):
             prefix = f"{module}/" if module else ""
             # As a layer sees them: the kernel and, if there is one, the bias beside it.
             own = {name: base[path]} | ({"bias": base[f"{prefix}bias"]} if f"{prefix}bias" in base else {})
-            axes = axes_of(path, tuple(base[path].shape), axes_rules(self.axes))
+            axes = axes_of(path, tuple(base[path].shape), axes_rules(self.axes), layers=layer_axes(params))
             new = self._new_params(own, {name: leaves}, {name: axes}, module)
             replaced |= {f"{prefix}{key}": value for key, value in new.items() if value is not own[key]}
         return tree.replace(params, replaced)
@@ -212,12 +213,7 @@ class WeightMethod(Method):
         params = {**layer.params, "bias": self._new_params(layer.params, own, axes, layer.path)["bias"]} if own else layer.params
         try:
             return layer.run_changed(params, {name: change(name) for name in leaves}, *inputs)
-        except NoProductError as error:
-            warnings.warn(
-                f"{self.name}: in '{layer.path or 'the model'}' {error} The layer runs on its new kernel: exact, at the cost of full "
-                "fine-tuning of this layer.",
-                stacklevel=2,
-            )
+        except NoProductError:  # the host has noted it, to say it once for all layers
             return self._run_on_new_params(layer, inputs, leaves, axes)
 
     def _run_on_new_params(self, layer: Layer, inputs: Inputs, leaves: Mapping[str, Any], axes: Mapping[str, KernelAxes]) -> Any:

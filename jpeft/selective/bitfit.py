@@ -50,6 +50,7 @@ class BitFit(Method):
     learning_rate = 1e-2
     head_lr_scale = 20.0
     why_no_merge = None
+    begins_within = 0.0
 
     def init(self, key: jax.Array, params: tree.Params, *, stats: Any = None) -> tree.Adapter:
         """Copies of the chosen biases, and the head."""

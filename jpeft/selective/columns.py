@@ -27,11 +27,11 @@ Run = Callable[[Mapping[str, Any], jax.Array], jax.Array]  # (parameters of the 
 
 
 def place_columns(
-    leaf: Float[Array, "*rows outputs"], values: Float[Array, "*rows n"], indices: Float[Array, "*stack n"]
+    leaf: Float[Array, "*rows outputs"], values: Float[Array, "*rows n"], indices: Float[Array, "*stack n"], axis: int = 0
 ) -> Float[Array, "*rows outputs"]:
     """Replace some columns of a kernel [*stack, inputs, outputs], or some entries of a bias [*stack, outputs], in the leaf's dtype.
 
-    All other entries are bit for bit the same.
+    All other entries are bit for bit the same. A stack may be on another `axis` of all three, 1 or -1.
 
     >>> import jax.numpy as jnp
     >>> place_columns(jnp.zeros((2, 4)), jnp.array([[1.0, 2.0], [3.0, 4.0]]), jnp.array([1.0, 3.0]))
@@ -39,7 +39,7 @@ def place_columns(
            [0., 3., 0., 4.]], dtype=float32)
     """
     if indices.ndim > 1:  # each layer of a stack has its own learners
-        return jax.vmap(place_columns)(leaf, values, indices)
+        return jax.vmap(place_columns, in_axes=axis, out_axes=axis)(leaf, values, indices)
     at = as_integers(indices)
     # XLA runs a scatter into columns as a loop. So each output gathers its column from the values, and a `where` keeps the frozen ones.
     position = jnp.full(leaf.shape[-1:], -1).at[at].set(jnp.arange(at.size), unique_indices=True)  # [outputs]: place in `values`, or -1

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from jpeft import tree
+from jpeft import layouts, tree
 from jpeft.core.groups import Group
 from jpeft.core.method import TRAIN, Method, with_head
 from jpeft.core.options import NotNegative, Pattern, Positive, Share, ShareBelowOne
@@ -41,6 +41,7 @@ class DiffPruningOptions(Method):
 
     name = "diff_pruning"
     family = "selective"
+    begins_within = 0.0
     summary = "learn which weights to change by gates, then train the k largest changes"
     learning_rate = 1e-3
     why_no_merge = None
@@ -101,12 +102,13 @@ class DiffPruning(DiffPruningOptions):
         """Differences of zero, open gates, and the head."""
         del key, stats
         out: dict[str, Any] = {}
+        layers = layouts.layer_axes(params)
         for path, leaf in not_head(params, self.head).items():
             dtype = sparse.difference_dtype(leaf)
             out[f"{path}/{W}"] = jnp.zeros(leaf.shape, dtype)
             out[f"{path}/{ALPHA}"] = jnp.full(leaf.shape, self.alpha, dtype)
             if self.structured:
-                out[f"{path}/{ALPHA_GROUP}"] = jnp.full(_group_shape(path, leaf.shape), self.alpha, dtype)
+                out[f"{path}/{ALPHA_GROUP}"] = jnp.full(_group_shape(path, leaf.shape, layers.get(path)), self.alpha, dtype)
         return with_head(out, params, self.head)
 
     def bind(self, params: tree.Params, adapter: tree.Adapter, *, rng: jax.Array | None = None) -> tree.Params:
@@ -200,9 +202,11 @@ def _gates(alpha: Float[Array, "*shape"], key: jax.Array | None, path: str) -> F
     return hard_concrete.median(alpha) if key is None else hard_concrete.sample(tree.key_for(key, path), alpha)
 
 
-def _group_shape(path: str, shape: tuple[int, ...]) -> tuple[int, ...]:
+def _group_shape(path: str, shape: tuple[int, ...], axis: int | None) -> tuple[int, ...]:
     """The shape of ``alpha_group``: a scalar for each tensor, or [layers, 1, ...] for a scanned stack's leaf, one number for each layer."""
-    return (shape[0], *(1 for _ in shape[1:])) if shape and re.fullmatch(STACKED, path) else ()
+    if axis is None and (not shape or re.fullmatch(STACKED, path) is None):
+        return ()
+    return tuple(size if i == (axis or 0) % len(shape) else 1 for i, size in enumerate(shape))
 
 
 _HOW_TO_SCORE = DiffPruningMask.how_to_score

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from jpeft import tree
+from jpeft import layouts, tree
 from jpeft.core.layer import Layer
 from jpeft.core.method import Method, with_head
 from jpeft.core.options import Names, Pattern, Share, ShareBelowOne
@@ -36,6 +36,7 @@ class NeuronMethod(Method):
     summary = "train the feed-forward neurons that move the most in a short priming"
     learning_rate = 1e-3
     why_no_merge = None
+    begins_within = 0.0
 
     def find_targets(self, params: tree.Params) -> tuple[list[str], list[str]]:
         """The paths of the kernels, and of the leaves that the option `also` names besides.
@@ -45,10 +46,10 @@ class NeuronMethod(Method):
         """
         leaves = not_head(params, self.head)
         kernels = select([path for path in leaves if len(leaves[path].shape) > 1], self.target, params=params)
+        layers = _layer_axes(params)
         for path in kernels:
             shape = leaves[path].shape
-            is_stacked = bool(re.fullmatch(STACKED, path)) and len(shape) > 2
-            if len(shape) != 2 + is_stacked:  # [inputs, outputs], or [layers, inputs, outputs]
+            if len(shape) != 2 + (path in layers):  # [inputs, outputs], or [layers, inputs, outputs]
                 raise ValueError(f"far: '{path}' {shape} is no kernel with one axis of inputs and one of outputs: choose another target.")
         taken = {*kernels, *map(_bias_path, kernels)}
         also = select(leaves, self.also, option="also", params=params) if self.also is not None else []
@@ -64,17 +65,20 @@ class NeuronMethod(Method):
             is missing, neurons are ranked by their bias and only the bias is trained.
         """
         out: dict[str, Any] = {}
+        layers = _layer_axes(params)
         for path in self.find_targets(params)[0]:
             names = [name for name in (path, _bias_path(path)) if name in source]
             if not names:
                 continue
-            moved = jnp.abs(scores[names[0]].astype(jnp.float32))
+            axis = layers.get(path, 0)
+            moved = jnp.moveaxis(jnp.abs(scores[names[0]].astype(jnp.float32)), axis, 0)
             moved = moved.sum(-2) if names[0] == path else moved  # [*stack, outputs]
             at = largest_neurons(moved, max(1, round(self.retention * moved.shape[-1])))
             for name in names:
-                index = at if source[name].ndim == at.ndim else at[..., None, :]  # a kernel has an axis of inputs more
-                out[f"{name}/{VALUES}"] = tree.trained_copy(jnp.take_along_axis(source[name], index, -1))
-                out[f"{name}/{INDICES}"] = at.astype(jnp.float32)
+                leaf = jnp.moveaxis(source[name], axis, 0)
+                index = at if leaf.ndim == at.ndim else at[..., None, :]  # a kernel has an axis of inputs more
+                out[f"{name}/{VALUES}"] = tree.trained_copy(jnp.moveaxis(jnp.take_along_axis(leaf, index, -1), 0, axis))
+                out[f"{name}/{INDICES}"] = jnp.moveaxis(at.astype(jnp.float32), 0, axis)
         return out
 
 
@@ -188,7 +192,9 @@ class FARLearners(NeuronMethod):
 
     def merge(self, params: tree.Params, adapter: tree.Adapter) -> tree.Params:
         """The learners' weights in their places."""
-        return tree.merge_leaves(params, adapter, lambda path, leaf, leaves: place_columns(jnp.asarray(leaf), **leaves))
+        layers = _layer_axes(params)
+        place = lambda path, leaf, leaves: place_columns(jnp.asarray(leaf), **leaves, axis=layers.get(path, 0))
+        return tree.merge_leaves(params, adapter, place)
 
     def merge_layer(self, layer: Layer, leaves: dict[str, Any]) -> Mapping[str, Any] | None:
         """The layer's parameters, as other middleware leaves them, with the learners' weights in their places."""
@@ -222,6 +228,13 @@ def largest_neurons(moved: Float[Array, "*stack outputs"], count: int) -> Array:
     Array([1, 3], dtype=int32)
     """
     return jnp.sort(jnp.argsort(-moved, axis=-1)[..., :count], axis=-1)  # argsort is stable
+
+
+def _layer_axes(params: tree.Params) -> dict[str, int]:
+    """The axis of the layers of each leaf that holds those of a stack, by path."""
+    by_name = {path: 0 for path, leaf in tree.flatten(params).items() if len(leaf.shape) > 2 and re.fullmatch(STACKED, path)}
+    found = layouts.layer_axes(params)
+    return {path: axis for path, axis in {**by_name, **found}.items() if axis is not None}
 
 
 def _bias_path(kernel: str) -> str:

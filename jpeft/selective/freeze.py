@@ -10,11 +10,9 @@ import jax.numpy as jnp
 from jpeft import layouts, tree
 from jpeft.core.method import Method, with_head
 from jpeft.core.options import CountOrZero, Names, PathPattern, Pattern
+from jpeft.layouts import Stack
 from jpeft.tree.head import not_head
-from jpeft.tree.kernels import STACKED
 from jpeft.tree.select import select
-
-_INDEXED = re.compile(r"(?P<stack>.*?[^/\d])[_/](?P<index>\d+)/(?P<rest>.*)")
 
 
 class Freeze(Method):
@@ -59,6 +57,7 @@ class Freeze(Method):
     summary = "train the top layers and what follows them, freeze the rest"
     learning_rate = 5e-4
     why_no_merge = None
+    begins_within = 0.0
 
     def check(self) -> None:
         """Refuse a regex for the layers that has no group for their index."""
@@ -77,52 +76,62 @@ class Freeze(Method):
         if self.target is not None:
             chosen = {path: tree.trained_copy(leaves[path]) for path in select(leaves, self.target, params=params)}
             return with_head(chosen, params, self.head)
-        stack = find_layers(leaves, self.layers) if self.top else {}
-        top = self._top_layers(stack, leaves)
-        trained = {path: self._top_slice(leaves[path]) if index is None else tree.trained_copy(leaves[path]) for path, index in top.items()}
-        outside = {path: leaf for path, leaf in leaves.items() if path not in stack}
-        trained |= {path: tree.trained_copy(leaves[path]) for path in self._find_also(outside, params)}
+        stack = find_layers(leaves, self.layers) if self.top else None
+        trained = {} if stack is None else self._top_layers(stack, leaves)
+        trained |= {path: tree.trained_copy(leaves[path]) for path in self._find_also(stack, leaves, params)}
         return with_head(trained, params, self.head)
 
     def bind(self, params: tree.Params, adapter: tree.Adapter, *, rng: jax.Array | None = None) -> tree.Params:
         """Replace whole leaves, and the top slice of scanned stacks."""
         del rng
         base = tree.flatten(params)
-        # An adapter leaf with fewer layers than the base's [layers, ...] holds the top ones.
-        below = lambda path, leaf: base[path][: -leaf.shape[0]].astype(leaf.dtype)
-        whole = lambda path, leaf: leaf if leaf.shape == base[path].shape else jnp.concatenate([below(path, leaf), leaf])
-        return tree.replace(params, {path: whole(path, leaf) for path, leaf in tree.flatten(adapter).items()})
+        return tree.replace(params, {path: _with_top(base[path], leaf) for path, leaf in tree.flatten(adapter).items()})
 
     def count_changed(self, params: tree.Params, adapter: tree.Adapter) -> int:
         """The size of the adapter, as a slice of a stack changes the slice only."""
         del params
         return tree.size(adapter)
 
-    def _top_layers(self, stack: dict[str, int | None], leaves: dict[str, Any]) -> dict[str, int | None]:
-        """The part of the stack that belongs to the top layers."""
-        depths = {leaves[path].shape[:1] for path, index in stack.items() if index is None}
-        if len(depths) > 1 or () in depths:
-            raise ValueError(
-                f"freeze: the leaves below {next(iter(stack)).rpartition('/')[0]!r} do not share a leading axis, so they are no stack of "
-                "layers. Say where the layers are with layers=r'...(\\d+)...', or name the leaves with target=...."
-            )
-        total = depths.pop()[0] if depths else 1 + max((i for i in stack.values() if i is not None), default=-1)
-        if self.top > total:
-            raise ValueError(f"freeze: top={self.top}, but the model has {total} layers.")
-        return {path: index for path, index in stack.items() if index is None or index >= total - self.top}
+    def _top_layers(self, stack: Stack, leaves: dict[str, Any]) -> dict[str, Any]:
+        """Copies of the top layers: leaves of numbered ones, slices of stacked ones."""
+        if self.top > stack.count:
+            raise ValueError(f"freeze: top={self.top}, but the model has {stack.count} layers.")
+        if stack.axis is not None:
+            return {path: tree.trained_copy(_top_of(leaves[path], stack.axis, self.top)) for path in stack.leaves}
+        numbers = sorted({number for number in stack.leaves.values() if number is not None})
+        top = numbers[len(numbers) - self.top :] if self.layers is None else range(stack.count - self.top, stack.count)
+        return {path: tree.trained_copy(leaves[path]) for path, number in stack.leaves.items() if number in top}
 
-    def _top_slice(self, leaf: Any) -> Any:
-        return tree.trained_copy(leaf[leaf.shape[0] - self.top :])
-
-    def _find_also(self, outside: dict[str, Any], params: tree.Params) -> list[str]:
-        """The leaves outside the stack of layers that the option `also` names."""
-        if self.also == "auto":
-            return layouts.find(outside, "@pooler|@final_norm", required=False) if self.top else []
-        return select(outside, self.also, option="also", params=params) if self.also is not None else []
+    def _find_also(self, stack: Stack | None, leaves: dict[str, Any], params: tree.Params) -> list[str]:
+        """The leaves outside the stack of layers that the option `also` names; "auto" takes none that stands in another stack."""
+        outside = {path: leaf for path, leaf in leaves.items() if stack is None or path not in stack.leaves}
+        if self.also != "auto":
+            return select(outside, self.also, option="also", params=params) if self.also is not None else []
+        if stack is None:
+            return []
+        in_stacks = layouts.layer_axes(leaves)
+        return [path for path in layouts.find(outside, "@pooler|@final_norm", required=False) if path not in in_stacks]
 
 
-def find_layers(leaves: dict[str, Any], pattern: str | None) -> dict[str, int | None]:
-    """The leaves of the stack of layers, each with the index of its layer; None for a leaf that holds all layers.
+def _top_of(leaf: Any, axis: int, top: int) -> Any:
+    """The last layers of a leaf that holds those of all."""
+    start, at = leaf.shape[axis] - top, axis % len(leaf.shape)
+    if isinstance(leaf, jax.ShapeDtypeStruct):
+        return jax.ShapeDtypeStruct((*leaf.shape[:at], top, *leaf.shape[at + 1 :]), leaf.dtype)
+    return leaf[(slice(None),) * at + (slice(start, None),)]
+
+
+def _with_top(base: Any, leaf: Any) -> Any:
+    """The leaf of an adapter, with the layers of the base below it if it holds the top ones alone."""
+    if leaf.shape == base.shape:
+        return leaf
+    (axis,) = (i for i, (whole, part) in enumerate(zip(base.shape, leaf.shape, strict=True)) if whole != part)
+    below = base[(slice(None),) * axis + (slice(0, base.shape[axis] - leaf.shape[axis]),)]
+    return jnp.concatenate([below.astype(leaf.dtype), leaf], axis)
+
+
+def find_layers(leaves: dict[str, Any], pattern: str | None) -> Stack:
+    """The stack of layers.
 
     Args:
       leaves: The base's leaves by path.
@@ -132,36 +141,31 @@ def find_layers(leaves: dict[str, Any], pattern: str | None) -> dict[str, int | 
       ValueError: if there is no stack, or there are several of equal size.
     """
     if pattern is not None:
-        return _match_layers(leaves, pattern)
-    # Candidates by (name, whether indexed). A path may be in two: `layers/ln_1` is in a scanned stack `layers`, or in layers called `ln`.
-    stacks: dict[tuple[str, bool], dict[str, int | None]] = {}
-    for path in leaves:
-        if m := _INDEXED.fullmatch(path):
-            stacks.setdefault((m["stack"], True), {})[path] = int(m["index"])
-        if m := re.fullmatch(STACKED, path):
-            stacks.setdefault((m["stack"], False), {})[path] = None
-    # Indices of layers are 0, 1, 2, ... without a gap.
-    stacks = {key: paths for key, paths in stacks.items() if not key[1] or set(paths.values()) == set(range(len(set(paths.values()))))}
-    # Of equal sizes, an indexed stack is preferred.
-    sizes = {key: (sum(leaves[path].size for path in paths), key[1]) for key, paths in stacks.items()}
-    largest = [key for key, size in sizes.items() if size == max(sizes.values())]
+        found = _match_layers(leaves, pattern)
+        return Stack("", 1 + max(found.values()), None, dict(found))
+    shapes = {path: tuple(leaf.shape) for path, leaf in leaves.items()}
+    stacks = layouts.stacks(shapes)
+    # Layers of one module each, and a single one, count where there is nothing more.
+    stacks = [stack for stack in stacks if stack.count > 1] or layouts.rows(shapes) or stacks
+    sizes = [sum(leaves[path].size for path in stack.leaves) for stack in stacks]
+    largest = [stack for stack, size in zip(stacks, sizes, strict=True) if size == max(sizes)]
     if len(largest) != 1:
-        what = f"several stacks of equal size, {[name for name, _ in largest]}" if largest else "no numbered or stacked layers"
+        what = f"several stacks of equal size, {[stack.path for stack in largest]}" if largest else "no numbered or stacked layers"
         raise ValueError(
             f"freeze: found {what}. Say which with layers=r'encoder/layer/(\\d+)/', or name the leaves with target=...; "
             f"parameters begin with {list(leaves)[:5]}."
         )
-    return stacks[largest[0]]
+    return largest[0]
 
 
-def _match_layers(leaves: dict[str, Any], pattern: str) -> dict[str, int | None]:
+def _match_layers(leaves: dict[str, Any], pattern: str) -> dict[str, int]:
     """The leaves whose paths a regex matches from the start, with the index in its group."""
     regex = re.compile(pattern)
     matched = {path: m[1] for path in leaves if (m := regex.match(path))}
     for path, index in matched.items():
         if index is None or not index.isdecimal():
             raise ValueError(f"freeze: the group of layers={pattern!r} holds {index!r} of '{path}', which is no index: let it be (\\d+).")
-    found: dict[str, int | None] = {path: int(index) for path, index in matched.items()}
+    found = {path: int(index) for path, index in matched.items()}
     if not found:
         raise ValueError(f"freeze: layers={pattern!r} matches none of the {len(leaves)} parameters, such as {list(leaves)[:5]}.")
     return found

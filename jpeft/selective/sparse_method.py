@@ -31,6 +31,7 @@ class SparseMethod(Method):
     family = "selective"
     why_no_merge = None
     reduce_grads_locally = True
+    begins_within = 0.0
 
     @property
     @abc.abstractmethod

@@ -60,6 +60,7 @@ class TrainableTokens(Method):
     summary = "train the embeddings of some tokens, such as added ones"
     learning_rate = 5e-3
     why_no_merge = None
+    begins_within = 0.0
 
     def check(self) -> None:
         """Refuse a token that is given twice."""

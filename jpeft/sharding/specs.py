@@ -3,6 +3,7 @@
 import math
 import re
 from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import jax
@@ -12,11 +13,13 @@ from jax.sharding import PartitionSpec as P
 from jpeft import distributed, tree
 from jpeft.core.method import Method
 from jpeft.core.peft import Peft
+from jpeft.layouts import layer_axes
 from jpeft.sharding.mesh import AXES, FSDP, TENSOR, AnyMesh
 from jpeft.tree.kernels import STACKED, KernelAxes, axes_of
 from jpeft.tree.paths import Path
 from jpeft.tree.select import first_match
 
+Layers = Mapping[Path, int | None]
 Rules = Sequence[tuple[str, P | None]]  # ordered (regex, spec), the first that matches a leaf's path or its module; None: the default
 
 # Leaves of an adapter that follow no weight are copied to every device below this number of scalars: splitting them would save little.
@@ -38,16 +41,17 @@ class Placement(NamedTuple):
 # --- the base ------------------------------------------------------------------------------------------------------------------------
 
 
-def place(path: Path, shape: tuple[int, ...], mesh: AnyMesh, rules: Rules = ()) -> Placement:
+def place(path: Path, shape: tuple[int, ...], mesh: AnyMesh, rules: Rules = (), *, layers: Layers = MappingProxyType({})) -> Placement:
     """How one parameter of the base is kept.
 
     Args:
       path: Its path.
       shape: Its shape.
       mesh: Concrete or abstract.
-      rules: Ordered ``(regex, PartitionSpec)``. A spec is written for one layer: where layers are stacked on a leading axis (`nn.scan`),
-        that axis is put in front of a spec that is shorter than the parameter, and is not split. Parameters that no rule matches, or
-        whose spec is None, are split along their largest axis that can be, by fsdp and tensor together if possible; vectors are not.
+      rules: Ordered ``(regex, PartitionSpec)``. A spec is written for one layer: where layers are stacked on an axis (`nn.scan`), that axis
+        is put into a spec that is shorter than the parameter, and is not split. Parameters that no rule matches, or whose spec is None,
+        are split along their largest axis that can be, by fsdp and tensor together if possible; vectors are not.
+      layers: The axis of stacked layers by path (`jpeft.layouts.layer_axes`). Where it does not say, the name of the container does.
 
     Returns:
       The placement. A mesh axis that does not divide the parameter's axis is left out, and `Placement.why` says so.
@@ -66,11 +70,13 @@ def place(path: Path, shape: tuple[int, ...], mesh: AnyMesh, rules: Rules = ()) 
     Placement(spec=P(None, ('fsdp', 'tensor')), why='')
     """
     spec = first_match(path, (*rules, (".*", None)), "sharding")
-    stacked = re.fullmatch(STACKED, path) is not None
+    axis = layers[path] if layers.get(path) is not None else 0 if re.fullmatch(STACKED, path) is not None else None
+    at = None if axis is None else axis % max(1, len(shape))
     if spec is None:
-        return _largest(shape, mesh, skip=int(stacked))
-    if stacked and len(spec) < len(shape):
-        spec = P(None, *spec)
+        return _largest(shape, mesh, layers=at)
+    if at is not None and len(spec) < len(shape):
+        entries = [*spec, *[None] * (len(shape) - 1 - len(spec))]
+        spec = P(*entries[:at], None, *entries[at:])
     if len(spec) > len(shape):
         raise ValueError(f"The sharding rule {spec} for '{path}' has {len(spec)} entries, and the parameter has the shape {shape}.")
     return fit(spec, shape, mesh, path)
@@ -111,9 +117,9 @@ def _parts(names: tuple[str, ...], mesh: AnyMesh) -> int:
     return math.prod(mesh.shape[name] for name in names)
 
 
-def _largest(shape: tuple[int, ...], mesh: AnyMesh, *, skip: int = 0, vectors: bool = False) -> Placement:
-    """The largest axis that can be split, the first of equal ones."""
-    axes = sorted(range(skip, len(shape)), key=lambda i: -shape[i])
+def _largest(shape: tuple[int, ...], mesh: AnyMesh, *, layers: int | None = None, vectors: bool = False) -> Placement:
+    """The largest axis that can be split, the first of equal ones; that of stacked layers is not."""
+    axes = sorted((i for i in range(len(shape)) if i != layers), key=lambda i: -shape[i])
     if len(axes) < 2 and not vectors:
         return Placement(P())
     choices = [names for names in ((FSDP, TENSOR), (FSDP,), (TENSOR,)) if all(mesh.shape.get(name, 1) > 1 for name in names)]
@@ -122,7 +128,7 @@ def _largest(shape: tuple[int, ...], mesh: AnyMesh, *, skip: int = 0, vectors: b
             if shape[i] and shape[i] % _parts(names, mesh) == 0:
                 return Placement(_spec([names if j == i else () for j in range(len(shape))]))
     tried = " or ".join(f"{name}={mesh.shape[name]}" for name in (FSDP, TENSOR) if mesh.shape.get(name, 1) > 1)
-    return Placement(P(), f"no axis of {tuple(shape[skip:])} is divisible by {tried}" if choices else "")
+    return Placement(P(), f"no axis of {tuple(shape[i] for i in sorted(axes))} is divisible by {tried}" if choices else "")
 
 
 # --- the adapter ---------------------------------------------------------------------------------------------------------------------
@@ -138,11 +144,12 @@ def _adapter(params: tree.Params, adapter: tree.Adapter, method: Method, mesh: A
     replaced, beside, _ = tree.split(params, adapter)
     base = {path: leaf.shape for path, leaf in tree.flatten(params).items() if path in replaced or path in beside}
     # A leaf in a weight's place may be a part of it, such as the uppermost layers of a stack.
-    out = {path: place(path, leaf.shape, mesh, rules) for path, leaf in replaced.items() if leaf.ndim == len(base[path])}
+    layers = layer_axes(params)
+    out = {path: place(path, leaf.shape, mesh, rules, layers=layers) for path, leaf in replaced.items() if leaf.ndim == len(base[path])}
     for owner, leaves in beside.items():
-        spec = place(owner, base[owner], mesh, rules).spec
+        spec = place(owner, base[owner], mesh, rules, layers=layers).spec
         for name, leaf in tree.flatten(leaves).items():
-            derived = _beside(owner, base[owner], spec, leaf.shape, geometry)
+            derived = _beside(owner, base[owner], spec, leaf.shape, geometry, layers)
             out[f"{owner}/{name}"] = _alone(leaf, mesh) if derived is None else fit(derived, leaf.shape, mesh)
     return {path: out[path] if path in out else _alone(leaf, mesh) for path, leaf in tree.flatten(adapter).items()}
 
@@ -152,7 +159,7 @@ def _alone(leaf: Any, mesh: AnyMesh) -> Placement:
     return _largest(leaf.shape, mesh, vectors=True) if leaf.size >= SMALL else Placement(P())
 
 
-def _beside(path: Path, shape: tuple[int, ...], spec: P, leaf: tuple[int, ...], rules: Any) -> P | None:
+def _beside(path: Path, shape: tuple[int, ...], spec: P, leaf: tuple[int, ...], rules: Any, layers: Layers) -> P | None:
     """The spec of a leaf beside a weight: the weight's own along the axes that they share; None if its shape tells of none.
 
     A factor of the kernel has its inputs or its outputs collapsed into one axis of any length, the rank, which is not split. A leaf with
@@ -162,7 +169,7 @@ def _beside(path: Path, shape: tuple[int, ...], spec: P, leaf: tuple[int, ...], 
     if leaf == shape:
         return spec
     try:
-        geometry = axes_of(path, shape, rules)
+        geometry = axes_of(path, shape, rules, layers=layers)
     except ValueError:  # a weight of unknown geometry, which the method knows how to treat
         return None
     sizes, names = geometry.factors(shape, -1), geometry.factors(entries, ())
@@ -201,7 +208,8 @@ def placements(of: tree.Params | Peft, mesh: AnyMesh, rules: Rules = ()) -> Any:
     if isinstance(of, Peft):
         found = _adapter(of.params, of.adapter, of.method, mesh, rules)
         return Peft(placements(of.params, mesh, rules), _by_path(lambda path, leaf: found[path], of.adapter), of.method)
-    return _by_path(lambda path, leaf: place(path, leaf.shape, mesh, rules), of)
+    layers = layer_axes(of)
+    return _by_path(lambda path, leaf: place(path, leaf.shape, mesh, rules, layers=layers), of)
 
 
 def shardings(of: tree.Params | Peft, mesh: AnyMesh, rules: Rules = ()) -> Any:

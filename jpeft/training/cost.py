@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import jax
 from jax.extend.core import ClosedJaxpr
 
-from jpeft.training.flops import count_flops
+from jpeft.core.flops import count_flops
 
 
 class Cost(NamedTuple):

@@ -2,7 +2,8 @@
 
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import Any, NamedTuple, TypeVar
 
 import jax
@@ -108,11 +109,23 @@ def axes_rules(axes: Any) -> AxesRules:
     return tuple((pattern, KernelAxes(*map(tuple, geometry))) for pattern, geometry in axes or ())
 
 
-def axes_of(path: Path, shape: tuple[int, ...], rules: AxesRules = ()) -> KernelAxes:
+def axes_of(
+    path: Path, shape: tuple[int, ...], rules: AxesRules = (), *, layers: Mapping[Path, int | None] = MappingProxyType({})
+) -> KernelAxes:
     """The geometry of one kernel: from the caller's rules, else from the known layouts, else from the window of a convolution.
 
     Nothing is guessed from the number of axes alone. Names and windows can mislead (two models may both call a kernel ``query``), so every
     host compares the answer with the real layer at the first call and refuses a wrong one.
+
+    Args:
+      path: Of the kernel.
+      shape: Its shape.
+      rules: The caller's.
+      layers: The axis of the layers of each leaf of a stack (`jpeft.layouts.layer_axes`), where the whole tree is known. Otherwise the
+        name of the container tells whether layers are stacked, on the first axis.
+
+    >>> axes_of("decoder/decoder/query/kernel", (16, 3, 2, 8), layers={"decoder/decoder/query/kernel": 1})
+    KernelAxes(stack=(1,), inputs=(0,), outputs=(2, 3))
 
     Raises:
       ValueError: if no rule covers the kernel.
@@ -122,17 +135,37 @@ def axes_of(path: Path, shape: tuple[int, ...], rules: AxesRules = ()) -> Kernel
             if sorted(axes.stack + axes.inputs + axes.outputs) != list(range(len(shape))):
                 raise ValueError(f"axes rule '{pattern}': {axes} does not name each of the {len(shape)} axes of '{path}' {shape} once.")
             return axes
-    stacked = re.fullmatch(STACKED, path) is not None and len(shape) > 2
-    named = [(pattern, axes) for pattern, ndim, axes in DEFAULT_AXES if ndim + stacked == len(shape) and re.fullmatch(pattern, path)]
+    known = path in layers
+    at = layers[path] if known else 0 if re.fullmatch(STACKED, path) is not None and len(shape) > 2 else None
+    inside = without_axis(shape, at)
+    named = [(pattern, axes) for pattern, ndim, axes in DEFAULT_AXES if ndim == len(inside) and re.fullmatch(pattern, path)]
     # A module called `block` may be one block or a stack of them: a square window tells that a convolution in it is not stacked.
-    if _has_window(path, shape, stacked) and all(pattern in (CONVOLUTION, ".*") for pattern, _ in named):
-        return KernelAxes((), tuple(range(len(shape) - 1)), (len(shape) - 1,))
-    if named:
-        axes = named[0][1]
-        return KernelAxes((0,), *(tuple(i + 1 for i in part) for part in axes[1:])) if stacked else axes
+    kernel, stacked = (inside, False) if known else (shape, at is not None)
+    if _has_window(path, kernel, stacked) and all(pattern in (CONVOLUTION, ".*") for pattern, _ in named):
+        axes = KernelAxes((), tuple(range(len(kernel) - 1)), (len(kernel) - 1,))
+        return axes if at is None or not known else _with_stack(axes, at % len(shape))
+    if not named:
+        raise _unknown(path, shape)
+    return named[0][1] if at is None else _with_stack(named[0][1], at % len(shape))
+
+
+def without_axis(shape: tuple[int, ...], axis: int | None) -> tuple[int, ...]:
+    """A shape without one of its axes, or whole for None."""
+    if axis is None:
+        return shape
+    at = axis % len(shape)
+    return shape[:at] + shape[at + 1 :]
+
+
+def _with_stack(axes: KernelAxes, at: int) -> KernelAxes:
+    """The geometry of a kernel with an axis of layers put in at a place."""
+    return KernelAxes((at,), *(tuple(i + (i >= at) for i in part) for part in axes[1:]))
+
+
+def _unknown(path: Path, shape: tuple[int, ...]) -> ValueError:
     inputs = (0,) if len(shape) == 3 else tuple(range(len(shape) - 1))
     example = KernelAxes((), inputs, tuple(range(len(inputs), len(shape))))
-    raise ValueError(
+    return ValueError(
         f"The geometry of '{path}' with shape {shape} is not known: which axes are inputs and which outputs? "
         f"Say it with a rule, such as axes=(('{re.escape(path)}', jpeft.{example}),), "
         "or let the model tell: axes=jpeft.kernel_axes(model, params, *example_inputs)."

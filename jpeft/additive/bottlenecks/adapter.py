@@ -54,6 +54,11 @@ class HoulsbyAdapter(BottleneckMethod):
     name = "adapter"
     summary = "bottleneck layers after attention and feed-forward (Houlsby)"
 
+    @property
+    def in_both_parts(self) -> bool:
+        """Unless the user says where."""
+        return self.target == type(self).target
+
     def init_at(self, key: jax.Array, site: BottleneckSite) -> dict[str, Any]:
         """Both kernels truncated normal."""
         draw = truncated_normal(self.std)

@@ -9,7 +9,7 @@ import jax
 from jpeft import layouts, tree
 from jpeft.additive.bottlenecks.bottleneck import Activation, project_down_and_up
 from jpeft.additive.bottlenecks.hidden_state import change_hidden, is_hidden
-from jpeft.additive.bottlenecks.sites import BottleneckSite, find_sites
+from jpeft.additive.bottlenecks.sites import BottleneckSite, check_both_parts, find_sites
 from jpeft.core.layer import Layer
 from jpeft.core.method import Method, with_head
 from jpeft.core.options import Axes, Names, PathPattern, Pattern
@@ -42,6 +42,7 @@ class BottleneckMethod(Method):
     family = "additive"
     learning_rate = 2e-3
     why_no_merge = "an adapter is a nonlinear layer of its own, which no weight of the base can take up; keep using it through jpeft.wrap"
+    begins_within = 0.2
 
     @abc.abstractmethod
     def init_at(self, key: jax.Array, site: BottleneckSite) -> dict[str, Any]:
@@ -51,6 +52,11 @@ class BottleneckMethod(Method):
           key: The site's own random key.
           site: The module, its width and its stack axes.
         """
+
+    @property
+    def in_both_parts(self) -> bool:
+        """Whether a bottleneck is wanted after attention and after the feed-forward layer of each block, wherever these are."""
+        return False
 
     def target_in(self, params: tree.Params) -> Names:
         """The option `target`, or what None stands for in this base."""
@@ -68,7 +74,10 @@ class BottleneckMethod(Method):
         norms = layouts.find(not_head(params, self.head), "@norms", required=False) if self.train_norms else []
         base = tree.flatten(params)
         out = {path: tree.trained_copy(base[path]) for path in norms}
-        for site in find_sites(params, self.target_in(params), axes=self.axes, head=self.head):
+        sites = find_sites(params, self.target_in(params), axes=self.axes, head=self.head)
+        if self.in_both_parts:
+            check_both_parts(params, sites, self.head, self.name)
+        for site in sites:
             out |= site.added(self.init_at(tree.key_for(key, site.leaf), site))
         return with_head(out, params, self.head)
 

@@ -1,5 +1,7 @@
 """Compacter: adapters whose kernels are sums of Kronecker products with factors shared by all layers."""
 
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any
 
 import jax
@@ -9,7 +11,7 @@ from jaxtyping import Array, Float
 from jpeft import tree
 from jpeft.additive.bottlenecks.bottleneck import Activation
 from jpeft.additive.bottlenecks.bottleneck_method import BottleneckMethod
-from jpeft.additive.bottlenecks.sites import BottleneckSite
+from jpeft.additive.bottlenecks.sites import BottleneckSite, find_sites
 from jpeft.core.initializers import glorot_uniform
 from jpeft.core.options import Count, Names, NotNegative
 from jpeft.tree.adapters import ADDED
@@ -79,6 +81,11 @@ class Compacter(BottleneckMethod):
         if self.plus_plus and self.target is not None:
             raise ValueError("plus_plus=True chooses the feed-forward layers; leave it out when you give a target.")
 
+    @property
+    def in_both_parts(self) -> bool:
+        """Unless the user says where."""
+        return self.target is None and not self.plus_plus
+
     def target_in(self, params: tree.Params) -> Names:
         """The option, or the feed-forward layers, or these and self-attention."""
         del params
@@ -112,7 +119,14 @@ class Compacter(BottleneckMethod):
 
     def bind(self, params: tree.Params, adapter: tree.Adapter, *, rng: jax.Array | None = None) -> tree.Params:
         """Form the kernels once for all layers, outside of the model: A is not sliced by `nn.scan`, and their cost has no batch in it."""
-        return super().bind(params, with_kernels(adapter), rng=rng)
+        return super().bind(params, with_kernels(adapter, self._stack_axes(params, adapter)), rng=rng)
+
+    def _stack_axes(self, params: tree.Params, adapter: tree.Adapter) -> dict[str, int]:
+        """The axis of the layers in the leaves of each module, where it is not the first."""
+        if all(leaf.ndim < 4 for leaf in jax.tree.leaves(adapter)):  # S and T of a single layer have three axes
+            return {}
+        sites = find_sites(params, self.target_in(params), axes=self.axes, head=self.head)
+        return {site.path: site.axis for site in sites if site.axis}
 
 
 def kronecker_sum(
@@ -124,8 +138,13 @@ def kronecker_sum(
     return kernel.reshape(*stack, a * p, c * q)
 
 
-def with_kernels(adapter: tree.Adapter) -> tree.Adapter:
-    """The adapter with kernels in place of their factors, as ordinary bottlenecks have them; for plain and for stacked layers alike."""
+def with_kernels(adapter: tree.Adapter, axes: Mapping[str, int] = MappingProxyType({})) -> tree.Adapter:
+    """The adapter with kernels in place of their factors, as ordinary bottlenecks have them; for plain and for stacked layers alike.
+
+    Args:
+      adapter: The adapter.
+      axes: The axis of the layers in the leaves of a module, by its path; the first, where none is given.
+    """
     leaves = tree.flatten(adapter)
     rule, out = leaves.pop(RULE), {}
     for path, leaf in leaves.items():
@@ -133,7 +152,9 @@ def with_kernels(adapter: tree.Adapter) -> tree.Adapter:
         if f"/{ADDED}/" not in path or name == "bias":
             out[path] = leaf
         elif name == "left":
-            out[f"{module}/kernel"] = kronecker_sum(rule, leaf, leaves[f"{module}/right"])
+            axis = axes.get(module.rpartition(f"/{ADDED}/")[0], 0)
+            left, right = (jnp.moveaxis(side, axis, 0) for side in (leaf, leaves[f"{module}/right"]))
+            out[f"{module}/kernel"] = jnp.moveaxis(kronecker_sum(rule, left, right), 0, axis)
     return tree.unflatten(out)
 
 

@@ -65,6 +65,7 @@ class ParallelAdapter(BottleneckMethod):
     name = "parallel_adapter"
     summary = "bottleneck layers beside the feed-forward ones, scaled (He et al.)"
     learning_rate = 1e-3
+    begins_within = 0.0
 
     def init_at(self, key: jax.Array, site: BottleneckSite) -> dict[str, Any]:
         """W_down as torch initialises linear layers, W_up zero."""

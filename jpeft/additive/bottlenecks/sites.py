@@ -7,14 +7,17 @@ added to the module that owns the leaf. If the regex has a named group, the bott
 
 import enum
 import re
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
+
+import jax.numpy as jnp
 
 from jpeft import layouts
 from jpeft.core.options import Axes, Names
 from jpeft.tree.adapters import ADDED
 from jpeft.tree.head import not_head
-from jpeft.tree.kernels import AxesRules, axes_of, axes_rules
-from jpeft.tree.paths import Params, flatten
+from jpeft.tree.kernels import AxesRules, KernelAxes, axes_of, axes_rules
+from jpeft.tree.paths import Params, Path, first_few, flatten
 from jpeft.tree.select import select
 
 
@@ -40,6 +43,7 @@ class BottleneckSite(NamedTuple):
       width: Size of the hidden state's last axis.
       stack: Sizes of the stack axes: () or (layers,).
       kind: How the module is called.
+      axis: The first axis of the stack in all leaves of the module, -1 for the last: `nn.scan` slices those of a bottleneck there, too.
     """
 
     path: str
@@ -47,11 +51,16 @@ class BottleneckSite(NamedTuple):
     width: int
     stack: tuple[int, ...]
     kind: SiteKind
+    axis: int = 0
 
     def added(self, leaves: dict[str, Any]) -> dict[str, Any]:
-        """The adapter's paths of leaves that are added to the module."""
+        """The adapter's paths of leaves that are added to the module; `leaves` have the stack in front."""
         module = f"{self.path}/" if self.path else ""
-        return {f"{module}{ADDED}/{name}": leaf for name, leaf in flatten(leaves).items()}
+        return {f"{module}{ADDED}/{name}": self.on_axis(leaf) for name, leaf in flatten(leaves).items()}
+
+    def on_axis(self, leaf: Any) -> Any:
+        """A leaf with the stack in front as it stands in the adapter."""
+        return jnp.moveaxis(leaf, 0, self.axis) if self.stack and self.axis else leaf
 
 
 def find_sites(params: Params, target: Names, *, axes: Axes | None = None, head: str | None = "auto") -> list[BottleneckSite]:
@@ -70,20 +79,52 @@ def find_sites(params: Params, target: Names, *, axes: Axes | None = None, head:
     Raises:
       ValueError: if nothing matches, a kernel has several output axes, or two leaves of different widths name one module.
     """
-    rules = axes_rules(axes)
+    rules, layers = axes_rules(axes), layouts.layer_axes(params)
     shapes = {path: tuple(leaf.shape) for path, leaf in not_head(params, head).items() if _shows_width(path, leaf.shape)}
     found: dict[str, BottleneckSite] = {}
     for leaf, path, kind in _named(params, shapes, target):
         if "/pooler/" in f"/{leaf}":  # BERT's pooler belongs to no block, though its `dense` may match
             continue
-        width, stack = _width_and_stack(leaf, shapes[leaf], rules)
-        first = found.setdefault(path, BottleneckSite(path, leaf, width, stack, kind))
+        width, stack, axis = _width_and_stack(leaf, shapes[leaf], rules, layers)
+        first = found.setdefault(path, BottleneckSite(path, leaf, width, stack, kind, axis))
         if first.width != width:
             raise ValueError(
                 f"target={target!r} matches several leaves of '{path}', '{first.leaf}' with {first.width} features and '{leaf}' with "
                 f"{width}. Let it match one of them: the kernel of the module's last projection."
             )
     return list(found.values())
+
+
+def check_both_parts(params: Params, sites: Sequence[BottleneckSite], head: str | None, method: str) -> None:
+    """Refuse blocks of which the roles find one part alone, attention or the feed-forward layer, where there is more to find.
+
+    Args:
+      params: The base.
+      sites: What the roles found.
+      head: Where the task head is.
+      method: Name of the method, for the message.
+
+    Raises:
+      ValueError: with what was found, and the kernels without a role; also if two parts of one block have different widths.
+    """
+    widths = {site.leaf: site.width for site in sites}
+    for part in layouts.parts(not_head(params, head)):
+        found = {path: widths[leaf] for leaf in part.stack.leaves if leaf in widths and (path := part.stack.inside(leaf))}
+        if len(set(found.values())) > 1:
+            shown = ", ".join(f"'{path}' with {width} outputs" for path, width in found.items())
+            raise ValueError(
+                f"{method}: what leaves attention and the feed-forward layer of a block is as wide as the model. In '{part.stack.path}' "
+                f"names and shapes disagree: {shown}. Name the last kernels of both with target=[...], or give the geometry with axes=."
+            )
+        if not part.unread:
+            continue
+        shown = ", ".join(f"'{path}' {shape}" for path, shape in list(part.unread.items())[:8])
+        names = [path.rpartition("/")[0] or path for path in [*part.attention, *part.feed_forward, *part.unread]]
+        raise ValueError(
+            f"{method}: a block of '{part.stack.path}' gets a bottleneck after attention and one after its feed-forward layer. Found: "
+            f"{first_few([*part.attention, *part.feed_forward]) or 'none'}. Kernels without a role: {shown}. Name the last kernels of "
+            f"both, as a regex or a list, such as target={names[:2]!r}."
+        )
 
 
 def _named(params: Params, shapes: dict[str, tuple[int, ...]], target: Names) -> list[tuple[str, str, SiteKind]]:
@@ -112,11 +153,34 @@ def _module(leaf: str, target: Names) -> tuple[str, SiteKind]:
     return owner, SiteKind.MODULE
 
 
-def _width_and_stack(leaf: str, shape: tuple[int, ...], rules: AxesRules) -> tuple[int, tuple[int, ...]]:
-    """Number of features, and the sizes of the stack axes."""
+def _width_and_stack(
+    leaf: str, shape: tuple[int, ...], rules: AxesRules, layers: Mapping[Path, int | None]
+) -> tuple[int, tuple[int, ...], int]:
+    """Number of features, the sizes of the stack axes, and the first of these axes."""
     if leaf.endswith("scale"):
-        return shape[-1], shape[:-1]
-    axes = axes_of(leaf, shape, rules)
+        axis = layers.get(leaf)
+        if axis is None:
+            return shape[-1], shape[:-1], 0
+        at = axis % len(shape)
+        return shape[1 - at], (shape[at],), axis
+    axes = axes_of(leaf, shape, rules, layers=layers)
     if len(axes.outputs) != 1:
         raise ValueError(f"'{leaf}' {shape} has {len(axes.outputs)} output axes; a bottleneck needs one feature axis.")
-    return shape[axes.outputs[0]], tuple(shape[i] for i in axes.stack)
+    return shape[axes.outputs[0]], tuple(shape[i] for i in axes.stack), _stack_axis(leaf, shape, axes)
+
+
+def _stack_axis(leaf: str, shape: tuple[int, ...], axes: KernelAxes) -> int:
+    """The axis on which a bottleneck's leaves, the smallest of which are vectors, have the stack of a kernel.
+
+    Raises:
+      ValueError: if no axis of a vector is that of the kernel.
+    """
+    stack = tuple(sorted(axes.stack))
+    if stack == tuple(range(len(stack))):
+        return 0
+    if stack in ((1,), (len(shape) - 1,)):
+        return -1 if stack[0] > 1 else 1
+    raise ValueError(
+        f"'{leaf}' {shape} is stacked on the axes {axes.stack}, and a bottleneck has biases, which have no such axes. Scan the layers on "
+        "axis 0, 1 or -1, or use a method without biases, such as lora."
+    )

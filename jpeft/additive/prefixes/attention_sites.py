@@ -59,9 +59,14 @@ def find_attention_sites(
     """
     shapes = {path: tuple(leaf.shape) for path, leaf in not_head(params, head).items() if len(leaf.shape) > 1}
     fused = set(layouts.find(params, "@qkv", required=False))
-    found = []
+    found, layers = [], layouts.layer_axes(params)
     for path in sorted(select(shapes, target, params=params), key=_in_order_of_numbers):
-        geometry, shape = axes_of(path, shapes[path], axes_rules(axes)), shapes[path]
+        geometry, shape = axes_of(path, shapes[path], axes_rules(axes), layers=layers), shapes[path]
+        if sorted(geometry.stack) != list(range(len(geometry.stack))):
+            raise ValueError(
+                f"'{path}' {shape} has its layers on the axes {geometry.stack}, and a prefix has them on the first. Scan the layers on "
+                "axis 0, or use another method, such as lora."
+            )
         attention = path.split("/")[:-2]
         kinds = 3 if path in fused else 1  # outputs that one kernel produces: queries, keys and values, or keys alone
         key_width = width or geometry.fan_out(shape) // kinds

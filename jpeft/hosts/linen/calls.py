@@ -1,7 +1,5 @@
 """One call of a linen module as an interceptor sees it: its arguments by position, and the module as a `Layer`."""
 
-import functools
-import inspect
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -9,8 +7,9 @@ import jax
 from flax import linen as nn
 from flax.core import meta
 
-from jpeft.core.layer import Change, Layer
+from jpeft.core.layer import Change, Layer, NoProductError
 from jpeft.hosts import products
+from jpeft.hosts.arguments import argument_names
 from jpeft.hosts.base import DROPOUT
 from jpeft.hosts.linen import flax_internals
 from jpeft.hosts.linen.layers import compute_dtype, direct, linear_of
@@ -59,13 +58,25 @@ def dropout_key(module: nn.Module) -> Any:
 
 
 def as_layer(
-    context: nn.module.InterceptorContext, next_fun: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]
+    context: nn.module.InterceptorContext,
+    next_fun: Callable[..., Any],
+    args: tuple[Any, ...],
+    kwargs: Mapping[str, Any],
+    costly: dict[str, str] | None = None,
 ) -> Layer:
     """A module that is about to run as a `Layer`, for middleware that may run it any number of times, on any parameters.
 
     linen lets a compact module run once in its scope. So the first run on the module's own parameters happens in place, by `next_fun`,
     where submodules are intercepted and variables of other collections can be written. Every other run is a pure function of its
-    parameters: `apply` of an unbound copy.
+    parameters: `apply` of an unbound copy, or for a layer of an unknown class, which may do more than return its outputs, its first run
+    with a copy of its scope.
+
+    Args:
+      context: The intercepted call.
+      next_fun: Runs it.
+      args: Its positional arguments.
+      kwargs: Its keyword arguments.
+      costly: Takes the kernels that have no product to change, by their paths, with the reasons.
     """
     module, method_name = context.module, context.method_name
     own, hide = own_params(module), None
@@ -97,7 +108,12 @@ def as_layer(
             return products.run_changed(pure, dict(params), changes, *inputs) if changes else pure(params, *inputs)
 
         method = flax_internals.function_of(context)
-        out = flax_internals.call_as_function(module, method, use, inputs, {**kwargs, **keywords}, hide=hide)
+        try:
+            out = flax_internals.call_as_function(module, method, use, inputs, {**kwargs, **keywords}, hide=hide)
+        except NoProductError as error:
+            if costly is not None:
+                costly["/".join((*module.path, error.name))] = error.reason
+            raise
         in_place.clear()
         return out
 
@@ -107,44 +123,9 @@ def as_layer(
         path="/".join(module.path),
         linear=linear,
         dtype=compute_dtype(module, own, args),
-        names=_names(type(module), method_name),
+        names=argument_names(type(module), method_name),
         keywords=kwargs,
         method=method_name,
         cached=bool(flax_internals.collection(module, "cache")),
         run_changed=run_changed if linear is None else None,
     )
-
-
-def bind_by_position(
-    module: nn.Module, method_name: str, args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Move keyword arguments that may be positional to their places, so that `Method.call` need not know how a model spells its calls.
-
-    ``dense(inputs=x)`` becomes ``dense(x)``.
-    """
-    if not kwargs:
-        return args, kwargs  # the common case, without the cost of a signature
-    signature = _signature(type(module), method_name)
-    try:
-        bound = signature.bind(module, *args, **kwargs)
-    except TypeError:
-        return args, kwargs  # the module itself will say what is wrong with the call
-    # An argument that is left out in front of one that is given gets its default: without it the later one could not be positional.
-    names = _names(type(module), method_name)
-    given = [i for i, name in enumerate(names) if name in bound.arguments]
-    for name in names[: max(given, default=0)]:
-        bound.arguments.setdefault(name, signature.parameters[name].default)
-    return bound.args[1:], bound.kwargs
-
-
-@functools.cache
-def _signature(cls: type, method_name: str) -> inspect.Signature:
-    return inspect.signature(getattr(cls, method_name))
-
-
-@functools.cache
-def _names(cls: type, method_name: str) -> tuple[str, ...]:
-    """The names of a method's positional arguments, without self."""
-    positional = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
-    parameters = _signature(cls, method_name).parameters.values()
-    return tuple(parameter.name for parameter in parameters if parameter.kind in positional)[1:]

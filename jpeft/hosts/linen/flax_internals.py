@@ -105,7 +105,7 @@ def call_as_function(
         return lift.pack(inner, (True,), (True,), (True,))(scopes, *args)
 
     def call(copy: nn.Module, *args: Any) -> Any:
-        _scope(copy).jpeft_origin = _scope(module)  # pyright: ignore[reportAttributeAccessIssue]
+        _scope(copy).jpeft_origin = _scope(module)
         with _captured_once(copy, method.__name__):
             return linen_module.wrap_method_once(method)(copy, *args, **kwargs)
 

@@ -29,6 +29,7 @@ from jpeft.hosts.linen.elsewhere import refuse_leaves_met
 from jpeft.hosts.linen.interceptor import Interceptor, narrower, tag_grafts
 from jpeft.hosts.linen.unread import Known, UnreadLeaves
 from jpeft.hosts.linen.variables import params_of, split_variables
+from jpeft.hosts.products.costly import CostlyKernels
 from jpeft.tree.adapters import pop_grafts
 from jpeft.tree.kernels import KernelAxes
 from jpeft.tree.paths import Params, Path
@@ -62,7 +63,7 @@ class LinenHost(base.Host):
 
     def wrap(self, fn: Callable[..., Any], method: Method) -> Callable[..., Any]:
         """Return ``forward(variables, *args, **kwargs)`` with the method's leaves bound and its `call` around every layer with leaves."""
-        unread = UnreadLeaves(method, Known.of(fn))
+        unread, costly = UnreadLeaves(method, Known.of(fn)), CostlyKernels(method.name)
 
         @functools.wraps(base.innermost(fn))
         def forward(variables: Mapping[str, Any], *args: Any, **kwargs: Any) -> Any:
@@ -85,6 +86,7 @@ class LinenHost(base.Host):
                     except errors.FlaxError as error:
                         refuse_leaves_met(method, error)
                         raise
+                costly.warn(interceptor.costly, stacklevel=4)
                 return _without_grafts(out) if kwargs.get("mutable", False) is not False else out, set(interceptor.ran)
 
             grafts, usual = pop_grafts(bound)[1], f"{hash(method):x}"

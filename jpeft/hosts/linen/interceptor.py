@@ -9,8 +9,9 @@ import jax
 from flax.core import FrozenDict
 
 from jpeft.core.method import Method
+from jpeft.hosts.arguments import bind_by_position
 from jpeft.hosts.linen import flax_internals
-from jpeft.hosts.linen.calls import LAYER_METHODS, as_layer, bind_by_position, dropout_key, dtypes_of, is_call, own_params
+from jpeft.hosts.linen.calls import LAYER_METHODS, as_layer, dropout_key, dtypes_of, is_call, own_params
 from jpeft.hosts.linen.elsewhere import mark_leaves, marked
 from jpeft.hosts.linen.named_methods import has_added, leaves_for
 from jpeft.hosts.linen.nested import call_nested
@@ -28,6 +29,7 @@ class Interceptor:
       narrow: For leaves of the base that a wider one replaces, the base's dtype, by path.
       marks: Whether middleware runs in marked scopes; see `jpeft.hosts.linen.elsewhere`.
       ran: The paths of the modules that found leaves, each with the methods that ran, filled while the model is traced.
+      costly: The kernels that the method must exchange whole, each with the reason, filled likewise.
       active: The modules that are being run with the method around them; None where no module is to be changed.
     """
 
@@ -36,6 +38,7 @@ class Interceptor:
     narrow: Mapping[Path, Any] = dataclasses.field(default_factory=dict)
     marks: bool = False
     ran: dict[Path, set[str]] = dataclasses.field(default_factory=dict)
+    costly: dict[Path, str] = dataclasses.field(default_factory=dict)
     active: list[Any] = dataclasses.field(default_factory=list)
 
     def __call__(self, next_fun: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], context: Any) -> Any:
@@ -74,7 +77,7 @@ class Interceptor:
                 return next_fun(*args, **kwargs)
         path = self.tags[tag]
         self._note("/".join(module.path) if path is None else path, name, leaves)
-        layer = as_layer(context, next_fun, inputs, keywords)
+        layer = as_layer(context, next_fun, inputs, keywords, self.costly)
         if self.marks:
             mark_leaves({part: value for part, value in layer.params.items() if part in leaves}, leaves)
         self.active.append(module)

@@ -48,7 +48,7 @@ def leaves_for(
       inputs: The positional arguments of the call.
       keywords: Its keyword arguments.
     """
-    return _belonging(method, leaves, own, inputs, _trace(module, name, own, inputs, keywords))
+    return belonging(method, leaves, own, inputs, _trace(module, name, own, inputs, keywords))
 
 
 def has_added(method: Method, leaves: Mapping[str, Any]) -> bool:
@@ -56,9 +56,10 @@ def has_added(method: Method, leaves: Mapping[str, Any]) -> bool:
     return ADDED in leaves or any(has_added(part, leaves[name]) for name, part in method.parts if name in leaves)
 
 
-def _belonging(method: Method, leaves: Mapping[str, Any], own: Mapping[str, Any], inputs: tuple[Any, ...], call: Traced) -> dict[str, Any]:
+def belonging(method: Method, leaves: Mapping[str, Any], own: Mapping[str, Any], inputs: tuple[Any, ...], call: Traced) -> dict[str, Any]:
+    """The leaves at a module that one of its methods is to be changed by, given what the call reads and returns."""
     if method.parts:
-        parts = {name: _belonging(part, leaves[name], own, inputs, call) for name, part in method.parts if name in leaves}
+        parts = {name: belonging(part, leaves[name], own, inputs, call) for name, part in method.parts if name in leaves}
         return {name: part for name, part in parts.items() if part}
     kept = {name for name in leaves if name in own and name in call.reads}
     if ADDED in leaves and method.goes_around(inputs, call.outputs, leaves[ADDED]):

@@ -8,8 +8,9 @@ import jax
 from flax import linen as nn
 from flax.core import DenyList
 
+from jpeft.hosts.arguments import bind_by_position
 from jpeft.hosts.linen import flax_internals
-from jpeft.hosts.linen.calls import bind_by_position, is_layer_call, own_params
+from jpeft.hosts.linen.calls import is_layer_call, own_params
 from jpeft.hosts.products.find import find_products, geometry
 from jpeft.hosts.products.layer_mark import mark
 from jpeft.tree.kernels import KernelAxes

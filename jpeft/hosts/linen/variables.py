@@ -27,7 +27,7 @@ def split_variables(tree: Any) -> tuple[Params, dict[str, Any]]:
     """
     others: dict[str, Any] = {}
     # More than once, because a train state may hold {"params": model.init(...)}.
-    while isinstance(tree, Mapping) and isinstance(tree.get(PARAMS), Mapping):
+    while isinstance(tree, Mapping) and not _is_nnx_state(tree) and isinstance(tree.get(PARAMS), Mapping):
         beside = {name: part for name, part in tree.items() if name != PARAMS}
         if unknown := sorted(beside.keys() - COLLECTIONS):
             raise ValueError(
@@ -37,6 +37,11 @@ def split_variables(tree: Any) -> tuple[Params, dict[str, Any]]:
             )
         tree, others = tree[PARAMS], beside | others
     return tree, others
+
+
+def _is_nnx_state(tree: Any) -> bool:
+    """Whether a tree is the state of an NNX model, in which `params` is a module's name; told by name so that NNX need not be imported."""
+    return any(cls.__name__ == "State" and cls.__module__.startswith("flax.nnx") for cls in type(tree).__mro__)
 
 
 def params_of(tree: Any) -> Params:

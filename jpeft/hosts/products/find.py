@@ -129,10 +129,10 @@ def walk(jaxpr: Any, views: Sequence[View | None], visit: Visit, scopes: str = "
             continue
         here = "/".join(filter(None, (scopes, str(eqn.source_info.name_stack))))
         called = calls(eqn)
+        out: list[View | None] = [None] * len(eqn.outvars)
         if called is not None:
             out = _walk_call(eqn, called, mine, visit, here)
         else:
-            out = [None] * len(eqn.outvars)
             for position, view in enumerate(mine):
                 after = None if view is None else through(eqn, position, view, spread, None)
                 if view is not None and after is None:
@@ -158,11 +158,20 @@ def calls(eqn: Any) -> tuple[Any, ...] | None:
     return tuple(inner) or None
 
 
+def loop_counts(eqn: Any) -> tuple[int, int]:
+    """How many inputs of a `scan` are the same in every round, and how many are carried from one to the next. They stand in this order."""
+    if "num_consts" in eqn.params:
+        return eqn.params["num_consts"], eqn.params["num_carry"]
+    consts, carries, _ = eqn.params["ft_in"].unpack()  # from jax 0.12 on
+    return len(consts), len(carries)
+
+
 def _walk_call(eqn: Any, called: Sequence[Any], mine: list[View | None], visit: Visit, scopes: str) -> list[View | None]:
     """Follow views into what an equation runs, and out of it."""
-    name, nothing = eqn.primitive.name, [None] * len(eqn.outvars)
+    name = eqn.primitive.name
+    nothing: list[View | None] = [None] * len(eqn.outvars)
     if name == "scan":
-        consts, carries = eqn.params["num_consts"], eqn.params["num_carry"]
+        consts, carries = loop_counts(eqn)
         return _walk_loop(called[0], mine, consts, carries, len(eqn.outvars), visit, scopes)
     if name == "while":
         tests, bodies = eqn.params["cond_nconsts"], eqn.params["body_nconsts"]

@@ -6,11 +6,12 @@ first where it contracts the outputs, as the scores of tied embeddings do.
 """
 
 import math
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.core import Tracer
 
 from jpeft.core.layer import Layer, Linear
 from jpeft.hosts.products.find import Use, all_atoms, axis_roles, looked_up_axis
@@ -59,7 +60,7 @@ def linear_of(use: Use, axes: KernelAxes) -> Linear:
     forward = contracted <= set(axes.inputs)  # and not from the kernel's outputs to its inputs
     # A kernel that is rounded and then widened again moves in steps: only a layer on its new kernel does what the merged one will do.
     rounds = view.bits < jnp.finfo(use.eqn.invars[use.position].aval.dtype).bits
-    closed = not any(isinstance(factor.value, jax.core.Tracer) for factor in view.factors)
+    closed = not any(isinstance(factor.value, Tracer) for factor in view.factors)
     scale_outputs = scale_inputs = add = None
     if kind == "convolution":
         apply_low_rank, y_axes = _convolution(use, axes)
@@ -120,8 +121,8 @@ def _lookup(use: Use, axes: KernelAxes) -> tuple[Branch, Axes]:
     assert place is not None
     (table,) = view.parts[place]
     offsets = eqn.params["dimension_numbers"].offset_dims
-    rest = iter([list(part) for i, part in enumerate(view.parts) if i != place])
-    y_axes: Axes = [next(rest) if i in offsets else [("y", i)] for i in range(eqn.outvars[0].aval.ndim)]
+    rest: Iterator[list[Letter]] = iter([list(part) for i, part in enumerate(view.parts) if i != place])
+    y_axes: Axes = [next(rest) if i in offsets else _own(i) for i in range(eqn.outvars[0].aval.ndim)]
     ids = [letter for part in y_axes for letter in part if not isinstance(letter, Atom)]
     clips = "CLIP" in str(eqn.params["mode"])
     shape = eqn.outvars[0].aval.shape
@@ -137,6 +138,11 @@ def _lookup(use: Use, axes: KernelAxes) -> tuple[Branch, Axes]:
         return _einsum((taken, done), second, flat, None).reshape(shape)
 
     return apply_low_rank, y_axes
+
+
+def _own(axis: int) -> list[Letter]:
+    """The letters of an axis that the kernel does not have."""
+    return [("y", axis)]
 
 
 def _convolution(use: Use, axes: KernelAxes) -> tuple[Branch, Axes]:

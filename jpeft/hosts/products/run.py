@@ -8,7 +8,7 @@ import jax
 from jax.extend import core
 
 from jpeft.core.layer import Change, NoProductError
-from jpeft.hosts.products.find import Use, axis_roles, calls, varying_axes, walk, whole_views
+from jpeft.hosts.products.find import Use, axis_roles, calls, loop_counts, varying_axes, walk, whole_views
 from jpeft.hosts.products.linear import NotLinear, layer_of
 from jpeft.hosts.products.traced import trace
 from jpeft.hosts.products.view import View, through
@@ -106,11 +106,11 @@ class _Run:
             after = through(eqn, position, view, spread, read)
             if after is not None:
                 return _bind(eqn, operands), [after]
-        positions = [position for position, view in enumerate(mine) if view is not None]
-        if len(positions) > 1:
+        uses = [Use(eqn, position, view) for position, view in enumerate(mine) if view is not None]
+        if len(uses) > 1:
             paths = " and ".join(sorted({view.path for view in mine if view is not None}))
             raise NoProductError(paths, "they are multiplied with each other")
-        return [self._changed(Use(eqn, positions[0], mine[positions[0]]), operands)], none
+        return [self._changed(uses[0], operands)], none
 
     def _changed(self, use: Use, operands: list[Any]) -> jax.Array:
         """A product, run by its change."""
@@ -125,10 +125,11 @@ class _Run:
 
     def _call(self, eqn: Any, called: Sequence[Any], operands: list[Any], mine: list[View | None]) -> tuple[list[Any], list[View | None]]:
         """An equation that runs a jaxpr in which a parameter may meet activations."""
-        name, params, none = eqn.primitive.name, eqn.params, [None] * len(eqn.outvars)
+        name, params = eqn.primitive.name, eqn.params
+        none: list[View | None] = [None] * len(eqn.outvars)
         body = called[0]
         consts = next((value.consts for value in params.values() if isinstance(value, core.ClosedJaxpr)), [])
-        if name == "scan" and not any(mine[params["num_consts"] :]):
+        if name == "scan" and not any(mine[loop_counts(eqn)[0] :]):
             return self._scan(eqn, operands, mine), none
         if name == "cond":
             branches = [self._function(branch.jaxpr, branch.consts, mine[1:]) for branch in params["branches"]]
@@ -145,7 +146,7 @@ class _Run:
     def _scan(self, eqn: Any, operands: list[Any], mine: list[View | None]) -> list[Any]:
         """A loop whose body uses a parameter as it is, such as the kernel of a recurrent cell."""
         params, closed = eqn.params, eqn.params["jaxpr"]
-        consts, carries = params["num_consts"], params["num_carry"]
+        consts, carries = loop_counts(eqn)
         views = mine[:consts] + [None] * (len(operands) - consts)
 
         def body(carry: list[Any], x: list[Any]) -> tuple[list[Any], list[Any]]:
