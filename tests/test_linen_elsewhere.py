@@ -56,7 +56,7 @@ def test_a_parameter_that_is_read_past_its_module_is_refused(form):
     check(model, x, "freeze", target=path, head=None, atol=1e-4)
 
 
-@pytest.mark.filterwarnings("ignore:lora. in 'down' 'kernel' does not act as a kernel")
+@pytest.mark.filterwarnings("ignore:lora. one kernel does not act in products")
 def test_uses_within_a_module_are_its_own():
     """Scores by `attend`, and what `setup` makes of a kernel."""
     check(Tied(lambda m, e, h: e.attend(h)), IDS, "lora", rank=2, target="embed/embedding", atol=1e-4)

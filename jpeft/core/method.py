@@ -193,10 +193,7 @@ class Method(metaclass=MethodType):
         return layer(*inputs)
 
     def goes_around(self, inputs: tuple[Any, ...], outputs: Any, leaves: dict[str, Any]) -> bool:
-        """Whether leaves added to a module (``+``) go around a method of it that is not `__call__`: by default, if it gives activations.
-
-        `outputs` are shapes and dtypes, or None where they cannot be found; `leaves` are those under ``+``.
-        """
+        """Whether leaves under ``+`` go around a module's method that is not `__call__`: by default, if its outputs are activations."""
         del inputs, leaves
         return any(jnp.issubdtype(y.dtype, jnp.floating) and y.ndim for y in jax.tree.leaves(outputs) if hasattr(y, "dtype"))
 
