@@ -55,6 +55,13 @@ def test_what_is_right_passes(params: Any, method: str, options: dict[str, Any])
     assert all(f"ok   {what}" in text for what in ("begins", "learns", "cost"))
 
 
+def test_the_parts_of_a_chain_are_seen_together(params: Any):
+    chain = jpeft.chain(bitfit=jpeft.bitfit(), lora=jpeft.lora(rank=2), adapter=jpeft.adapter(size=3, target="(up|down)_0/kernel"))
+    report = jpeft.check(MODEL, jpeft.apply(params, chain), X).raise_if_bad()
+    assert {"up_0/kernel", "up_0/bias", "norm_0/bias"} <= set(report.adapted)
+    assert "down_0" in report.added
+
+
 def test_a_function_of_parameters_and_an_nnx_model_can_be_checked(params: Any):
     class Twin(nnx.Module):
         def __init__(self, rngs: nnx.Rngs):

@@ -14,7 +14,6 @@ from jpeft.hosts.check.cost import gradient_cost
 from jpeft.hosts.check.reach import reach_of
 from jpeft.hosts.check.report import Finding, Report, named
 from jpeft.hosts.check.subject import Subject, floats, noised, subject
-from jpeft.tree.adapters import split
 from jpeft.tree.paths import flatten
 
 
@@ -68,9 +67,8 @@ def _look(checked: Subject) -> tuple[list[Finding], dict[str, Any]]:
     dead, of_learning = _learns(checked, grads, effect)
     apart, of_merge = _merges(checked, run, noisy, out)
     cost, read = gradient_cost(checked), reach_of(checked.program.jaxpr, noisy, params)
-    replaced, beside, added = split(params, checked.peft.adapter)
-    adapted = tuple({**replaced, **beside})
-    left = tuple(path for path, leaf in flatten(params).items() if path not in {**replaced, **beside} and _is_matrix(path, leaf))
+    adapted, _, added = checked.places
+    left = tuple(path for path, leaf in flatten(params).items() if path not in adapted and _is_matrix(path, leaf))
     unread = tuple(path for path in read.unread if path not in adapted)  # a parameter that is replaced is not read
     price = f"a gradient takes {cost.passes:.3g} forward passes, and needs {cost.needed / max(cost.forward, 1):.3g}"
     if cost.is_high:
@@ -78,7 +76,7 @@ def _look(checked: Subject) -> tuple[list[Finding], dict[str, Any]]:
     found = [*of_begin, of_learning, of_merge, Finding("cost", "BAD" if cost.is_high else "ok", f"{price}.")]
     fields = {
         "adapted": adapted,
-        "added": tuple(added),
+        "added": added,
         "left": left,
         "dead": dead,
         "unread": unread,
@@ -88,7 +86,7 @@ def _look(checked: Subject) -> tuple[list[Finding], dict[str, Any]]:
         "passes": cost.passes,
         "full_cost": cost.whole,
     }
-    return [*found, *_coverage(adapted, tuple(added), left, unread)], fields
+    return [*found, *_coverage(adapted, added, left, unread)], fields
 
 
 def _is_matrix(path: str, leaf: Any) -> bool:

@@ -10,7 +10,6 @@ from jax.interpreters import partial_eval
 
 from jpeft.core.flops import count_flops
 from jpeft.hosts.check.subject import Subject
-from jpeft.tree.adapters import split
 from jpeft.tree.kernels import axes_of
 from jpeft.tree.paths import Params, flatten
 
@@ -55,7 +54,7 @@ def gradient_cost(subject: Subject) -> GradientCost:
     passes = 3 if any(name in ("checkpoint", "remat", "remat2") for name in _primitives(subject.program.jaxpr.jaxpr)) else 2
     needed = passes * max(forward, with_method) + 4 * positions * sum(leaf.size for leaf in flatten(adapter).values())
     gradient = count_flops(traced).all
-    whole = _whole(traced, params, split(params, adapter)[1], positions) if gradient > TOO_MUCH * needed else ()
+    whole = _whole(traced, params, subject.places[1], positions) if gradient > TOO_MUCH * needed else ()
     return GradientCost(forward, gradient, needed, whole)
 
 
@@ -64,7 +63,7 @@ def _in_products(params: Params) -> int:
     return sum(leaf.size for path, leaf in flatten(params).items() if leaf.ndim > 1 and not path.endswith("embedding"))
 
 
-def _whole(traced: ClosedJaxpr, params: Params, beside: dict[str, Any], positions: float) -> tuple[str, ...]:
+def _whole(traced: ClosedJaxpr, params: Params, beside: tuple[str, ...], positions: float) -> tuple[str, ...]:
     """The kernels with leaves beside them that a product over about all positions has the size of."""
     alive, _ = partial_eval.dce_jaxpr(traced.jaxpr, [True] * len(traced.jaxpr.outvars))
     sizes = {size for size, contracted in _products(alive) if contracted > positions / 2}

@@ -12,7 +12,7 @@ import numpy as np
 from jpeft.core.method import FREEZE, Method
 from jpeft.core.peft import Peft, check_peft, penalty, wrap
 from jpeft.hosts.base import Host
-from jpeft.tree.adapters import Adapter
+from jpeft.tree.adapters import Adapter, split
 from jpeft.tree.paths import Params, flatten, replace
 
 
@@ -73,6 +73,14 @@ class Subject:
     def gradient_program(self) -> Any:
         """The gradient, ``(adapter, params) -> (gradient, outputs)``, traced."""
         return jax.jit(jax.grad(self.score, has_aux=True)).trace(self.peft.adapter, self.peft.params)
+
+    @functools.cached_property
+    def places(self) -> tuple[tuple[str, ...], tuple[str, ...], tuple[str, ...]]:
+        """Parameters that are adapted, those among them with leaves beside them, and modules that leaves are added to."""
+        method, adapter = self.peft.method, self.peft.adapter
+        each = [split(self.peft.params, part) for part in ([adapter[name] for name, _ in method.parts] or [adapter])]
+        joined = lambda paths: tuple(dict.fromkeys(path for part in paths for path in part))
+        return joined([{**r, **b} for r, b, _ in each]), joined([b for _, b, _ in each]), joined([a for *_, a in each])
 
     @property
     def trained(self) -> list[str]:
