@@ -10,8 +10,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import linen as nn
+from flax import nnx
 
 from jpeft.hosts.linen import flax_internals
+from jpeft.hosts.nnx import flax_internals as nnx_internals
 
 KEY = jax.random.key(0)
 ROOT = Path(__file__).parents[1]
@@ -116,3 +118,11 @@ def test_jit_keeps_traces_by_structure():
     for extra in ({}, {}, {"jpeft": {"one": {}}}, {"jpeft": {"two": {"leaf": 1.0}}}, {"jpeft": {"two": {"leaf": 1.0}}}):
         model.apply({"params": {**params, **extra}}, x)
     np.testing.assert_array_equal(len(traces), 3, VERSION + "nn.jit must trace anew for another structure, and only then.")
+
+
+def test_can_change():
+    model = nnx.Linear(2, 2, rngs=nnx.Rngs(0))
+    seen = []
+    jax.make_jaxpr(lambda x: seen.append(nnx_internals.can_change(model)) or x)(1.0)
+    assert nnx_internals.can_change(model), VERSION + "a module of this trace can be changed."
+    assert seen == [False], VERSION + "a module of an outer trace cannot."

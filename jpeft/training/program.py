@@ -8,12 +8,15 @@ import optax
 
 import jpeft
 from jpeft.core.lr_scale import scale_leaves
+from jpeft.core.method import FREEZE
 from jpeft.core.peft import Peft
+from jpeft.hosts.check.reach import check_reach
 from jpeft.tasks.task import Task
 from jpeft.training.config import TrainConfig
 from jpeft.training.cost import Cost, cost
 from jpeft.training.schedule import clipped_adamw
 from jpeft.training.step import make_step
+from jpeft.tree.paths import flatten
 
 
 def make_optimizer(
@@ -54,5 +57,7 @@ def compile_step(
     """
     step = make_step(forward, tx, task, peft, config.grad_accum, config)
     traced = jax.jit(step, donate_argnums=(0, 1), out_shardings=out_shardings).trace(*arguments)
+    trained = [path for path, label in flatten(peft.method.labels(peft.adapter)).items() if label != FREEZE]
+    check_reach(traced.jaxpr, len(traced.jaxpr.jaxpr.outvars) - 1, peft.adapter, trained, peft.method.name)
     compiled = traced.lower().compile()
     return compiled, cost(compiled, traced.jaxpr)

@@ -1,6 +1,7 @@
 """What reaches the outputs, found in one abstract trace: no number is computed."""
 
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Collection
 from typing import Any, NamedTuple
 
 import jax
@@ -8,7 +9,7 @@ from jax.extend.core import ClosedJaxpr
 from jax.interpreters import partial_eval
 
 from jpeft.tree.adapters import Adapter
-from jpeft.tree.paths import Params, flatten
+from jpeft.tree.paths import Params, first_few, flatten
 
 
 class Reach(NamedTuple):
@@ -31,6 +32,33 @@ def reach(run: Callable[[Adapter, Params], Any], adapter: Adapter, params: Param
     Reach(dead=('b',), unread=())
     """
     return reach_of(jax.make_jaxpr(run)(adapter, params), adapter, params)
+
+
+def check_reach(closed: ClosedJaxpr, output: int, adapter: Adapter, trained: Collection[str], method: str) -> None:
+    """Check that what is trained moves an output of a program that was traced already: the cheap part of `jpeft.check`.
+
+    Args:
+      closed: The program. Its first inputs are the leaves of the adapter.
+      output: The number of the output, such as the loss.
+      adapter: The adapter, or its structure.
+      trained: The paths of the leaves that are trained.
+      method: Name of the method.
+
+    Raises:
+      ValueError: if no trained leaf reaches the output. A warning names leaves that do not, where others do.
+
+    >>> program = jax.make_jaxpr(lambda adapter, x: (adapter["a"] * x).sum())({"a": 1.0, "b": 2.0}, jax.numpy.ones(3))
+    >>> check_reach(program, 0, {"a": 1.0, "b": 2.0}, ["a"], "lora")
+    """
+    _, used = partial_eval.dce_jaxpr(closed.jaxpr, [i == output for i in range(len(closed.jaxpr.outvars))])
+    dead = [path for path, is_used in zip(flatten(adapter), used, strict=False) if path in trained and not is_used]
+    if dead and len(dead) == len(trained):
+        raise ValueError(
+            f"{method}: no trained leaf moves the loss, so nothing would be learned: {first_few(dead)}. The model does not use what they "
+            "stand at for these inputs: choose another target, or train the head. jpeft.check says what the method reaches."
+        )
+    if dead:
+        warnings.warn(f"{method}: {len(dead)} of {len(trained)} trained leaves do not move the loss: {first_few(dead)}.", stacklevel=2)
 
 
 def reach_of(closed: ClosedJaxpr, adapter: Adapter, params: Params) -> Reach:

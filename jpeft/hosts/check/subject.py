@@ -99,7 +99,7 @@ def subject(model: Any, peft: Any, inputs: tuple[Any, ...], keywords: Mapping[st
     if hasattr(model, "host") and hasattr(model, "method"):
         if model.method is not None:
             raise ValueError(
-                "jpeft.check runs the model with and without the method, so it takes the model itself, such as model.apply, or "
+                "The check runs the model with and without the method, so it takes the model itself, such as model.apply, or "
                 f"jpeft.wrap(model.apply), and was given a function that was wrapped with {model.method!r}."
             )
         return Subject(model, peft, inputs, keywords)

@@ -14,6 +14,7 @@ from jpeft.hosts.arguments import argument_names, bind_by_position
 from jpeft.hosts.linear import compute_dtype
 from jpeft.hosts.linen.dependence import inputs_used
 from jpeft.hosts.linen.named_methods import Traced, belonging
+from jpeft.hosts.nnx.flax_internals import can_change
 from jpeft.hosts.nnx.layers import is_known, linear_of, run_known, twin
 from jpeft.hosts.nnx.patching import LAYER_METHODS, Around, current_record
 from jpeft.hosts.taught import linear_of as linear_of_taught
@@ -125,12 +126,12 @@ def _any_module(module: nnx.Module, name: str, effects: list[nnx.Module], kwargs
 
     def keep(state: Any) -> None:
         """Keep the effects of the first run on the module's state."""
-        if effects and _can_change(effects[0]):
+        if effects and can_change(effects[0]):
             nnx.update(effects.pop(), state)
 
     def run(params: Mapping[str, Any], *inputs: Any, **keywords: Any) -> Any:
         # `is`: equal parameters that went through a transformation are other arrays, which the module does not hold.
-        if params is own and effects and _can_change(effects[0]):
+        if params is own and effects and can_change(effects[0]):
             return getattr(effects.pop(), name)(*inputs, **{**kwargs, **keywords})
         out, state = pure(keywords, params, *inputs)
         keep(state)
@@ -172,11 +173,6 @@ def _leaves_for(layer: Layer, around: Around, leaves: dict[str, Any], args: tupl
 def held_names(method: Method, leaves: Mapping[str, Any]) -> set[str]:
     """The names of the parameters that leaves stand beside, and `ADDED` for those that a module is given."""
     return {name for part in leaves.values() for name in part} if method.parts else set(leaves)
-
-
-def _can_change(module: nnx.Module) -> bool:
-    """Whether the module belongs to the trace that is being made. What runs in a trace inside must leave nothing of it in the module."""
-    return module._pytree__state.trace_state.is_valid()  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def _names(module: nnx.Module, name: str) -> tuple[str, ...]:

@@ -6,7 +6,7 @@ first where it contracts the outputs, as the scores of tied embeddings do.
 """
 
 import math
-from collections.abc import Callable, Hashable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from typing import Any
 
 import jax
@@ -121,7 +121,8 @@ def _lookup(use: Use, axes: KernelAxes) -> tuple[Branch, Axes]:
     assert place is not None
     (table,) = view.parts[place]
     offsets = eqn.params["dimension_numbers"].offset_dims
-    rest: Iterator[list[Letter]] = iter([list(part) for i, part in enumerate(view.parts) if i != place])
+    others: Axes = [list(part) for i, part in enumerate(view.parts) if i != place]
+    rest = iter(others)
     y_axes: Axes = [next(rest) if i in offsets else _own(i) for i in range(eqn.outvars[0].aval.ndim)]
     ids = [letter for part in y_axes for letter in part if not isinstance(letter, Atom)]
     clips = "CLIP" in str(eqn.params["mode"])
