@@ -5,10 +5,10 @@ PIP := .venv/bin/python -m pip --disable-pip-version-check -q
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help test fuzz demo compare bench docs lint format clean
+.PHONY: help test fuzz third-party demo compare bench docs lint format clean
 
 help: ## list the targets
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-8s %s\n", $$1, $$2 }' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-11s %s\n", $$1, $$2 }' Makefile
 
 test: .venv/.dev ## every test (PYTEST_ARGS="-n 0 -k lora" narrows them down)
 	.venv/bin/python -m pytest $(PYTEST_ARGS)
@@ -20,6 +20,9 @@ FUZZ_SEED ?= 0
 fuzz: .venv/.dev ## damage files, data and options (FUZZ_MUTATIONS=2000, FUZZ_SECONDS, FUZZ_SEED); counts in benchmarks/results/fuzz.md
 	@PYTHONPATH="$(CURDIR)/tests:$(CURDIR)" .venv/bin/python -m fuzz \
 	  --mutations $(FUZZ_MUTATIONS) --seconds $(FUZZ_SECONDS) --seed $(FUZZ_SEED)
+
+third-party: .venv/.dev ## check every method on Flax models from PyPI; table in benchmarks/results/third_party.md
+	@PYTHONPATH="$(CURDIR)/tests:$(CURDIR)" .venv/bin/python -m third_party
 
 # The MALLOC_ settings keep the C library from returning a step's buffers to the system only to ask for them again.
 demo: .venv/.demo ## fine-tune a small pretrained encoder on the CPU; results in demo-out/
@@ -46,7 +49,7 @@ format: .venv/.dev ## fix what ruff can fix
 	.venv/bin/ruff format .
 
 clean: ## remove .venv, caches, builds and demo-out/ (compare-out/ is hours of work: remove it by hand)
-	rm -rf .venv .jax_cache .pytest_cache .ruff_cache build dist demo-out *.egg-info
+	rm -rf .venv .third_party .jax_cache .pytest_cache .ruff_cache build dist demo-out *.egg-info
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # --- environment: the stamps are newer than what they were installed from ---
