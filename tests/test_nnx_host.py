@@ -466,3 +466,22 @@ def test_wrong_states_are_refused():
     for call, match in cases:
         with pytest.raises(ValueError, match=match):
             call()
+
+
+def test_prompts_inside_a_linen_module_are_refused():
+    class Part(nn.Module):
+        @nn.compact
+        def __call__(self, ids):
+            return nn.Dense(D, name="dense")(nn.Embed(30, D, name="embed")(ids))
+
+    class Model(nnx.Module):
+        def __init__(self, rngs: nnx.Rngs):
+            self.part = nnx.bridge.ToNNX(Part(), rngs=rngs).lazy_init(jnp.zeros((2, 6), jnp.int32))
+
+        def __call__(self, ids: jax.Array) -> jax.Array:
+            return self.part(ids)
+
+    model, ids = Model(nnx.Rngs(0)), jnp.arange(12).reshape(2, 6)
+    with pytest.raises(ValueError, match=r"prompt_tuning adds to 'part[/a-z]*', which is inside a linen module"):
+        jpeft.wrap(model)(jpeft.apply(model, "prompt_tuning", length=2), ids)
+    assert jpeft.wrap(model)(jpeft.apply(model, "trainable_tokens", tokens=(3, 4)), ids).shape == (2, 6, D)

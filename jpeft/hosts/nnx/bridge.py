@@ -66,9 +66,17 @@ def put_inside(module: nnx.bridge.ToNNX, around: Around, leaves: Mapping[Path, M
       module: The linen module, as a module of NNX in a copy of the model.
       around: What goes around it; `narrow` has paths below the module.
       leaves: The leaves of each linen module that has some, by its path below.
+
+    Raises:
+      ValueError: for a method that puts more than arrays into the model, as prompts do.
     """
     tag = _tag(around)
     for path, own in leaves.items():
+        if jax.tree.structure(dict(own)) != jax.tree.structure(unflatten(flatten(dict(own)))):
+            raise ValueError(
+                f"{around.method.name} adds to '{_join(around.path, path)}', which is inside a linen module (nnx.bridge.ToNNX). It cannot "
+                "be told there where its tokens stand. Apply it to the linen model itself, or to a model whose embedding is an NNX module."
+            )
         # linen draws keys of its own, at each layer.
         variables = unflatten({name: nnx.Param(leaf) for name, leaf in flatten(own).items() if name != KEY})
         *parents, name = [*filter(None, path.split("/")), GRAFT]
