@@ -16,7 +16,7 @@ from jpeft.core.method import FREEZE, TRAIN
 from jpeft.core.options import Count, Names, Pattern, PerPath
 from jpeft.core.residuals import changed
 from jpeft.layouts import layer_axes
-from jpeft.many.by_row import by_row, pick
+from jpeft.many.by_row import by_row, pick, pick_rows
 from jpeft.reparameterized.ia3 import IA3
 from jpeft.reparameterized.lora import LoRA
 from jpeft.reparameterized.matrix_form import INPUTS, OUTPUTS, MatrixForm
@@ -188,14 +188,19 @@ class Mixed(WeightMethod):
         x, *others = inputs
         form = MatrixForm(tuple(layer.params[linear.name].shape), linear.axes)
         self.check_geometry("/".join(filter(None, (layer.path, linear.name))), form, leaves)
-        own = self._picked(form, leaves, rows)
+        table = leaves.get("a") if jnp.issubdtype(x.dtype, jnp.integer) else None  # of which each token takes a row
+        own = self._picked(form, {name: leaf for name, leaf in leaves.items() if leaf is not table}, rows)
 
         def each(fn: Callable[..., jax.Array], x: jax.Array, *names: str) -> jax.Array:
             return by_row(lambda own, x: fn(x, *own), [own[name] for name in names], x, rows=len(rows))
 
         scaled = each(linear.scale_inputs, x, "l_in") if "l_in" in own and linear.scale_inputs is not None else x
         y = layer(scaled, *others)
-        if "a" in own:
+        if table is not None:
+            ids = jnp.broadcast_to(x, (len(rows), *x.shape[1:]))
+            hidden, b = pick_rows(table.astype(layer.dtype), rows, ids), own["b"].astype(layer.dtype)
+            y = changed(y + by_row(lambda b, hidden: hidden @ b, b, hidden, rows=len(rows)).astype(y.dtype))
+        elif "a" in own:
             own |= {name: own[name].astype(layer.dtype) for name in "ab"}  # the branch computes in the layer's own dtype
             y = changed(y + each(linear.apply_low_rank, x, "a", "b").astype(y.dtype))
         return each(linear.scale_outputs, y, "l_out") if "l_out" in own and linear.scale_outputs is not None else y
