@@ -76,7 +76,7 @@ def test_equals_each_adapter_alone(name):
 
 def test_gradients_are_those_of_each_adapter():
     """Each slot has the gradient of the examples that chose it, heads included; what pads a rank, and the index, have none."""
-    model, params, x = MODELS["scan-mha"], base("scan-mha"), batch()["x"]
+    model, x = MODELS["scan-mha"], batch()["x"]
     own, mixed = pool("scan-mha")
     forward, index = jpeft.wrap(model.apply), jnp.array([0, 1, 0, -1, 1])
     assigned = jpeft.assign(mixed, index)
@@ -160,7 +160,18 @@ def decoder(dtype):
     model = language_model("qwen3", scan=True, dtype=dtype)
     rng = np.random.default_rng(1)
     params = jax.tree.map(lambda leaf: jnp.asarray(rng.normal(size=leaf.shape), dtype), abstract_params(model))
-    return model, params, [adapter(params, jpeft.lora(rank=2), seed, ) for seed in range(3)]
+    return (
+        model,
+        params,
+        [
+            adapter(
+                params,
+                jpeft.lora(rank=2),
+                seed,
+            )
+            for seed in range(3)
+        ],
+    )
 
 
 @pytest.mark.parametrize(("dtype", "options"), [("float32", {"beams": 3}), ("bfloat16", {})])
@@ -258,7 +269,10 @@ def test_what_is_refused():
         jpeft.mix(params, [jpeft.apply(params, jpeft.adapter(size=2, target=["dense"], head=None))])
     with refused("Cannot merge: each example has an adapter of its own"):
         jpeft.merge(jpeft.assign(mixed, [0]))
-    for index, message in (([2], "index of example 0 is 2. There are slots 0 to 1, or -1 for the base"), ([-2], "index of example 0 is -2")):
+    for index, message in (
+        ([2], "index of example 0 is 2. There are slots 0 to 1, or -1 for the base"),
+        ([-2], "index of example 0 is -2"),
+    ):
         with refused(message):
             jpeft.assign(mixed, index)
     model = nn.Dense(3)

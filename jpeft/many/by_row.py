@@ -48,7 +48,9 @@ def pick(leaf: Float[Array, "..."], slots: Int[Array, " rows"], axis: int, neutr
     return jnp.where(is_base, jnp.asarray(neutral, found.dtype), found)
 
 
-def pick_rows(table: Float[Array, "slots vocab r"], slots: Int[Array, " rows"], ids: Int[Array, "rows *more"]) -> Float[Array, "rows *more r"]:
+def pick_rows(
+    table: Float[Array, "slots vocab r"], slots: Int[Array, " rows"], ids: Int[Array, "rows *more"]
+) -> Float[Array, "rows *more r"]:
     """The rows of each slot's own table, which are zero for the base and for ids beyond the table."""
     count = table.shape[0]
     mine = jnp.where((slots >= 0) & (slots < count), slots, count).reshape(-1, *[1] * (ids.ndim - 1))

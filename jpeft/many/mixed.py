@@ -40,7 +40,7 @@ ALONE = {"a": (INPUTS, "rank"), "b": ("rank", OUTPUTS), "l_in": (INPUTS,), "l_ou
 
 
 class Mixed(WeightMethod):
-    r"""Several adapters side by side, one for each example: ``y_i = l_out * layer(l_in * x_i) + (x_i a) b`` with the leaves of slot ``index_i``.
+    r"""Several adapters side by side: ``y_i = l_out * layer(l_in * x_i) + (x_i a) b`` for example i, with the leaves of slot ``index_i``.
 
     A slot holds an adapter of LoRA, whose scale is in ``a``, or of (IA)³; in a slot of the one kind the leaves of the other are zero or
     one. Leaves that adapters hold whole, such as those of a trained head, stand there once for each slot. An index of -1 is the base. The
@@ -151,9 +151,8 @@ class Mixed(WeightMethod):
         rows = self._rows(layer, inputs, next(iter(leaves.values()))[INDEX])
         if linear is not None and list(leaves) == [linear.name] and VALUE not in leaves[linear.name]:
             own = leaves[linear.name]
-            if "l_in" not in own or linear.scale_inputs is not None:
-                if "l_out" not in own or linear.scale_outputs is not None:
-                    return self._factored(layer, linear, inputs, own, rows)
+            if ("l_in" not in own or linear.scale_inputs is not None) and ("l_out" not in own or linear.scale_outputs is not None):
+                return self._factored(layer, linear, inputs, own, rows)
         return self._by_example(layer, inputs, leaves, rows)
 
     def merge(self, params: tree.Params, adapter: tree.Adapter) -> tree.Params:
@@ -208,9 +207,12 @@ class Mixed(WeightMethod):
     def _by_example(self, layer: Layer, inputs: Inputs, leaves: Mapping[str, Leaves], rows: Int[Array, " rows"]) -> Any:
         """The layer row by row, each with the change of its slot alone; what the rows have in common is one product again."""
         own = {name: self._picked(self._form_inside(layer, name, part), part, rows, layer.params[name]) for name, part in leaves.items()}
-        parts = (LoRA(rank=1, alpha=1.0, view="factored", axes=self.axes, head=None), ("a", "b")), (
-            IA3(axes=self.axes, head=None),
-            ("l_in", "l_out"),
+        parts = (
+            (LoRA(rank=1, alpha=1.0, view="factored", axes=self.axes, head=None), ("a", "b")),
+            (
+                IA3(axes=self.axes, head=None),
+                ("l_in", "l_out"),
+            ),
         )
 
         def one(own: dict[str, Leaves], inputs: Inputs, keywords: Mapping[str, Any]) -> Any:
