@@ -34,7 +34,7 @@ def as_ia3(params: Params, scales: Mapping[Path, Mapping[str, Any]], replaced: M
     """An adapter of (IA)³ with these vectors, and these leaves whole."""
     inner = [path for path, own in scales.items() if "l_in" in own]
     outer = [path for path in scales if path not in inner]
-    method = IA3(target=one_of(outer or inner), feedforward=one_of(inner), head=one_of(replaced), axes=axes or None)
+    method = IA3(target=one_of(outer or inner) or "", feedforward=one_of(inner), head=one_of(replaced), axes=axes or None)
     forms, leaves = forms_of(params, list(scales), axes), {}
     for path, own in scales.items():
         leaves |= {f"{path}/{name}": forms[path].leaf_from_matrix(leaf, IA3.leaf_axes[name]) for name, leaf in own.items()}

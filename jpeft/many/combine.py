@@ -16,7 +16,7 @@ from jpeft.many.as_lora import as_ia3, as_lora
 from jpeft.many.mixed import whole_form
 from jpeft.many.parts import Factors, Parts, concatenated, parts_of
 from jpeft.many.same_base import check_same_base
-from jpeft.many.task_vectors import WAYS, Options
+from jpeft.many.task_vectors import WAYS, Options, Weights
 from jpeft.many.to_lora import check_budget, reduced
 from jpeft.reparameterized.lora import LoRA
 from jpeft.tree.paths import Path
@@ -27,12 +27,12 @@ _EXACT = 1e-6  # the error of a result of no given rank
 
 def combine(
     pefts: Sequence[Peft],
-    weights: Sequence[float],
+    weights: Weights,
     method: str = "cat",
     *,
     rank: Any = None,
-    error: float | None = None,
-    density: float | None = None,
+    error: float | int | None = None,
+    density: float | int | None = None,
     majority_sign: str = "total",
     key: jax.Array | None = None,
     factors: bool = False,
@@ -85,7 +85,8 @@ def combine(
     """
     pefts = [pefts] if isinstance(pefts, Peft) else list(pefts)
     way = method.removesuffix("_svd") if method != "svd" else "linear"
-    _check(pefts, weights, method, density, majority_sign, factors)
+    weights = checked_weights(weights, len(pefts))
+    _check(pefts, method, density, majority_sign, factors)
     check_budget(rank, error)
     if rank is not None and error is not None:
         raise ValueError("combine() takes one of rank= and error=, and was given both.")
@@ -122,16 +123,25 @@ def _usual_budget(found: Sequence[Parts], method: str) -> tuple[int | None, floa
     return max(factors.rank for parts in found for factors in parts.updates.values()), None
 
 
-def _check(pefts: Sequence[Peft], weights: Sequence[float], method: str, density: Any, majority_sign: str, factors: bool) -> None:
+def checked_weights(weights: Weights, count: int) -> list[float]:
+    """The weights as numbers of Python.
+
+    Raises:
+      ValueError: unless there is a finite number for each adapter.
+    """
+    each = list(weights) if isinstance(weights, Sequence | np.ndarray | jax.Array) else []
+    numbers = np.asarray(each, np.float64) if all(isinstance(w, int | float | np.number | jax.Array) for w in each) else np.zeros(0)
+    if numbers.shape != (count,) or not np.isfinite(numbers).all():
+        raise ValueError(f"weights={shown(weights)} must be a number for each of the {count} adapters.")
+    return numbers.tolist()
+
+
+def _check(pefts: Sequence[Peft], method: str, density: Any, majority_sign: str, factors: bool) -> None:
     """Refuse options that are none or do not go together."""
     if not pefts:
         raise ValueError("combine() needs at least one adapter, in a list.")
     for peft in pefts:
         check_peft(peft, "combine")
-    each = list(weights) if isinstance(weights, Sequence | np.ndarray | jax.Array) else []
-    numbers = np.asarray(each, np.float64) if all(isinstance(w, int | float | np.number | jax.Array) for w in each) else np.zeros(0)
-    if numbers.shape != (len(pefts),) or not np.isfinite(numbers).all():
-        raise ValueError(f"weights={shown(weights)} must be a number for each of the {len(pefts)} adapters.")
     if method not in METHODS:
         raise ValueError(f"method={method!r} is none of {', '.join(METHODS)}.")
     way = method.removesuffix("_svd")
@@ -152,7 +162,7 @@ def _keyed(options: Options, path: Path) -> Options:
     return options._replace(key=tree.key_for(options.key, path))
 
 
-def _each_matrix(way: str, changes: np.ndarray, weights: Sequence[float], options: Options) -> np.ndarray:
+def _each_matrix(way: str, changes: np.ndarray, weights: Weights, options: Options) -> np.ndarray:
     """A way of combining changes [n, *stack, rows, columns], for each matrix of the stack by itself."""
     n, *stack, rows, columns = changes.shape
     assert options.key is not None
@@ -162,9 +172,7 @@ def _each_matrix(way: str, changes: np.ndarray, weights: Sequence[float], option
     return np.stack(combined).reshape(*stack, rows, columns)
 
 
-def _by_factors(
-    path: Path, terms: Sequence[Factors], weights: Sequence[float], pefts: Sequence[Peft], way: str, options: Options
-) -> Factors:
+def _by_factors(path: Path, terms: Sequence[Factors], weights: Weights, pefts: Sequence[Peft], way: str, options: Options) -> Factors:
     """Factors that are combined by themselves, as HF PEFT does it.
 
     Raises:
@@ -182,7 +190,7 @@ def _by_factors(
     return Factors(*map(jnp.asarray, both))
 
 
-def _replaced(base: Any, found: Sequence[Parts], weights: Sequence[float], way: str, options: Options) -> dict[Path, Any]:
+def _replaced(base: Any, found: Sequence[Parts], weights: Weights, way: str, options: Options) -> dict[Path, Any]:
     """The leaves that adapters hold whole: the base's with the combined change."""
     leaves, layers, out = tree.flatten(base), layer_axes(base), {}
     for path in sorted({path for parts in found for path in parts.replaced}):
@@ -195,7 +203,7 @@ def _replaced(base: Any, found: Sequence[Parts], weights: Sequence[float], way: 
     return out
 
 
-def _scales(found: Sequence[Parts], weights: Sequence[float], method: str, factors: bool) -> dict[Path, dict[str, Any]]:
+def _scales(found: Sequence[Parts], weights: Weights, method: str, factors: bool) -> dict[Path, dict[str, Any]]:
     """The vectors of (IA)³: ``1 + sum w_i (l_i - 1)``, the sum of the changes, or ``sum w_i l_i``, which is HF PEFT's.
 
     Raises:

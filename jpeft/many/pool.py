@@ -2,7 +2,7 @@
 
 import functools
 from collections.abc import Collection, Mapping, Sequence
-from typing import Any
+from typing import Any, SupportsIndex
 
 import jax
 import jax.numpy as jnp
@@ -19,7 +19,7 @@ from jpeft.tree.paths import Params, Path, first_few
 from jpeft.tree.select import first_match
 
 
-def mix(params: Params, adapters: Sequence[Peft], *, slots: int | None = None, rank: Any = None) -> Peft:
+def mix(params: Params, adapters: Sequence[Peft], *, slots: SupportsIndex | None = None, rank: Any = None) -> Peft:
     """A pool: several adapters over one base, of which each example of a batch takes one, in one compiled program.
 
     What can stand in the pool is decided here and stays: the number of slots, the kernels, the highest rank of each, which leaves are
@@ -59,20 +59,20 @@ def mix(params: Params, adapters: Sequence[Peft], *, slots: int | None = None, r
     if not adapters:
         raise ValueError("mix() needs at least one adapter, in a list: its kernels and ranks decide what the pool can hold.")
     count = len(adapters) if slots is None else slots
-    if not isinstance(count, int) or isinstance(count, bool) or count < len(adapters):
+    if not _whole(count) or int(count) < len(adapters):
         raise ValueError(f"slots={slots!r} must be a whole number of at least {len(adapters)}, the number of adapters.")
     params = unwrap(params)
     found = [_parts(params, peft, f"Adapter {i} of mix()") for i, peft in enumerate(adapters)]
     replaced = {path for parts in found for path in parts.replaced}
     found = [_with_whole(params, parts, replaced, f"Adapter {i} of mix()") for i, parts in enumerate(found)]
-    method = _method_for(found, count, rank)
+    method = _method_for(found, int(count), rank)
     pool = Peft(params, method.init(jax.random.key(0), params), method)
     for slot, parts in enumerate(found):
         pool = _filled(pool, slot, parts, f"Adapter {slot} of mix()")
     return pool
 
 
-def swap(peft: Peft, slot: int, adapter: Peft | None) -> Peft:
+def swap(peft: Peft, slot: SupportsIndex, adapter: Peft | None) -> Peft:
     """A pool with another adapter in one slot. Nothing is compiled anew by what runs the pool.
 
     Args:
@@ -90,13 +90,18 @@ def swap(peft: Peft, slot: int, adapter: Peft | None) -> Peft:
     check_peft(peft, "swap")
     if not isinstance(peft.method, Mixed):
         raise ValueError(f"jpeft.swap takes a pool, as jpeft.mix makes it, and was given a Peft of {peft.method.name}.")
-    if not isinstance(slot, int) or isinstance(slot, bool) or not 0 <= slot < peft.method.slots:
+    if not _whole(slot) or not 0 <= int(slot) < peft.method.slots:
         raise ValueError(f"slot={slot!r}: the pool has the slots 0 to {peft.method.slots - 1}.")
     what = "The adapter"
     parts = Parts({}, {}, {}, ()) if adapter is None else _parts(peft.params, adapter, what)
     whole = {path for path in peft.method.all_forms(peft.params) if VALUE in peft.method.leaves_at(path)}
     parts = _with_whole(peft.params, parts, whole, what)
-    return _filled(peft, slot, parts, what)
+    return _filled(peft, int(slot), parts, what)
+
+
+def _whole(number: Any) -> bool:
+    """Whether a value is a whole number."""
+    return isinstance(number, SupportsIndex) and not isinstance(number, bool)
 
 
 def _parts(params: Params, peft: Peft, what: str) -> Parts:

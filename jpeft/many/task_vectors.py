@@ -9,6 +9,8 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
+Weights = Sequence[float | int] | np.ndarray | jax.Array
+
 
 class Options(NamedTuple):
     """What the ways of combining may be told.
@@ -24,7 +26,7 @@ class Options(NamedTuple):
     key: jax.Array | None = None
 
 
-def weighted_sum(changes: np.ndarray, weights: Sequence[float], options: Options) -> np.ndarray:
+def weighted_sum(changes: np.ndarray, weights: Weights, options: Options) -> np.ndarray:
     """``sum_i w_i d_i``."""
     del options
     return np.tensordot(np.asarray(weights, changes.dtype), changes, 1)
@@ -51,22 +53,22 @@ def dropped(change: np.ndarray, density: float, key: jax.Array) -> np.ndarray:
     return np.where(keep, change / change.dtype.type(density), change.dtype.type(0))
 
 
-def magnitude_prune(changes: np.ndarray, weights: Sequence[float], options: Options) -> np.ndarray:
+def magnitude_prune(changes: np.ndarray, weights: Weights, options: Options) -> np.ndarray:
     """The sum of trimmed changes."""
     return weighted_sum(np.stack([trimmed(change, options.density) for change in changes]), weights, options)
 
 
-def ties(changes: np.ndarray, weights: Sequence[float], options: Options) -> np.ndarray:
+def ties(changes: np.ndarray, weights: Weights, options: Options) -> np.ndarray:
     """TIES: trim, elect a sign for each number, and take the mean of those with that sign."""
     return _elected(np.stack([trimmed(change, options.density) for change in changes]), weights, options)
 
 
-def dare_linear(changes: np.ndarray, weights: Sequence[float], options: Options) -> np.ndarray:
+def dare_linear(changes: np.ndarray, weights: Weights, options: Options) -> np.ndarray:
     """The sum of changes with numbers dropped at random."""
     return weighted_sum(_all_dropped(changes, options), weights, options)
 
 
-def dare_ties(changes: np.ndarray, weights: Sequence[float], options: Options) -> np.ndarray:
+def dare_ties(changes: np.ndarray, weights: Weights, options: Options) -> np.ndarray:
     """TIES, with numbers dropped at random in the place of small ones."""
     return _elected(_all_dropped(changes, options), weights, options)
 
@@ -76,7 +78,7 @@ def _all_dropped(changes: np.ndarray, options: Options) -> np.ndarray:
     return np.stack([dropped(change, options.density, jax.random.fold_in(options.key, i)) for i, change in enumerate(changes)])
 
 
-def _elected(changes: np.ndarray, weights: Sequence[float], options: Options) -> np.ndarray:
+def _elected(changes: np.ndarray, weights: Weights, options: Options) -> np.ndarray:
     """``sum_i w_i d_i [sign d_i = elected] / number of those``, by number."""
     votes = changes if options.majority_sign == "total" else np.sign(changes)
     elected = np.where(votes.sum(0) >= 0, 1, -1)

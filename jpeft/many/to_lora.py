@@ -21,7 +21,7 @@ from jpeft.tree.paths import Params, Path, first_few
 from jpeft.tree.select import check_rules, first_match
 
 
-def to_lora(peft: Peft, *, rank: Any = None, error: float | None = None) -> Peft:
+def to_lora(peft: Peft, *, rank: Any = None, error: float | int | None = None) -> Peft:
     """An adapter of any method that changes weights as one of LoRA, by the singular values of its change of each kernel.
 
     The task head, biases and norms that the method changed stay whole, as leaves that LoRA's option `head` names. An adapter that has
@@ -76,7 +76,7 @@ def check_budget(rank: Any, error: Any) -> None:
         raise ValueError(f"error={shown(error)} must be a share of the change's norm, from 0 to below 1.")
 
 
-def reduced(updates: Mapping[Path, Factors | np.ndarray], rank: Any, error: float | None) -> dict[Path, Factors]:
+def reduced(updates: Mapping[Path, Factors | np.ndarray], rank: Any, error: float | int | None) -> dict[Path, Factors]:
     """Changes of kernels, as factors or whole, in factors of a rank, or of the lowest rank for an error."""
     check_rules(rank, list(updates), "rank")
     out = {}
