@@ -17,6 +17,7 @@ from jpeft.selective.diff_pruning import diff_pruning as diff_pruning
 from jpeft.selective.far import far as far
 from jpeft.selective.fish_mask import fish_mask as fish_mask
 from jpeft.selective.freeze import freeze as freeze
+from jpeft.selective.ln_tuning import ln_tuning as ln_tuning
 from jpeft.selective.trainable_tokens import trainable_tokens as trainable_tokens
 
 __all__ = [
@@ -30,6 +31,7 @@ __all__ = [
     "freeze",
     "hard_prompt",
     "ia3",
+    "ln_tuning",
     "lora",
     "p_tuning",
     "p_tuning_v2",

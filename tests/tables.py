@@ -173,6 +173,7 @@ ROWS = {
     # What only replaces leaves has nothing to do with kinds of layers.
     "freeze": Row(jpeft.freeze(top=1), ("plain", "remat", "bert-scan", "gpt2", "llama-scan")),
     "bitfit": Row(jpeft.bitfit(), ("plain", "jit", "scan-mha", "bert", "gpt2-remat", "llama-scan")),
+    "ln_tuning": Row(jpeft.ln_tuning(), ("plain", "bert-remat", "llama-scan")),
     "trainable_tokens": Row(jpeft.trainable_tokens(tokens=(7, 3, 20)), ("plain", "bert-remat", "llama-scan")),
     "fish_mask": Row(jpeft.fish_mask(sparsity=0.05), ("scan", "bert-remat", "llama")),
     # A penalty that leaves the loss of so small a model visible beside it.

@@ -22,6 +22,7 @@ CELLS = [
     ("ia3", "einsum"),
     ("bitfit", "scan-remat"),
     ("freeze", "remat"),
+    ("ln_tuning", "remat"),
     ("trainable_tokens", "plain"),
     ("far-learners", "remat"),
     ("pfeiffer", "remat"),
