@@ -7,6 +7,7 @@ from jpeft.additive.bottlenecks.pfeiffer import pfeiffer as pfeiffer
 from jpeft.additive.prefixes.p_tuning_v2 import p_tuning_v2 as p_tuning_v2
 from jpeft.additive.prefixes.prefix_tuning import prefix_tuning as prefix_tuning
 from jpeft.additive.prompts.hard_prompt import hard_prompt as hard_prompt
+from jpeft.additive.prompts.multitask_prompt_tuning import multitask_prompt_tuning as multitask_prompt_tuning
 from jpeft.additive.prompts.p_tuning import p_tuning as p_tuning
 from jpeft.additive.prompts.prompt_tuning import prompt_tuning as prompt_tuning
 from jpeft.reparameterized.dora import dora as dora
@@ -33,6 +34,7 @@ __all__ = [
     "ia3",
     "ln_tuning",
     "lora",
+    "multitask_prompt_tuning",
     "p_tuning",
     "p_tuning_v2",
     "parallel_adapter",

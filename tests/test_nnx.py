@@ -27,7 +27,7 @@ CELLS = [
     ("far-learners", "remat"),
     ("pfeiffer", "remat"),
     ("compacter", "scan-mha"),
-    *[(method, "core-scan") for method in ("prompt_tuning", "prefix_tuning")],
+    *[(method, "core-scan") for method in ("prompt_tuning", "multitask_prompt_tuning", "prefix_tuning")],
     *[(method, "core") for method in ("p_tuning", "p_tuning_v2")],
     ("chain", "scan-remat"),
     ("chain-sparse", "scan"),
