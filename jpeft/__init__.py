@@ -18,6 +18,7 @@ from jpeft import tree as tree
 from jpeft.additive.prompts.nearest_tokens import nearest_tokens as nearest_tokens
 from jpeft.checkpoint.adapter import load as load
 from jpeft.checkpoint.adapter import save as save
+from jpeft.core.assign import assign as assign
 from jpeft.core.chain import chain as chain
 from jpeft.core.decay import decay_mask as decay_mask
 from jpeft.core.ensemble import ensemble as ensemble

@@ -7,6 +7,7 @@ from jpeft.additive.bottlenecks.pfeiffer import pfeiffer as pfeiffer
 from jpeft.additive.prefixes.p_tuning_v2 import p_tuning_v2 as p_tuning_v2
 from jpeft.additive.prefixes.prefix_tuning import prefix_tuning as prefix_tuning
 from jpeft.additive.prompts.hard_prompt import hard_prompt as hard_prompt
+from jpeft.additive.prompts.multitask_prompt_tuning import multitask_prompt_tuning as multitask_prompt_tuning
 from jpeft.additive.prompts.p_tuning import p_tuning as p_tuning
 from jpeft.additive.prompts.prompt_tuning import prompt_tuning as prompt_tuning
 from jpeft.reparameterized.dora import dora as dora
@@ -17,6 +18,7 @@ from jpeft.selective.diff_pruning import diff_pruning as diff_pruning
 from jpeft.selective.far import far as far
 from jpeft.selective.fish_mask import fish_mask as fish_mask
 from jpeft.selective.freeze import freeze as freeze
+from jpeft.selective.ln_tuning import ln_tuning as ln_tuning
 from jpeft.selective.trainable_tokens import trainable_tokens as trainable_tokens
 
 __all__ = [
@@ -30,7 +32,9 @@ __all__ = [
     "freeze",
     "hard_prompt",
     "ia3",
+    "ln_tuning",
     "lora",
+    "multitask_prompt_tuning",
     "p_tuning",
     "p_tuning_v2",
     "parallel_adapter",

@@ -171,6 +171,21 @@ class Chain(Method):
         folded = {name: part.fold(params, adapter[name]) for name, part in self.methods}
         return chain(**{name: part for name, (part, _) in folded.items()}), {name: leaves for name, (_, leaves) in folded.items()}
 
+    @property
+    def takes_index(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
+        """Whether any part does."""
+        return any(part.takes_index for _, part in self.methods)
+
+    def assign(self, adapter: tree.Adapter, index: Any) -> tree.Adapter:
+        """The index for each part that takes one."""
+        if not self.takes_index:
+            raise ValueError(f"{self!r}: no part takes an index; each does the same to every example of a batch.")
+        return {name: part.assign(adapter[name], index) if part.takes_index else adapter[name] for name, part in self.methods}
+
+    def assigned(self, adapter: tree.Adapter) -> jax.Array | None:
+        """The index, which all parts that take one have in common."""
+        return next((part.assigned(adapter[name]) for name, part in self.methods if part.takes_index), None)
+
     def adapted_paths(self, params: tree.Params, adapter: tree.Adapter) -> set[str]:
         """The paths of all parts."""
         return {path for name, part in self.methods for path in part.adapted_paths(params, adapter[name])}
