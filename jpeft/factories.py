@@ -9,6 +9,7 @@ from jpeft.additive.prefixes.prefix_tuning import prefix_tuning as prefix_tuning
 from jpeft.additive.prompts.hard_prompt import hard_prompt as hard_prompt
 from jpeft.additive.prompts.p_tuning import p_tuning as p_tuning
 from jpeft.additive.prompts.prompt_tuning import prompt_tuning as prompt_tuning
+from jpeft.reparameterized.adalora import adalora as adalora
 from jpeft.reparameterized.dora import dora as dora
 from jpeft.reparameterized.ia3 import ia3 as ia3
 from jpeft.reparameterized.lora import lora as lora
@@ -20,6 +21,7 @@ from jpeft.selective.freeze import freeze as freeze
 from jpeft.selective.trainable_tokens import trainable_tokens as trainable_tokens
 
 __all__ = [
+    "adalora",
     "adapter",
     "bitfit",
     "compacter",
