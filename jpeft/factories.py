@@ -10,6 +10,7 @@ from jpeft.additive.prompts.hard_prompt import hard_prompt as hard_prompt
 from jpeft.additive.prompts.multitask_prompt_tuning import multitask_prompt_tuning as multitask_prompt_tuning
 from jpeft.additive.prompts.p_tuning import p_tuning as p_tuning
 from jpeft.additive.prompts.prompt_tuning import prompt_tuning as prompt_tuning
+from jpeft.reparameterized.adalora import adalora as adalora
 from jpeft.reparameterized.dora import dora as dora
 from jpeft.reparameterized.ia3 import ia3 as ia3
 from jpeft.reparameterized.lora import lora as lora
@@ -22,6 +23,7 @@ from jpeft.selective.ln_tuning import ln_tuning as ln_tuning
 from jpeft.selective.trainable_tokens import trainable_tokens as trainable_tokens
 
 __all__ = [
+    "adalora",
     "adapter",
     "bitfit",
     "compacter",

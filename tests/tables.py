@@ -200,6 +200,8 @@ ROWS = {
         ("einsum", "bert-remat", "llama-scan"),
     ),
     "dora": Row(jpeft.dora(rank=2), ("jit", "einsum", "scan-mha", "bert-remat", "gpt2", "llama-scan")),
+    # So many steps that the 20 of a test take no rank.
+    "adalora": Row(jpeft.adalora(rank=3, target_rank=2, total_steps=1000), ("einsum", "bert-remat", "llama-scan")),
     "ia3": Row(jpeft.ia3(), ("jit", "einsum", "scan-mha", "bert-remat", "gpt2", "llama-scan")),
     "hard_prompt": Row(jpeft.hard_prompt(tokens=(3, 7)), ("bert-scan", "gpt2-remat", "llama"), 10.0, LONGER_TEXT),
     "prompt_tuning": Row(jpeft.prompt_tuning(length=3), ("plain", "bert-scan", "gpt2-remat", "llama-scan"), 10.0, LONGER_TEXT),

@@ -19,6 +19,7 @@ CELLS = [
     ("lora-two-view", "einsum"),
     ("lora-factored", "scan-remat"),
     ("dora", "scan-mha"),
+    ("adalora", "scan-mha"),
     ("ia3", "einsum"),
     ("bitfit", "scan-remat"),
     ("freeze", "remat"),
