@@ -20,6 +20,8 @@ CELLS = [
     ("lora-factored", "scan-remat"),
     ("dora", "scan-mha"),
     ("ia3", "einsum"),
+    ("loha", "einsum"),
+    ("lokr", "scan-mha"),
     ("bitfit", "scan-remat"),
     ("freeze", "remat"),
     ("trainable_tokens", "plain"),
