@@ -13,6 +13,8 @@ from jpeft.additive.prompts.prompt_tuning import prompt_tuning as prompt_tuning
 from jpeft.reparameterized.adalora import adalora as adalora
 from jpeft.reparameterized.dora import dora as dora
 from jpeft.reparameterized.ia3 import ia3 as ia3
+from jpeft.reparameterized.loha import loha as loha
+from jpeft.reparameterized.lokr import lokr as lokr
 from jpeft.reparameterized.lora import lora as lora
 from jpeft.selective.bitfit import bitfit as bitfit
 from jpeft.selective.diff_pruning import diff_pruning as diff_pruning
@@ -35,6 +37,8 @@ __all__ = [
     "hard_prompt",
     "ia3",
     "ln_tuning",
+    "loha",
+    "lokr",
     "lora",
     "multitask_prompt_tuning",
     "p_tuning",

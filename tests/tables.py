@@ -203,6 +203,8 @@ ROWS = {
     # So many steps that the 20 of a test take no rank.
     "adalora": Row(jpeft.adalora(rank=3, target_rank=2, total_steps=1000), ("einsum", "bert-remat", "llama-scan")),
     "ia3": Row(jpeft.ia3(), ("jit", "einsum", "scan-mha", "bert-remat", "gpt2", "llama-scan")),
+    "loha": Row(jpeft.loha(rank=2, effective_conv=True), ("einsum", "bert-remat", "llama-scan")),
+    "lokr": Row(jpeft.lokr(rank=1, alpha=2, decompose_both=True), ("einsum", "bert-remat", "llama-scan")),
     "hard_prompt": Row(jpeft.hard_prompt(tokens=(3, 7)), ("bert-scan", "gpt2-remat", "llama"), 10.0, LONGER_TEXT),
     "prompt_tuning": Row(jpeft.prompt_tuning(length=3), ("plain", "bert-scan", "gpt2-remat", "llama-scan"), 10.0, LONGER_TEXT),
     "p_tuning": Row(
@@ -345,3 +347,18 @@ def compiled_flops(fn: Any, *args: Any) -> float:
     """XLA's own count for the compiled function."""
     with optimised():
         return jax.jit(fn).lower(*args).compile().cost_analysis()["flops"]
+
+
+def added_flops(method: str, *, width: int = 128, rows: int = 1024, **options: Any) -> float:
+    """The FLOPs of a training step of one dense layer, beside the layer's own, with its inputs differentiated."""
+    model, x = nn.Dense(width), jnp.ones((rows, width))
+    params = jax.eval_shape(model.init, jax.random.key(0), x)["params"]
+    zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), params)
+
+    def flops(peft: jpeft.Peft) -> float:
+        run = jpeft.wrap(model.apply, peft.method)
+        loss = lambda adapter, x: jnp.sin(run(peft.replace(adapter=adapter).variables, x)).sum()
+        return compiled_flops(jax.grad(loss, (0, 1)), peft.adapter, x)
+
+    own = jpeft.apply(zeros, method=jpeft.lora(rank=1, target="kernel")).replace(adapter={}, method=jpeft.lora(rank=1, target="kernel"))
+    return flops(jpeft.apply(zeros, method=method, head=None, **options)) - flops(own)

@@ -21,6 +21,8 @@ CELLS = [
     ("dora", "scan-mha"),
     ("adalora", "scan-mha"),
     ("ia3", "einsum"),
+    ("loha", "einsum"),
+    ("lokr", "scan-mha"),
     ("bitfit", "scan-remat"),
     ("freeze", "remat"),
     ("ln_tuning", "remat"),
