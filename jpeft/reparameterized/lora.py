@@ -2,6 +2,8 @@
 
 from typing import Any, Literal
 
+from jaxtyping import Array
+
 from jpeft.core.layer import Layer, Linear
 from jpeft.core.options import Count, Names, PerPath, Positive, Probability, option
 from jpeft.reparameterized import low_rank, two_view
@@ -82,6 +84,10 @@ class LoRA(WeightMethod):
     def new_kernel(self, kernel: Matrix, leaves: Leaves, path: str) -> Matrix:
         """``W + s a b``."""
         return low_rank.update(kernel, leaves, self.scale(path))
+
+    def as_low_rank(self, leaves: Leaves, path: str) -> tuple[Array, Array]:
+        """``s a`` and ``b``."""
+        return self.scale(path) * leaves["a"], leaves["b"]
 
     def call_linear(self, layer: Layer, linear: Linear, inputs: Inputs, leaves: Leaves, path: str, rng: Key | None) -> Any:
         """One of the views, whichever is cheaper for the layer's shape."""
