@@ -1,7 +1,7 @@
 """Write the goldens with HF PEFT: `PYTHONPATH=tests python tests/goldens/make.py`. Needs peft 0.21.2, transformers and torch.
 
 For every case of the table: a tiny model with the weights of `base.py`, HF PEFT's adapter in it with noise on whatever is trained, so that
-nothing is zero, saved by `save_pretrained`, loaded again onto the base, and run. The logits are those of the loaded model: what HF's user sees.
+nothing is zero, saved by `save_pretrained`, loaded again onto the base, and run. The logits are those of the loaded model, as a user has it.
 """
 
 import json
