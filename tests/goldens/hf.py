@@ -4,6 +4,7 @@ from typing import Any
 
 import torch
 import transformers
+
 from goldens.base import IDS, MASK, TASKS, base_tensor
 
 GPT2 = transformers.GPT2Config(vocab_size=31, n_embd=16, n_layer=2, n_head=4, n_positions=20, bos_token_id=1, eos_token_id=1)

@@ -1,7 +1,7 @@
 """Write the goldens with HF PEFT: `PYTHONPATH=tests python tests/goldens/make.py`. Needs peft 0.21.2, transformers and torch.
 
 For every case of the table: a tiny model with the weights of `base.py`, HF PEFT's adapter in it with noise on whatever is trained, so that
-nothing is zero, saved by `save_pretrained`, loaded again onto the base, and run. The logits are those of the loaded model, as a user has it.
+nothing is zero, saved by `save_pretrained`, loaded again onto the base, and run. The logits are those of the loaded model.
 """
 
 import json
@@ -13,9 +13,10 @@ from typing import Any
 
 import peft
 import torch
+from safetensors.torch import load_file, save_file
+
 from goldens.base import IDS, MASK, uniform
 from goldens.hf import CLASSES, CONFIGS, base_model, run
-from safetensors.torch import load_file, save_file
 
 HERE = Path(__file__).parent
 
