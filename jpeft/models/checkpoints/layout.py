@@ -55,11 +55,11 @@ class Entry:
         for name, place in zip(names, out if self.stacked else [out], strict=True):
             read(name, place.T if self.transposed else place)
 
-    def split(self, leaf: jax.Array | np.ndarray) -> dict[str, np.ndarray]:
-        """Return the tensors that this parameter is made of, by name; the inverse of `fill`."""
-        parts = np.asarray(leaf) if self.stacked else np.asarray(leaf)[None]
+    def tensor(self, leaf: jax.Array | np.ndarray, name: str) -> np.ndarray:
+        """Return one of the tensors that this parameter is made of, by its name; the inverse of `fill`."""
+        part = np.asarray(leaf[self.names.index(name)] if self.stacked else leaf)
         # safetensors writes the underlying buffer whatever the strides: a transposed view would be stored untransposed.
-        return {name: np.ascontiguousarray(part.T if self.transposed else part) for name, part in zip(self.names, parts)}
+        return np.ascontiguousarray(part.T if self.transposed else part)
 
 
 def checkpoint_layout(model: nn.Module) -> list[Entry]:
