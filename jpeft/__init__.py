@@ -57,6 +57,8 @@ __version__: str
 
 if _TYPE_CHECKING:
     from jpeft.estimation.estimate import estimate as estimate
+    from jpeft.hf_peft.load import load_hf as load_hf
+    from jpeft.hf_peft.save import save_hf as save_hf
     from jpeft.hosts.check.check import check as check
     from jpeft.training.run import load_run as load_run
 else:
@@ -74,6 +76,14 @@ else:
             from jpeft.training.run import load_run  # says what to install where a package is missing
 
             return load_run
+        if name == "load_hf":
+            from jpeft.hf_peft.load import load_hf
+
+            return load_hf
+        if name == "save_hf":
+            from jpeft.hf_peft.save import save_hf
+
+            return save_hf
         if name == "estimate":
             from jpeft.estimation.estimate import estimate
 
@@ -90,4 +100,4 @@ else:
 
     def __dir__() -> list[str]:
         """All public names, those of `__getattr__` among them."""
-        return sorted({*globals(), "check", "estimate", "load_run"})
+        return sorted({*globals(), "check", "estimate", "load_hf", "load_run", "save_hf"})

@@ -49,6 +49,10 @@ class Linear:
       scale_outputs: ``(y, g) -> y``: the layer's outputs times g, which has the kernel's output axes.
       scale_inputs: ``(x, g) -> x``: the layer's inputs times g, which has the kernel's input axes.
       add_bias: ``(y, bias) -> y``: the layer's outputs with its bias added.
+      map_inputs: ``(x, fn) -> x``: the layer's inputs changed by `fn`, which takes them as vectors [*stack, rows, inputs], in the order of
+        the kernel's matrix, and returns as many.
+      apply_vectors: ``(x, fn) -> y``: the layer without its bias, with `fn` in the place of its product: from vectors
+        [*stack, rows, inputs] to [*stack, rows, *outputs], with the kernel's own output axes.
       reads_once: Whether each number of x is an input at one position only, as in a dense layer and not in a convolution.
       views: In which forms an update of low rank can be computed: "factored", ``layer(x) + (x a) b``, or "merged", the layer on the new
         kernel with the gradient of the factors taken from the factored form.
@@ -62,6 +66,8 @@ class Linear:
     scale_outputs: Callable[[jax.Array, jax.Array], jax.Array] | None = None
     scale_inputs: Callable[[jax.Array, jax.Array], jax.Array] | None = None
     add_bias: Callable[[jax.Array, jax.Array], jax.Array] | None = None
+    map_inputs: Callable[[jax.Array, Callable[[jax.Array], jax.Array]], jax.Array] | None = None
+    apply_vectors: Callable[[jax.Array, Callable[[jax.Array], jax.Array]], jax.Array] | None = None
     reads_once: bool = False
     views: tuple[str, ...] = ("factored", "merged")
 
