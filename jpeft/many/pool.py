@@ -1,7 +1,6 @@
 """Pools: several adapters over one base, one of them for each example of a batch."""
 
 import functools
-import re
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
@@ -11,7 +10,8 @@ import jax.numpy as jnp
 from jpeft import tree
 from jpeft.core.peft import Peft, check_peft
 from jpeft.hosts.registry import unwrap
-from jpeft.many.mixed import ALONE, LEAF_AXES, VALUE, Mixed
+from jpeft.many.as_lora import one_of, rules_of
+from jpeft.many.mixed import LEAF_AXES, VALUE, Mixed
 from jpeft.many.parts import Factors, Parts, forms_of, parts_of
 from jpeft.many.same_base import check_same_base
 from jpeft.reparameterized.matrix_form import MatrixForm
@@ -142,17 +142,6 @@ def _method_for(found: Sequence[Parts], slots: int, rank: Any) -> Mixed:
     )
 
 
-def rules_of(numbers: Mapping[Path, int]) -> Any:
-    """An option that has these values at these paths: one value if all are equal, else rules."""
-    values = set(numbers.values()) or {1}
-    return values.pop() if len(values) == 1 else {re.escape(path): number for path, number in sorted(numbers.items())}
-
-
-def one_of(paths: Collection[Path]) -> str | None:
-    """A regex for exactly these paths; None for none."""
-    return "|".join(map(re.escape, sorted(paths))) or None
-
-
 def _filled(pool: Peft, slot: int, parts: Parts, what: str) -> Peft:
     """A pool with an adapter in a slot."""
     method, base = pool.method, tree.flatten(pool.params)
@@ -190,9 +179,7 @@ def _leaf(method: Mixed, path: Path, name: str, form: MatrixForm, parts: Parts, 
 def _put(leaves: dict[Path, Any], slot: Any, new: dict[Path, Any], axes: tuple[tuple[Path, int], ...]) -> dict[Path, Any]:
     """Write into one slot, as one program for all slots."""
     at = dict(axes)
-    return {
-        path: jax.lax.dynamic_update_index_in_dim(leaf, new[path].astype(leaf.dtype), slot, at[path]) for path, leaf in leaves.items()
-    }
+    return {path: jax.lax.dynamic_update_index_in_dim(leaf, new[path].astype(leaf.dtype), slot, at[path]) for path, leaf in leaves.items()}
 
 
 def _check_fits(method: Mixed, parts: Parts, forms: Mapping[Path, MatrixForm], what: str) -> None:
@@ -204,8 +191,8 @@ def _check_fits(method: Mixed, parts: Parts, forms: Mapping[Path, MatrixForm], w
     absent |= {path for path in parts.replaced if not has(path, VALUE)}
     if absent:
         raise ValueError(
-            f"{what} changes {first_few(sorted(absent))}, for which the pool has no leaves of that kind: a pool holds what the adapters given "
-            "to jpeft.mix change. Make it with this adapter among them."
+            f"{what} changes {first_few(sorted(absent))}, for which the pool has no leaves of that kind: it holds what the adapters change "
+            "that jpeft.mix was given. Make it with this adapter among them."
         )
     for path, factors in parts.updates.items():
         if factors.rank > (most := first_match(path, method.rank, "rank")):
