@@ -24,7 +24,6 @@ LATER = {
     "orthogonal": "how the adapter began is not written",
     "pissa": "PiSSA",
     "gpt2-lora-embedding": "the head of GPT-2 is the embedding",
-    "llama-lora-embedding": "HF PEFT writes the base's embedding, too",
     "llama-lora-bias-only": "Llama has no biases, so nothing says that some were meant",
     "llama-lora-bias-all": "Llama has no biases, so nothing says that some were meant",
 }
@@ -71,8 +70,8 @@ def read(folder):
 def assert_same_file(before, after):
     """Equal names, shapes and values, and equal keys of the configuration, but for those that may be put in other words."""
     (old, old_config), (new, new_config) = read(before), read(after)
-    # With `bias="all"`, HF PEFT writes the bias of a trained module three times.
-    old = {name: tensor for name, tensor in old.items() if not re.search(r"\.(modules_to_save|original_module)\.", name)}
+    # With `bias="all"`, HF PEFT writes the bias of a trained module three times. Beside an adapted embedding it writes the base's own.
+    old = {name: tensor for name, tensor in old.items() if not re.search(r"\.(modules_to_save|original_module)\.|base_layer\.weight", name)}
     assert {name: tensor.shape for name, tensor in new.items()} == {name: tensor.shape for name, tensor in old.items()}
     for name, tensor in old.items():
         np.testing.assert_allclose(new[name], tensor, rtol=1e-6, atol=1e-7, err_msg=name)
@@ -89,6 +88,8 @@ def assert_hf_reads(golden, folder):
 
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", category=FutureWarning)
+        # It writes the keys of AdaLoRA's pattern with the name of a tensor, and then says that no module has it.
+        warnings.filterwarnings("ignore", "The following rank_pattern keys did not match", RuntimeWarning)
         model = peft.PeftModel.from_pretrained(base_model(golden.model), folder)
         assert_close(run(model, golden.case).numpy(), golden.logits)
 

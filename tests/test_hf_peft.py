@@ -6,7 +6,15 @@ import warnings
 import numpy as np
 import pytest
 from hf_peft_models import HF_TASKS, assert_close, hf_adapter, in_torch, logits, tensors, tiny
-from peft import LoraConfig
+from peft import (
+    IA3Config,
+    LNTuningConfig,
+    LoraConfig,
+    PrefixTuningConfig,
+    PromptEncoderConfig,
+    PromptTuningConfig,
+    TrainableTokensConfig,
+)
 
 import jpeft
 
@@ -24,6 +32,10 @@ EMBEDDED = {"bert": ["word_embeddings", "query"], "gpt2": ["wpe", "c_attn"], "ll
 
 def lora(**options):
     return lambda family: LoraConfig(r=4, task_type=HF_TASKS[family], **{key: own(value, family) for key, value in options.items()})
+
+
+def of(cls, **options):
+    return lambda family: cls(task_type=HF_TASKS[family], **{key: own(value, family) for key, value in options.items()})
 
 
 def own(value, family):
@@ -49,6 +61,16 @@ CASES = {
     "excluded-bert": ("bert", False, lora(target_modules=NAMES, exclude_modules=EXCLUDED)),
     "layers-llama-scan": ("llama", True, lora(target_modules=ATTENTION, layers_to_transform=[1])),
     "embedding-bert-scan": ("bert", True, lora(target_modules=EMBEDDED)),
+    "ia3-bert": ("bert", False, of(IA3Config)),
+    "ia3-gpt2-scan": ("gpt2", True, of(IA3Config)),
+    "ln-bert-scan": ("bert", True, of(LNTuningConfig, target_modules=["LayerNorm"])),
+    "ln-llama": ("llama", False, of(LNTuningConfig)),
+    "rows-gpt2": ("gpt2", False, of(TrainableTokensConfig, token_indices=[9, 3])),
+    "prompt-bert": ("bert", False, of(PromptTuningConfig, num_virtual_tokens=3)),
+    "prompt-llama-scan": ("llama", True, of(PromptTuningConfig, num_virtual_tokens=3)),
+    "p-tuning-gpt2": ("gpt2", False, of(PromptEncoderConfig, num_virtual_tokens=3, encoder_hidden_size=8)),
+    "prefix-llama-scan": ("llama", True, of(PrefixTuningConfig, num_virtual_tokens=3, prefix_projection=True, encoder_hidden_size=8)),
+    "prefix-gpt2": ("gpt2", False, of(PrefixTuningConfig, num_virtual_tokens=3)),
 }
 
 
@@ -78,7 +100,12 @@ def assert_same_file(one, other, scaled=False):
             np.testing.assert_allclose(second[name], tensor, rtol=1e-6, atol=1e-6, err_msg=name)
     read = lambda path: json.loads((path / "adapter_config.json").read_text())
     ours, theirs = read(other), read(one)
-    spelled = ("target_modules", "exclude_modules", "alpha_pattern", "rank_pattern", "base_model_name_or_path", "qalora_group_size")
+    spelled = {"target_modules", "exclude_modules", "alpha_pattern", "rank_pattern", "base_model_name_or_path"}
+    spelled |= {"qalora_group_size", "megatron_core", "prefix_projection"}  # of no meaning here
+    if theirs["peft_type"] == "P_TUNING":  # without its network a prompt like any other
+        spelled |= {"peft_type", "encoder_hidden_size", "encoder_num_layers", "encoder_reparameterization_type"}
+    if "encoder_hidden_size" in theirs and theirs.get("prefix_projection"):
+        spelled |= {"encoder_hidden_size"}
     for key, value in theirs.items():
-        if key not in spelled and key != "megatron_core" and value not in (None, False, {}):
-            assert sorted(map(str, ours[key])) == sorted(map(str, value)) if isinstance(value, list) else ours[key] == value, key
+        if key not in spelled and value not in (None, False, {}, 0.0):
+            assert {*ours[key]} == {*value} if isinstance(value, list) else ours[key] == value, key

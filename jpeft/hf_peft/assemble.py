@@ -35,6 +35,12 @@ def join(
     for path, own in by_path.items():
         first, count = next(iter(own.values())), base.count(path)
         assert first.form is not None
+        kinds = {tuple(leaves[site.module]) for site in own.values()}
+        if len(kinds) > 1:
+            raise ValueError(
+                f"The layers of '{path}' are stacked, and the adapter has {what} of different kinds for them: load the base with "
+                "scan=False (--scan False)."
+            )
         for name in leaves[first.module]:
             if count is None:
                 stacked = leaves[first.module][name]

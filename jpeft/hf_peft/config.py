@@ -131,6 +131,10 @@ class Config(Mapping[str, Any]):
     def __len__(self) -> int:
         return len(self._values)
 
+    def replace(self, **values: Any) -> "Config":
+        """The configuration with other values."""
+        return Config(self.file, {**self._values, **values})
+
     def error(self, text: str) -> ValueError:
         """An error about the file."""
         return ValueError(f"{self.file}: {text}")

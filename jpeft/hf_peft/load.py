@@ -11,7 +11,7 @@ from jpeft import tree
 from jpeft.core.chain import chain
 from jpeft.core.method import Method
 from jpeft.core.peft import Peft
-from jpeft.hf_peft import whole
+from jpeft.hf_peft import training, whole
 from jpeft.hf_peft.config import COMMON, CONFIG, Config, checked, read_content
 from jpeft.hf_peft.folder import find_adapter
 from jpeft.hf_peft.formats import format_of
@@ -76,7 +76,7 @@ def _load(form: Format, config: Config, base: Base, tensors: Tensors) -> Peft:
     way = tensors.way(modules, base.body)
     rename = lambda module: unshifted(module, way) if way else module
     targets = form.targets(config, base, rename)
-    saved = whole.saved_sites(config, base)
+    saved = whole.saved_sites(config, base) if form.saves_modules else []
     biases = whole.bias_sites(config, base, targets, saved)
     tokens = whole.token_sites(config, base)
     expected = form.expected(config, base, targets, rename)
@@ -85,7 +85,10 @@ def _load(form: Format, config: Config, base: Base, tensors: Tensors) -> Peft:
     spare = [name for name in tensors.match(expected, way) if not _is_of_base(name, tensors, base, way)]
     check_tensors(tensors, expected, spare)
 
-    method, leaves = form.load(File(config, base, tensors.read, rename, whole.head_option(saved, base)), targets)
+    head = whole.head_option(saved, base)
+    method, leaves = form.load(File(config, base, tensors.read, rename, head), targets)
+    if (trained := training.read(tensors.file.parent)) is not None:
+        method, leaves = trained[0].replace(head=head), trained[1]
     leaves = leaves | whole.leaves_of(saved, tensors.read)
     parts: dict[str, tuple[Method, Mapping[str, Any]]] = {method.name: (method, leaves)}
     if biases:
@@ -123,7 +126,10 @@ def _peft(base: Base, parts: Mapping[str, tuple[Method, Mapping[str, Any]]], con
     else:
         method, adapter = chain(**{name: method for name, (method, _) in parts.items()}), made
     shapes = lambda tree_: {path: tuple(leaf.shape) for path, leaf in tree.flatten(tree_).items()}
-    expected, found = shapes(method.expected(base.params, adapter)), shapes(adapter)
+    try:
+        expected, found = shapes(method.expected(base.params, adapter)), shapes(adapter)
+    except ValueError as error:
+        raise config.error(f"the adapter does not fit these parameters: {error}") from error
     if expected != found:
         differ = sorted(path for path in expected.keys() | found.keys() if expected.get(path) != found.get(path))
         raise config.error(f"the adapter does not fit these parameters: {tree.first_few(differ)}.")

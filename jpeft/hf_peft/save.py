@@ -15,13 +15,14 @@ from jpeft.core.method import Method
 from jpeft.core.peft import Peft, check_peft
 from jpeft.core.peft import fold as fold_peft
 from jpeft.extras import explained
-from jpeft.hf_peft import whole
+from jpeft.hf_peft import training, whole
 from jpeft.hf_peft.config import CONFIG, WEIGHTS
-from jpeft.hf_peft.formats import format_for
+from jpeft.hf_peft.formats import format_for, formats
 from jpeft.hf_peft.formats.base import Arrays, Format, Written
 from jpeft.hf_peft.sites import Base, Names, base_of
 from jpeft.hf_peft.targets import names_for
 from jpeft.selective.trainable_tokens import TrainableTokens
+from jpeft.tree.head import head_leaves
 
 # The version whose formats these are.
 _VERSION = "0.21.2"
@@ -61,90 +62,102 @@ def save_hf(
     described = base_of(peft.params, model=model, names=names, axes=_axes(peft.method))
     target = Path(folder).expanduser().absolute()
     _check_target(target, overwrite=overwrite)
-    folded = fold_peft(peft)
-    form, written, config = _write(folded, described)
-    config |= {"base_model_name_or_path": base}
-    _write_folder(target, form, written, config, overwrite=overwrite)
+    parts = _sort(peft)
+    form, tensors, config = _write(parts, described)
+    _write_folder(target, form, tensors, config | {"base_model_name_or_path": base}, parts, overwrite=overwrite)
 
 
 class _Parts(NamedTuple):
     """The parts of an adapter by what HF PEFT calls them."""
 
-    main: Method | None
-    tokens: list[tuple[TrainableTokens, Mapping[str, Any]]]
-    own: dict[str, Any]  # the main part's leaves beside kernels and the like
+    original: Method  # the main part as it is trained
+    method: Method  # the same folded
+    own: dict[str, Any]  # its leaves, but for whole modules beside it
+    training: dict[str, Any]  # the leaves that folding leaves out
+    tokens: list[tuple[TrainableTokens, dict[str, Any]]]
     replaced: dict[str, Any]  # the leaves of all parts that replace those of the base
 
 
-def _write(peft: Peft, base: Base) -> tuple[Format, Written, dict[str, Any]]:
+def _write(parts: _Parts, base: Base) -> tuple[Format, Arrays, dict[str, Any]]:
     """The format of an adapter, its tensors, and the configuration."""
-    parts = _sort(peft)
-    if parts.main is None:
-        raise ValueError(_no_type(peft.method))
-    method = parts.main
-    form = format_for(method.name)
+    form = format_for(parts.original.name)
     assert form is not None
-    written = form.save(method, parts.own, base)
+    written = form.save(parts.method, parts.own, base)
     modules, biases = _split_replaced(parts.replaced, base)
+    if modules and not form.saves_modules:
+        raise ValueError(f"HF PEFT's {form.peft_type} holds no modules beside it, and '{modules[0]}' is trained: chain it with a lora.")
+    replaced = dict(parts.replaced)
+    if form.needs_head:
+        heads = [site for site in base.sites.values() if site.module.split(".")[0] in whole.HEADS.get(str(base.task), ())]
+        replaced = {site.path: base.leaves[site.path] for site in heads} | replaced
+        modules = list(dict.fromkeys([*modules, *(site.module for site in heads)]))
+        biases = [module for module in biases if module not in modules]
+    task = _task(base, modules) if form.saves_modules else base.task
     tensors: Arrays = dict(written.tensors)
-    task = _task(base, modules)
-    config: dict[str, Any] = {"modules_to_save": _names_to_save(modules, base, task) or None}
-    for module in modules:
-        tensors |= {site.name: site.to_torch(_leaf(parts.replaced, site.path)) for site in base.sites.values() if site.module == module}
-    config["bias"] = "none"
+    chosen = set(modules)
+    tensors |= {site.name: site.to_torch(replaced[site.path]) for site in base.sites.values() if site.module in chosen}
+    config: dict[str, Any] = {"modules_to_save": _names_to_save(modules, base, task) or None} if form.saves_modules else {}
+    if "bias" in form.keys:
+        config["bias"] = "none"
     if biases:
-        config["bias"] = _bias_mode(form, biases, written, base)
-        tensors |= _bias_tensors(biases, parts.replaced, written, base, config["bias"])
+        config["bias"] = _bias_mode(form, biases, written)
+        tensors |= _bias_tensors(biases, replaced, written, base, config["bias"])
     if parts.tokens:
         config["trainable_token_indices"] = _add_tokens(form, parts.tokens, tensors, base)
-    for key in ("bias", "trainable_token_indices", "modules_to_save"):
-        if key not in form.keys and key != "modules_to_save":
-            config.pop(key, None)
-    config |= written.config | {
-        "peft_type": form.peft_type,
-        "peft_version": _VERSION,
-        "task_type": task,
-        "inference_mode": True,
-        "revision": None,
-        "auto_mapping": None,
-    }
-    return form, Written(tensors, config), config
+    about = {"peft_type": form.peft_type, "peft_version": _VERSION, "task_type": task, "inference_mode": True}
+    return form, tensors, config | written.config | about | {"revision": None, "auto_mapping": None}
 
 
 def _sort(peft: Peft) -> _Parts:
     """Tell the parts of an adapter apart.
 
     Raises:
-      ValueError: for two parts that HF PEFT would keep in a folder each.
+      ValueError: for parts that HF PEFT would keep in a folder each, or has no type for.
     """
-    parts = dict(peft.method.parts) or {peft.method.name: peft.method}
-    adapters = peft.method.to_collections(peft.adapter)
+    folded = fold_peft(peft)
+    named = lambda method: dict(method.parts) or {method.name: method}
+    originals, parts = named(peft.method), dict(zip(named(peft.method), named(folded.method).values(), strict=True))
+    trained, adapters = _collections(peft), _collections(folded)
+    base = tree.flatten(peft.params)
     replaced: dict[str, Any] = {}
     own: dict[str, dict[str, Any]] = {}
-    base = tree.flatten(peft.params)
     for name in parts:
-        leaves = tree.flatten(adapters[name])
-        replaced |= {path: leaf for path, leaf in leaves.items() if path in base and path not in replaced}
-        own[name] = {path: leaf for path, leaf in leaves.items() if path not in base}
-    tokens = [(method, own[name]) for name, method in parts.items() if isinstance(method, TrainableTokens)]
+        for path, leaf in adapters[name].items():
+            if path in base:
+                replaced.setdefault(path, leaf)
+        own[name] = {path: leaf for path, leaf in adapters[name].items() if path not in base}
     mains = [name for name, method in parts.items() if own[name] and not isinstance(method, TrainableTokens)]
-    if len(mains) > 1:
-        raise ValueError(
-            f"One folder of HF PEFT holds one adapter, with trained modules, biases and tokens beside it, and the chain has {len(mains)}: "
-            f"{', '.join(mains)}. Export them one by one, merge one of them into the base first, or combine LoRAs into one."
-        )
-    if not mains:
-        return _Parts(None, tokens, {}, replaced)
-    main = parts[mains[0]]
-    if format_for(main.name) is None:
-        raise ValueError(_no_type(main))
-    return _Parts(main, tokens, own[mains[0]], replaced)
+    tokens = [name for name, method in parts.items() if isinstance(method, TrainableTokens)]
+    if not mains:  # rows of tokens, or whole modules, are the adapter where there is no other
+        copies = [name for name, method in parts.items() if (form := format_for(method.name)) is not None and form.replaces]
+        mains, tokens = (tokens, []) if tokens else (copies, [])
+    if len(mains) != 1:
+        raise ValueError(_several(mains) if mains else _no_type(peft.method))
+    (main,) = mains
+    if (form := format_for(originals[main].name)) is None:
+        raise ValueError(_no_type(originals[main]))
+    if form.replaces:
+        head = head_leaves(peft.params, getattr(parts[main], "head", None))
+        own[main] = {path: replaced.pop(path) for path in adapters[main] if path in base and path not in head}
+    left = {path: leaf for path, leaf in trained[main].items() if path not in adapters[main]} if originals[main].folds else {}
+    return _Parts(originals[main], parts[main], own[main], left, [(parts[name], own[name]) for name in tokens], replaced)
+
+
+def _collections(peft: Peft) -> dict[str, dict[str, Any]]:
+    """The leaves of each part by path."""
+    return {name: tree.flatten(part) for name, part in peft.method.to_collections(peft.adapter).items()}
+
+
+def _several(mains: list[str]) -> str:
+    """Why a chain of several adapters is not written."""
+    return (
+        f"One folder of HF PEFT holds one adapter, with trained modules, biases and tokens beside it, and the chain has {len(mains)}: "
+        f"{', '.join(mains)}. Export them one by one, or merge all but one of them into the base first."
+    )
 
 
 def _no_type(method: Method) -> str:
     """Why there is no folder for a method."""
-    from jpeft.hf_peft.formats import formats
-
     known = sorted({name for each in formats().values() for name in each.methods})
     return (
         f"HF PEFT has no type of adapter for {method.name}. Export one of {', '.join(known)}; or the merged model, where the method "
@@ -176,10 +189,6 @@ def _split_replaced(replaced: Mapping[str, Any], base: Base) -> tuple[list[str],
     return modules, biases
 
 
-def _leaf(replaced: Mapping[str, Any], path: str) -> Any:
-    return np.asarray(replaced[path])
-
-
 def _names_to_save(modules: list[str], base: Base, task: str | None) -> list[str]:
     """Names for `modules_to_save`, which HF PEFT compares with the ends of names. Those of the task's heads it adds in any case."""
     heads = list(whole.HEADS.get(str(task), ()))
@@ -198,7 +207,7 @@ def _names_to_save(modules: list[str], base: Base, task: str | None) -> list[str
     return [*heads, *sorted(found), *left]
 
 
-def _bias_mode(form: Format, biases: list[str], written: Written, base: Base) -> str:
+def _bias_mode(form: Format, biases: list[str], written: Written) -> str:
     """HF PEFT's name for a choice of biases.
 
     Raises:
@@ -220,11 +229,11 @@ def _bias_tensors(biases: list[str], replaced: Mapping[str, Any], written: Writt
         if site.path in replaced and site.module not in biases:
             continue  # of a module that is held whole
         name = f"{site.module}.base_layer.bias" if site.module in targets else site.name
-        out[name] = site.to_torch(_leaf(replaced, site.path)) if site.path in replaced else base.tensor(site)
+        out[name] = site.to_torch(replaced[site.path]) if site.path in replaced else base.tensor(site)
     return out
 
 
-def _add_tokens(form: Format, tokens: list[tuple[TrainableTokens, Mapping[str, Any]]], tensors: Arrays, base: Base) -> Any:
+def _add_tokens(form: Format, tokens: list[tuple[TrainableTokens, dict[str, Any]]], tensors: Arrays, base: Base) -> Any:
     """Add the rows of tokens to the tensors, and return `trainable_token_indices`."""
     if "trainable_token_indices" not in form.keys:
         raise ValueError(f"HF PEFT's {form.peft_type} holds no rows of tokens beside it: export trainable_tokens by itself.")
@@ -264,20 +273,19 @@ def _check_target(target: Path, *, overwrite: bool) -> None:
     check_output(target, folder=True)
 
 
-def _write_folder(target: Path, form: Format, written: Written, config: Mapping[str, Any], *, overwrite: bool) -> None:
+def _write_folder(target: Path, form: Format, tensors: Arrays, config: Mapping[str, Any], parts: _Parts, *, overwrite: bool) -> None:
     with explained():
         from safetensors.numpy import save_file
     temporary = Temporary(target)
     try:
         partial = temporary.make_folder()
-        tensors = {_in_file(form, name): np.ascontiguousarray(tensor) for name, tensor in written.tensors.items()}
-        save_file(tensors, partial / WEIGHTS, metadata={"format": "pt"})
+        # safetensors writes the underlying buffer whatever the strides.
+        in_file = {name if name in form.bare else form.prefix + name: np.ascontiguousarray(tensor) for name, tensor in tensors.items()}
+        save_file(in_file, partial / WEIGHTS, metadata={"format": "pt"})
         (partial / CONFIG).write_text(json.dumps(dict(config), indent=2, sort_keys=True, allow_nan=False) + "\n", encoding="utf-8")
+        if parts.training:
+            training.write(partial, parts.original, parts.training)
         use_umask(partial)
         replace_folder(partial, target, overwrite=overwrite)
     finally:
         temporary.remove()
-
-
-def _in_file(form: Format, name: str) -> str:
-    return f"{form.prefix}{name}"

@@ -4,10 +4,11 @@ HF PEFT names its tensors by the modules of the torch model. For the models of j
 (`jpeft.models.checkpoints.layout`); for any other model the caller gives them.
 """
 
+import dataclasses
 import functools
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
@@ -25,7 +26,8 @@ LINEAR, CONV1D, CONV, EMBEDDING, OTHER = "linear", "conv1d", "conv", "embedding"
 ANY_LAYER = "*"  # in a torch name: the number of a stacked layer
 
 
-class Site(NamedTuple):
+@dataclasses.dataclass(frozen=True)
+class Site:
     """One parameter of one torch module.
 
     Attributes:
@@ -114,6 +116,7 @@ class Base:
       task: The name of the task in HF PEFT that the model is for; None if there is none.
       axes: Geometry of kernels, for the option of that name.
       config: The model's configuration; None for a model that is not jpeft's.
+      tied: The torch module of a head that is the word embedding; None if there is none.
     """
 
     def __init__(
@@ -126,10 +129,11 @@ class Base:
         task: str | None = None,
         axes: Any = None,
         config: Any = None,
+        tied: str | None = None,
     ):
         self.params, self.leaves = params, tree.flatten(params)
         self.sites = {site.name: site for site in sites}
-        self.body, self.model_type, self.task, self.axes, self.config = body, model_type, task, axes, config
+        self.body, self.model_type, self.task, self.axes, self.config, self.tied = body, model_type, task, axes, config, tied
 
     @property
     def kernels(self) -> dict[str, Site]:
@@ -165,6 +169,9 @@ class Base:
         return site.to_torch(self.leaves[site.path])
 
 
+# Torch modules of heads that may be the word embedding.
+_HEADS = ("cls.predictions.decoder", "lm_head.decoder", "vocab_projector", "generator_lm_head", "lm_head")
+
 # Names of tasks in HF PEFT.
 _TASKS = {
     "sequence-classification": "SEQ_CLS",
@@ -189,7 +196,7 @@ def base_of(params: tree.Params, *, model: Any = None, names: Names | None = Non
     """
     if names is not None:
         return Base(params, list(_named_sites(params, names, axes)), axes=axes)
-    config = getattr(model, "config", None)
+    config: Any = getattr(model, "config", None)
     if getattr(config, "model_type", None) is None or not hasattr(config, "scan"):
         what = "no model was given" if model is None else f"{type(model).__name__} is none of jpeft.models"
         raise ValueError(
@@ -213,6 +220,8 @@ def base_of(params: tree.Params, *, model: Any = None, names: Names | None = Non
         kind = OTHER if not is_matrix else EMBEDDING if last == "embedding" else LINEAR if entry.transposed else CONV1D
         for i, name in enumerate(entry.names):
             sites.append(Site(name, entry.path, i if entry.stacked else None, form, kind, entry.tensor_shape))
+    tied = next((name for name in _HEADS if re.fullmatch(family.names.tied, f"{name}.weight")), None)
+    has_head = task != "" and family.models[task].scores_words and all(site.module != tied for site in sites)
     return Base(
         params,
         sites,
@@ -220,6 +229,7 @@ def base_of(params: tree.Params, *, model: Any = None, names: Names | None = Non
         model_type=config.model_type,
         task=_TASKS.get(task),
         config=config,
+        tied=tied if has_head else None,
     )
 
 

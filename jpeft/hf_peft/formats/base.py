@@ -51,6 +51,10 @@ class File:
     rename: Callable[[str], str]
     head: str | None
 
+    def replace(self, **changes: Any) -> "File":
+        """The same with other fields."""
+        return dataclasses.replace(self, **changes)
+
 
 class Format(abc.ABC):
     """One type of adapter. There is one instance of each class in `jpeft.hf_peft.formats`, found by its file.
@@ -60,12 +64,20 @@ class Format(abc.ABC):
       keys: The keys of the configuration that it knows beside those of all types.
       methods: The names of the methods that it holds.
       prefix: What stands in front of the names of tensors in the file.
+      bare: The names of tensors that have nothing in front.
+      saves_modules: Whether the type holds whole modules, such as a head, too.
+      needs_head: Whether HF PEFT opens no classifier without its head in the file.
+      replaces: Whether the method's own leaves replace parameters of the base.
     """
 
     peft_type: ClassVar[str]
     keys: ClassVar[Mapping[str, Key]]
     methods: ClassVar[tuple[str, ...]]
     prefix: ClassVar[str] = "base_model.model."
+    bare: ClassVar[tuple[str, ...]] = ()
+    saves_modules: ClassVar[bool] = True
+    needs_head: ClassVar[bool] = False
+    replaces: ClassVar[bool] = False
 
     def check(self, config: Config, base: Base) -> None:  # noqa: B027
         """Refuse what this type can be asked for and jpeft cannot do.
@@ -209,19 +221,23 @@ class WeightFormat(Format):
         """The method with a target that chooses these sites."""
         return method.replace(target=targets.path_target(sites, method.candidates(base.params)))
 
+    def parts(self, method: Any, leaves: Mapping[Path, Any], base: Base) -> tuple[dict[str, Arrays], list[Site]]:
+        """The leaves of each site as matrices, by the site's module, and the sites that are written."""
+        return take_apart(leaves, base, method.leaf_axes, pads=self.pads)
+
     def save(self, method: Any, leaves: Mapping[Path, Any], base: Base) -> Written:
         """The tensors of all kernels."""
-        parts, sites = take_apart(leaves, base, method.leaf_axes, pads=self.pads)
+        parts, sites = self.parts(method, leaves, base)
         unfit = [site for site in sites if site.kind not in self.kinds]
         if unfit:
             raise ValueError(f"HF PEFT's {self.peft_type} is not written for '{unfit[0].path}', which is of the kind {unfit[0].kind!r}.")
         tensors: Arrays = {}
         for site in sites:
             tensors |= {f"{site.module}.{name}": tensor for name, tensor in self.write(method, site, parts[site.module]).items()}
-        config = self.config(method, sites, parts) | self.choice(method, sites, base)
+        config = self.config(method, sites, parts) | self.choice(method, sites, base, parts)
         return Written(tensors | self.write_shared(method, leaves), config, [site.module for site in sites])
 
-    def choice(self, method: Any, sites: Sequence[Site], base: Base) -> dict[str, Any]:
+    def choice(self, method: Any, sites: Sequence[Site], base: Base, leaves: Mapping[str, Arrays]) -> dict[str, Any]:
         """The keys of the configuration that choose these sites."""
         names, layers = targets.layered_names_for([site.module for site in sites], base.modules)
         chosen: dict[str, Any] = {"target_modules": names}
