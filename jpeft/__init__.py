@@ -42,8 +42,10 @@ from jpeft.core.summary import summary as summary
 from jpeft.factories import *
 from jpeft.hosts.registry import kernel_axes as kernel_axes
 from jpeft.hosts.taught import register_layer as register_layer
+from jpeft.many.combine import combine as combine
 from jpeft.many.pool import mix as mix
 from jpeft.many.pool import swap as swap
+from jpeft.many.to_lora import to_lora as to_lora
 from jpeft.registry import MethodInfo as MethodInfo
 from jpeft.registry import make as make
 from jpeft.registry import methods as methods

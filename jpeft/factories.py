@@ -4,6 +4,7 @@ from jpeft.additive.bottlenecks.adapter import adapter as adapter
 from jpeft.additive.bottlenecks.compacter import compacter as compacter
 from jpeft.additive.bottlenecks.parallel_adapter import parallel_adapter as parallel_adapter
 from jpeft.additive.bottlenecks.pfeiffer import pfeiffer as pfeiffer
+from jpeft.additive.prefixes.adaption_prompt import adaption_prompt as adaption_prompt
 from jpeft.additive.prefixes.p_tuning_v2 import p_tuning_v2 as p_tuning_v2
 from jpeft.additive.prefixes.prefix_tuning import prefix_tuning as prefix_tuning
 from jpeft.additive.prompts.hard_prompt import hard_prompt as hard_prompt
@@ -27,6 +28,7 @@ from jpeft.selective.trainable_tokens import trainable_tokens as trainable_token
 __all__ = [
     "adalora",
     "adapter",
+    "adaption_prompt",
     "bitfit",
     "compacter",
     "diff_pruning",

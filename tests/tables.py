@@ -149,6 +149,7 @@ SMALL = ("plain", "remat", "jit", "scan", "mha", "einsum", "scan-mha")
 NONLINEAR = "nonlinear layer of its own"
 LONGER_KEYS = "lengthens the keys and values"
 LONGER_TEXT = "lengthens the text"
+OWN_ATTENTION = "attention of their own"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -215,6 +216,7 @@ ROWS = {
     ),
     "prefix_tuning": Row(jpeft.prefix_tuning(length=3, mlp=5), ("bert-scan", "gpt2-remat", "llama", "llama-scan"), 10.0, LONGER_KEYS),
     "p_tuning_v2": Row(jpeft.p_tuning_v2(length=3), ("bert-remat", "gpt2", "llama-scan"), 10.0, LONGER_KEYS),
+    "adaption_prompt": Row(jpeft.adaption_prompt(length=3, layers=1), ("bert-scan", "gpt2-remat", "llama"), why_no_merge=OWN_ATTENTION),
     "chain": Row(
         jpeft.chain(bitfit=jpeft.bitfit(), lora=jpeft.lora(rank=2), adapter=jpeft.adapter(size=3)),
         ("jit", "bert-remat", "llama-scan"),

@@ -32,6 +32,7 @@ CELLS = [
     ("compacter", "scan-mha"),
     *[(method, "core-scan") for method in ("prompt_tuning", "multitask_prompt_tuning", "prefix_tuning")],
     *[(method, "core") for method in ("p_tuning", "p_tuning_v2")],
+    ("adaption_prompt", "core-scan"),
     ("chain", "scan-remat"),
     ("chain-sparse", "scan"),
     ("chain-mergeable", "einsum"),

@@ -36,7 +36,7 @@ def by_row(fn: Callable[..., Any], own: Any, *inputs: Any, rows: int) -> Any:
     return jax.vmap(one)(own, [leaves[i] for i in apart])
 
 
-def pick(leaf: Float[Array, "*shape"], slots: Int[Array, " rows"], axis: int, neutral: Any) -> Float[Array, "rows *shape"]:
+def pick(leaf: Float[Array, "..."], slots: Int[Array, " rows"], axis: int, neutral: Any) -> Float[Array, "rows ..."]:
     """The entries of a leaf for each row, on a new first axis: those of its slot, or `neutral` for the base, which is slot -1.
 
     A slot that there is not, which only a traced index can hold, gives numbers that are none, so that it cannot go unseen.
@@ -46,3 +46,12 @@ def pick(leaf: Float[Array, "*shape"], slots: Int[Array, " rows"], axis: int, ne
     found = jnp.moveaxis(found, axis, 0)
     is_base = (slots == -1).reshape(-1, *[1] * (found.ndim - 1))
     return jnp.where(is_base, jnp.asarray(neutral, found.dtype), found)
+
+
+def pick_rows(
+    table: Float[Array, "slots vocab r"], slots: Int[Array, " rows"], ids: Int[Array, "rows *more"]
+) -> Float[Array, "rows *more r"]:
+    """The rows of each slot's own table, which are zero for the base and for ids beyond the table."""
+    count = table.shape[0]
+    mine = jnp.where((slots >= 0) & (slots < count), slots, count).reshape(-1, *[1] * (ids.ndim - 1))
+    return table.at[jnp.broadcast_to(mine, ids.shape), ids].get(mode="fill", fill_value=0)

@@ -16,7 +16,7 @@ from jpeft.core.method import FREEZE, TRAIN
 from jpeft.core.options import Count, Names, Pattern, PerPath
 from jpeft.core.residuals import changed
 from jpeft.layouts import layer_axes
-from jpeft.many.by_row import by_row, pick
+from jpeft.many.by_row import by_row, pick, pick_rows
 from jpeft.reparameterized.ia3 import IA3
 from jpeft.reparameterized.lora import LoRA
 from jpeft.reparameterized.matrix_form import INPUTS, OUTPUTS, MatrixForm
@@ -40,7 +40,7 @@ ALONE = {"a": (INPUTS, "rank"), "b": ("rank", OUTPUTS), "l_in": (INPUTS,), "l_ou
 
 
 class Mixed(WeightMethod):
-    r"""Several adapters side by side, one for each example: ``y_i = l_out * layer(l_in * x_i) + (x_i a) b`` with the leaves of slot ``index_i``.
+    r"""Several adapters side by side: ``y_i = l_out * layer(l_in * x_i) + (x_i a) b`` for example i, with the leaves of slot ``index_i``.
 
     A slot holds an adapter of LoRA, whose scale is in ``a``, or of (IA)³; in a slot of the one kind the leaves of the other are zero or
     one. Leaves that adapters hold whole, such as those of a trained head, stand there once for each slot. An index of -1 is the base. The
@@ -151,9 +151,8 @@ class Mixed(WeightMethod):
         rows = self._rows(layer, inputs, next(iter(leaves.values()))[INDEX])
         if linear is not None and list(leaves) == [linear.name] and VALUE not in leaves[linear.name]:
             own = leaves[linear.name]
-            if "l_in" not in own or linear.scale_inputs is not None:
-                if "l_out" not in own or linear.scale_outputs is not None:
-                    return self._factored(layer, linear, inputs, own, rows)
+            if ("l_in" not in own or linear.scale_inputs is not None) and ("l_out" not in own or linear.scale_outputs is not None):
+                return self._factored(layer, linear, inputs, own, rows)
         return self._by_example(layer, inputs, leaves, rows)
 
     def merge(self, params: tree.Params, adapter: tree.Adapter) -> tree.Params:
@@ -188,14 +187,19 @@ class Mixed(WeightMethod):
         x, *others = inputs
         form = MatrixForm(tuple(layer.params[linear.name].shape), linear.axes)
         self.check_geometry("/".join(filter(None, (layer.path, linear.name))), form, leaves)
-        own = self._picked(form, leaves, rows)
+        table = leaves.get("a") if jnp.issubdtype(x.dtype, jnp.integer) else None  # of which each token takes a row
+        own = self._picked(form, {name: leaf for name, leaf in leaves.items() if leaf is not table}, rows)
 
         def each(fn: Callable[..., jax.Array], x: jax.Array, *names: str) -> jax.Array:
             return by_row(lambda own, x: fn(x, *own), [own[name] for name in names], x, rows=len(rows))
 
         scaled = each(linear.scale_inputs, x, "l_in") if "l_in" in own and linear.scale_inputs is not None else x
         y = layer(scaled, *others)
-        if "a" in own:
+        if table is not None:
+            ids = jnp.broadcast_to(x, (len(rows), *x.shape[1:]))
+            hidden, b = pick_rows(table.astype(layer.dtype), rows, ids), own["b"].astype(layer.dtype)
+            y = changed(y + by_row(lambda b, hidden: hidden @ b, b, hidden, rows=len(rows)).astype(y.dtype))
+        elif "a" in own:
             own |= {name: own[name].astype(layer.dtype) for name in "ab"}  # the branch computes in the layer's own dtype
             y = changed(y + each(linear.apply_low_rank, x, "a", "b").astype(y.dtype))
         return each(linear.scale_outputs, y, "l_out") if "l_out" in own and linear.scale_outputs is not None else y
@@ -203,9 +207,12 @@ class Mixed(WeightMethod):
     def _by_example(self, layer: Layer, inputs: Inputs, leaves: Mapping[str, Leaves], rows: Int[Array, " rows"]) -> Any:
         """The layer row by row, each with the change of its slot alone; what the rows have in common is one product again."""
         own = {name: self._picked(self._form_inside(layer, name, part), part, rows, layer.params[name]) for name, part in leaves.items()}
-        parts = (LoRA(rank=1, alpha=1.0, view="factored", axes=self.axes, head=None), ("a", "b")), (
-            IA3(axes=self.axes, head=None),
-            ("l_in", "l_out"),
+        parts = (
+            (LoRA(rank=1, alpha=1.0, view="factored", axes=self.axes, head=None), ("a", "b")),
+            (
+                IA3(axes=self.axes, head=None),
+                ("l_in", "l_out"),
+            ),
         )
 
         def one(own: dict[str, Leaves], inputs: Inputs, keywords: Mapping[str, Any]) -> Any:

@@ -1,9 +1,8 @@
 """Pools: several adapters over one base, one of them for each example of a batch."""
 
 import functools
-import re
 from collections.abc import Collection, Mapping, Sequence
-from typing import Any
+from typing import Any, SupportsIndex
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +10,8 @@ import jax.numpy as jnp
 from jpeft import tree
 from jpeft.core.peft import Peft, check_peft
 from jpeft.hosts.registry import unwrap
-from jpeft.many.mixed import ALONE, LEAF_AXES, VALUE, Mixed
+from jpeft.many.as_lora import one_of, rules_of
+from jpeft.many.mixed import LEAF_AXES, VALUE, Mixed
 from jpeft.many.parts import Factors, Parts, forms_of, parts_of
 from jpeft.many.same_base import check_same_base
 from jpeft.reparameterized.matrix_form import MatrixForm
@@ -19,7 +19,7 @@ from jpeft.tree.paths import Params, Path, first_few
 from jpeft.tree.select import first_match
 
 
-def mix(params: Params, adapters: Sequence[Peft], *, slots: int | None = None, rank: Any = None) -> Peft:
+def mix(params: Params, adapters: Sequence[Peft], *, slots: SupportsIndex | None = None, rank: Any = None) -> Peft:
     """A pool: several adapters over one base, of which each example of a batch takes one, in one compiled program.
 
     What can stand in the pool is decided here and stays: the number of slots, the kernels, the highest rank of each, which leaves are
@@ -59,20 +59,20 @@ def mix(params: Params, adapters: Sequence[Peft], *, slots: int | None = None, r
     if not adapters:
         raise ValueError("mix() needs at least one adapter, in a list: its kernels and ranks decide what the pool can hold.")
     count = len(adapters) if slots is None else slots
-    if not isinstance(count, int) or isinstance(count, bool) or count < len(adapters):
+    if not _whole(count) or int(count) < len(adapters):
         raise ValueError(f"slots={slots!r} must be a whole number of at least {len(adapters)}, the number of adapters.")
     params = unwrap(params)
     found = [_parts(params, peft, f"Adapter {i} of mix()") for i, peft in enumerate(adapters)]
     replaced = {path for parts in found for path in parts.replaced}
     found = [_with_whole(params, parts, replaced, f"Adapter {i} of mix()") for i, parts in enumerate(found)]
-    method = _method_for(found, count, rank)
+    method = _method_for(found, int(count), rank)
     pool = Peft(params, method.init(jax.random.key(0), params), method)
     for slot, parts in enumerate(found):
         pool = _filled(pool, slot, parts, f"Adapter {slot} of mix()")
     return pool
 
 
-def swap(peft: Peft, slot: int, adapter: Peft | None) -> Peft:
+def swap(peft: Peft, slot: SupportsIndex, adapter: Peft | None) -> Peft:
     """A pool with another adapter in one slot. Nothing is compiled anew by what runs the pool.
 
     Args:
@@ -90,13 +90,18 @@ def swap(peft: Peft, slot: int, adapter: Peft | None) -> Peft:
     check_peft(peft, "swap")
     if not isinstance(peft.method, Mixed):
         raise ValueError(f"jpeft.swap takes a pool, as jpeft.mix makes it, and was given a Peft of {peft.method.name}.")
-    if not isinstance(slot, int) or isinstance(slot, bool) or not 0 <= slot < peft.method.slots:
+    if not _whole(slot) or not 0 <= int(slot) < peft.method.slots:
         raise ValueError(f"slot={slot!r}: the pool has the slots 0 to {peft.method.slots - 1}.")
     what = "The adapter"
     parts = Parts({}, {}, {}, ()) if adapter is None else _parts(peft.params, adapter, what)
     whole = {path for path in peft.method.all_forms(peft.params) if VALUE in peft.method.leaves_at(path)}
     parts = _with_whole(peft.params, parts, whole, what)
-    return _filled(peft, slot, parts, what)
+    return _filled(peft, int(slot), parts, what)
+
+
+def _whole(number: Any) -> bool:
+    """Whether a value is a whole number."""
+    return isinstance(number, SupportsIndex) and not isinstance(number, bool)
 
 
 def _parts(params: Params, peft: Peft, what: str) -> Parts:
@@ -142,17 +147,6 @@ def _method_for(found: Sequence[Parts], slots: int, rank: Any) -> Mixed:
     )
 
 
-def rules_of(numbers: Mapping[Path, int]) -> Any:
-    """An option that has these values at these paths: one value if all are equal, else rules."""
-    values = set(numbers.values()) or {1}
-    return values.pop() if len(values) == 1 else {re.escape(path): number for path, number in sorted(numbers.items())}
-
-
-def one_of(paths: Collection[Path]) -> str | None:
-    """A regex for exactly these paths; None for none."""
-    return "|".join(map(re.escape, sorted(paths))) or None
-
-
 def _filled(pool: Peft, slot: int, parts: Parts, what: str) -> Peft:
     """A pool with an adapter in a slot."""
     method, base = pool.method, tree.flatten(pool.params)
@@ -190,9 +184,7 @@ def _leaf(method: Mixed, path: Path, name: str, form: MatrixForm, parts: Parts, 
 def _put(leaves: dict[Path, Any], slot: Any, new: dict[Path, Any], axes: tuple[tuple[Path, int], ...]) -> dict[Path, Any]:
     """Write into one slot, as one program for all slots."""
     at = dict(axes)
-    return {
-        path: jax.lax.dynamic_update_index_in_dim(leaf, new[path].astype(leaf.dtype), slot, at[path]) for path, leaf in leaves.items()
-    }
+    return {path: jax.lax.dynamic_update_index_in_dim(leaf, new[path].astype(leaf.dtype), slot, at[path]) for path, leaf in leaves.items()}
 
 
 def _check_fits(method: Mixed, parts: Parts, forms: Mapping[Path, MatrixForm], what: str) -> None:
@@ -204,8 +196,8 @@ def _check_fits(method: Mixed, parts: Parts, forms: Mapping[Path, MatrixForm], w
     absent |= {path for path in parts.replaced if not has(path, VALUE)}
     if absent:
         raise ValueError(
-            f"{what} changes {first_few(sorted(absent))}, for which the pool has no leaves of that kind: a pool holds what the adapters given "
-            "to jpeft.mix change. Make it with this adapter among them."
+            f"{what} changes {first_few(sorted(absent))}, for which the pool has no leaves of that kind: it holds what the adapters change "
+            "that jpeft.mix was given. Make it with this adapter among them."
         )
     for path, factors in parts.updates.items():
         if factors.rank > (most := first_match(path, method.rank, "rank")):

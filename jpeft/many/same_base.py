@@ -4,6 +4,7 @@ from collections.abc import Collection
 
 import jax
 import jax.numpy as jnp
+from jax.core import Tracer
 
 from jpeft.tree.paths import Params, Path, first_few, flatten
 
@@ -35,6 +36,6 @@ def check_same_base(params: Params, other: Params, what: str, *, skip: Collectio
 
 def _equal(one: jax.Array, two: jax.Array) -> bool:
     """Whether two arrays of one shape hold the same numbers. What is not known yet, inside of `jit`, is not compared."""
-    if any(isinstance(leaf, jax.core.Tracer | jax.ShapeDtypeStruct) for leaf in (one, two)):
+    if any(isinstance(leaf, Tracer | jax.ShapeDtypeStruct) for leaf in (one, two)):
         return True
     return one.dtype == two.dtype and bool(jnp.array_equal(one, two))

@@ -7,6 +7,8 @@ import transformers
 
 from goldens.base import IDS, MASK, TASKS, base_tensor
 
+torch.set_num_threads(1)  # for models this small, more only wait for each other
+
 GPT2 = transformers.GPT2Config(vocab_size=31, n_embd=16, n_layer=2, n_head=4, n_positions=20, bos_token_id=1, eos_token_id=1)
 CONFIGS: dict[str, Any] = {
     "bert": transformers.BertConfig(

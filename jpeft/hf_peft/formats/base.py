@@ -223,9 +223,13 @@ class WeightFormat(Format):
         """The method with a target that chooses these sites."""
         return method.replace(target=targets.path_target(sites, method.candidates(base.params)))
 
+    def parts(self, method: Any, leaves: Mapping[Path, Any], base: Base) -> tuple[dict[str, Arrays], list[Site]]:
+        """The leaves of each site as matrices, by the site's module, and the sites that are written."""
+        return take_apart(leaves, base, method.leaf_axes, pads=self.pads)
+
     def save(self, method: Any, leaves: Mapping[Path, Any], base: Base) -> Written:
         """The tensors of all kernels."""
-        parts, sites = take_apart(leaves, base, method.leaf_axes, pads=self.pads)
+        parts, sites = self.parts(method, leaves, base)
         unfit = [site for site in sites if site.kind not in self.kinds]
         if unfit:
             raise ValueError(f"HF PEFT's {self.peft_type} is not written for '{unfit[0].path}', which is of the kind {unfit[0].kind!r}.")

@@ -6,6 +6,7 @@ are the blocks' tensors stacked.
 """
 
 import dataclasses
+import functools
 import re
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -70,7 +71,12 @@ def checkpoint_layout(model: nn.Module) -> list[Entry]:
     >>> entry.path, entry.names
     ('pooler/dense/kernel', ('pooler.dense.weight',))
     """
-    config = model.config
+    return list(_layout(model))
+
+
+@functools.lru_cache(maxsize=8)  # tracing a deep model takes seconds, and several parts of a program ask
+def _layout(model: nn.Module) -> tuple[Entry, ...]:
+    config: Any = model.config  # pyright: ignore[reportAttributeAccessIssue]
     family = families.family_of(config.model_type)
     entries = []
     for path, leaf in flatten(families.abstract_params(model)).items():
@@ -86,4 +92,4 @@ def checkpoint_layout(model: nn.Module) -> list[Entry]:
         if not family.names.prefixed:
             names = tuple(name.removeprefix(f"{family.names.body_of(config.model_type)}.") for name in names)
         entries.append(Entry(path, names, transposed, stacked, leaf.shape, leaf.dtype))
-    return entries
+    return tuple(entries)
