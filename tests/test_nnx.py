@@ -19,6 +19,8 @@ CELLS = [
     ("lora-two-view", "einsum"),
     ("lora-factored", "scan-remat"),
     ("dora", "scan-mha"),
+    ("lora-pissa", "scan-mha"),
+    ("lora-fa", "einsum"),
     ("adalora", "scan-mha"),
     ("ia3", "einsum"),
     ("loha", "einsum"),

@@ -8,6 +8,7 @@ SAME: Mapping[str, tuple[str, ...]] = {
     "r": ("rank",),
     "lora_r": ("rank",),
     "lora_rank": ("rank",),
+    "loraplus_lr_ratio": ("b_lr_scale",),
     "init_r": ("rank",),
     "target_r": ("target_rank",),
     "tinit": ("t_init",),

@@ -192,7 +192,7 @@ def _attach(
 
     def statistics(method: Method) -> Any:
         check_statistics(method.requires_stats, config.method)
-        return make_statistics(method.requires_stats, source)
+        return make_statistics(method.requires_stats, dataclasses.replace(source, method=method))
 
     peft = attach(config, loaded, statistics, recorded, count_steps(config, arrays))
     for stage in peft.method.stages:
