@@ -18,6 +18,7 @@ from jpeft.core.statistics import KeyValues as KeyValues
 from jpeft.core.statistics import LabelTokens as LabelTokens
 from jpeft.core.statistics import Movement as Movement
 from jpeft.core.statistics import Prompt as Prompt
+from jpeft.core.statistics import SourcePrompt as SourcePrompt
 from jpeft.hosts import registry as hosts
 from jpeft.tree.adapters import ADDED
 from jpeft.tree.paths import Params, unflatten
@@ -128,6 +129,33 @@ def key_values(model: Any, params: Params, input_ids: Any) -> KeyValues:
     # A core is called with (query, key, value, ...).
     named = {f"{path}/{ADDED}/{name}": inputs[i] for path, inputs in cores.items() for i, name in ((1, "key"), (2, "value"))}
     return KeyValues(unflatten({path: _without_heads(leaf) for path, leaf in named.items()}))
+
+
+def source_prompt(peft: Any, task: int | None = None) -> SourcePrompt:
+    """Take a prompt that several tasks were trained on, from which `jpeft.multitask_prompt_tuning` can start for another task.
+
+    Args:
+      peft: A `Peft` of `jpeft.multitask_prompt_tuning`.
+      task: The task whose factors to take; None for the mean of all tasks' factors, as the paper does.
+
+    Raises:
+      ValueError: if there is no such prompt, or no such task.
+
+    >>> import jax.numpy as jnp, jpeft
+    >>> from jpeft.stats import source_prompt
+    >>> params = {"wte": {"embedding": jnp.ones((50, 8))}}
+    >>> source = jpeft.apply(params, method="multitask_prompt_tuning", length=3, tasks=5)
+    >>> peft = jpeft.apply(params, method="multitask_prompt_tuning", length=3, stats=source_prompt(source))
+    >>> peft.adapter["wte"]["+"]["cols"].shape
+    (1, 3, 1)
+    """
+    tasks = dict(peft.method.options).get("tasks")
+    if tasks is not None and task is not None and not 0 <= task < tasks:
+        raise ValueError(f"source_prompt: there is no task {task}: the prompt has the tasks 0 to {tasks - 1}.")
+    found = SourcePrompt.of(peft.adapter, task)
+    if found is None:
+        raise ValueError(f"source_prompt: {peft.method!r} has no prompt that tasks share; give a Peft of multitask_prompt_tuning.")
+    return found
 
 
 def _without_heads(leaf: Float[Array, "*stack 1 length heads head_dim"]) -> Float[Array, "*stack length width"]:

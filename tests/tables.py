@@ -149,6 +149,7 @@ SMALL = ("plain", "remat", "jit", "scan", "mha", "einsum", "scan-mha")
 NONLINEAR = "nonlinear layer of its own"
 LONGER_KEYS = "lengthens the keys and values"
 LONGER_TEXT = "lengthens the text"
+OWN_ATTENTION = "attention of their own"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -173,6 +174,7 @@ ROWS = {
     # What only replaces leaves has nothing to do with kinds of layers.
     "freeze": Row(jpeft.freeze(top=1), ("plain", "remat", "bert-scan", "gpt2", "llama-scan")),
     "bitfit": Row(jpeft.bitfit(), ("plain", "jit", "scan-mha", "bert", "gpt2-remat", "llama-scan")),
+    "ln_tuning": Row(jpeft.ln_tuning(), ("plain", "bert-remat", "llama-scan")),
     "trainable_tokens": Row(jpeft.trainable_tokens(tokens=(7, 3, 20)), ("plain", "bert-remat", "llama-scan")),
     "fish_mask": Row(jpeft.fish_mask(sparsity=0.05), ("scan", "bert-remat", "llama")),
     # A penalty that leaves the loss of so small a model visible beside it.
@@ -199,6 +201,8 @@ ROWS = {
         ("einsum", "bert-remat", "llama-scan"),
     ),
     "dora": Row(jpeft.dora(rank=2), ("jit", "einsum", "scan-mha", "bert-remat", "gpt2", "llama-scan")),
+    # So many steps that the 20 of a test take no rank.
+    "adalora": Row(jpeft.adalora(rank=3, target_rank=2, total_steps=1000), ("einsum", "bert-remat", "llama-scan")),
     "ia3": Row(jpeft.ia3(), ("jit", "einsum", "scan-mha", "bert-remat", "gpt2", "llama-scan")),
     "loha": Row(jpeft.loha(rank=2, effective_conv=True), ("einsum", "bert-remat", "llama-scan")),
     "lokr": Row(jpeft.lokr(rank=1, alpha=2, decompose_both=True), ("einsum", "bert-remat", "llama-scan")),
@@ -213,8 +217,12 @@ ROWS = {
     "p_tuning": Row(
         jpeft.p_tuning(template=(("start", 2), ("end", (-1, 3))), hidden=3), ("bert", "gpt2-remat", "llama-scan"), 10.0, LONGER_TEXT
     ),
+    "multitask_prompt_tuning": Row(
+        jpeft.multitask_prompt_tuning(length=3, rank=2), ("bert-scan", "gpt2-remat", "llama"), 10.0, LONGER_TEXT
+    ),
     "prefix_tuning": Row(jpeft.prefix_tuning(length=3, mlp=5), ("bert-scan", "gpt2-remat", "llama", "llama-scan"), 10.0, LONGER_KEYS),
     "p_tuning_v2": Row(jpeft.p_tuning_v2(length=3), ("bert-remat", "gpt2", "llama-scan"), 10.0, LONGER_KEYS),
+    "adaption_prompt": Row(jpeft.adaption_prompt(length=3, layers=1), ("bert-scan", "gpt2-remat", "llama"), why_no_merge=OWN_ATTENTION),
     "chain": Row(
         jpeft.chain(bitfit=jpeft.bitfit(), lora=jpeft.lora(rank=2), adapter=jpeft.adapter(size=3)),
         ("jit", "bert-remat", "llama-scan"),
@@ -233,7 +241,7 @@ ROWS = {
 
 METHODS = {name: row.method for name, row in ROWS.items()}
 MERGES = {name: row.why_no_merge for name, row in ROWS.items() if row.why_no_merge}  # those that do not, and why
-PROMPTS = ["hard_prompt", "prompt_tuning", "p_tuning"]  # methods that put tokens into the text
+PROMPTS = ["hard_prompt", "prompt_tuning", "p_tuning", "multitask_prompt_tuning"]  # methods that put tokens into the text
 NEED_STATS = {name for name, row in ROWS.items() if row.method.requires_stats}  # methods that are told by data what to train
 
 

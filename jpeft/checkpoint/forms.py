@@ -5,6 +5,7 @@ stacked blocks is cut into a leaf for each block, or put together again, and no 
 entries of a whole leaf, so they are counted anew.
 """
 
+import functools
 import re
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -105,7 +106,11 @@ def convert(adapter: tree.Adapter, method: Method, base: tree.Params, target: tr
       OneFormError: if its leaves at the blocks of a stack are not of one kind, so that they cannot be stacked.
     """
     shapes, wanted = tree.flatten(base), tree.flatten(target)
-    parts = {name: _convert(tree.flatten(part), shapes, wanted, blocks) for name, part in method.to_collections(adapter).items()}
+    new = functools.cache(lambda: _new(method, target))
+    parts = {
+        name: _convert(tree.flatten(part), shapes, wanted, blocks, lambda name=name: new().get(name, {}))
+        for name, part in method.to_collections(adapter).items()
+    }
     made = method.from_collections({name: tree.unflatten(leaves) for name, leaves in parts.items()})
     # A leaf of one number for each block has the shape that its method gives it in either form.
     try:
@@ -117,8 +122,16 @@ def convert(adapter: tree.Adapter, method: Method, base: tree.Params, target: tr
     return tree.replace(made, {path: leaf.reshape(expected[path].shape) for path, leaf in reshaped.items()})
 
 
-def _convert(leaves: Leaves, base: Leaves, target: Leaves, blocks: Blocks) -> dict[Path, Any]:
-    """The leaves of one method on the other form of the base."""
+def _new(method: Method, base: tree.Params) -> dict[str, Leaves]:
+    """The shapes of a new adapter on a base, by collection and path; none where the method does not fit the base."""
+    try:
+        return {name: tree.flatten(part) for name, part in method.to_collections(method.expected(base, {})).items()}
+    except (ValueError, TypeError):
+        return {}
+
+
+def _convert(leaves: Leaves, base: Leaves, target: Leaves, blocks: Blocks, new: Callable[[], Leaves]) -> dict[Path, Any]:
+    """The leaves of one method on the other form of the base; `new` gives the shapes of a new adapter there."""
     pairs = {path.removesuffix(f"/{VALUES}") for path in leaves if path.endswith(f"/{VALUES}") and _is_sparse(leaves, path)}
     out: dict[Path, Any] = {}
     together: dict[Path, dict[int, Any]] = {}  # path on stacked blocks -> the leaf of each numbered block, or the pair
@@ -136,7 +149,7 @@ def _convert(leaves: Leaves, base: Leaves, target: Leaves, blocks: Blocks) -> di
         else:
             out |= _cut(found[0], found[1], value, blocks.counts[found[0]], target, is_pair=is_pair)
     for path, parts in together.items():
-        out |= _stack(path, parts, blocks, base, target)
+        out |= _stack(path, parts, blocks, base, target, new)
     return out
 
 
@@ -155,7 +168,9 @@ def _cut(stack: Path, rest: str, value: Any, count: int, target: Leaves, *, is_p
     return out
 
 
-def _stack(path: Path, parts: Mapping[int, Any], blocks: Blocks, base: Leaves, target: Leaves) -> dict[Path, Any]:
+def _stack(
+    path: Path, parts: Mapping[int, Any], blocks: Blocks, base: Leaves, target: Leaves, new: Callable[[], Leaves]
+) -> dict[Path, Any]:
     """The leaves of numbered blocks as one leaf of stacked blocks.
 
     Raises:
@@ -171,8 +186,9 @@ def _stack(path: Path, parts: Mapping[int, Any], blocks: Blocks, base: Leaves, t
         index = np.concatenate([np.asarray(parts[i][0], np.int64) + i * size for i in numbers])
         return _pair(owner, encode(index, whole.size), jnp.concatenate([parts[i][1] for i in numbers]))
     shapes = {parts[i].shape for i in numbers}
-    # The leaves of the last blocks alone may replace a part of a stack.
-    last = numbers == list(range(count - len(numbers), count)) and (len(numbers) == count or f"{stack}/{numbers[0]}/{rest}" in base)
+    # The leaves of the last blocks alone may replace a part of a stack, or be what the method makes of a stack, too.
+    fits = lambda: f"{stack}/{numbers[0]}/{rest}" in base or (path in new() and new()[path].shape[0] == len(numbers))
+    last = numbers == list(range(count - len(numbers), count)) and (len(numbers) == count or fits())
     if not last or len(shapes) > 1:
         what = f"is at the blocks {', '.join(map(str, numbers[:6]))} of {count}" if not last else f"has the shapes {sorted(shapes)}"
         raise OneFormError(f"'{stack}/*/{rest}' {what}, which stacked blocks cannot hold: load the base with scan=False (--scan False).")

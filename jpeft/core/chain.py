@@ -13,6 +13,7 @@ from jpeft.core.layer import Layer
 from jpeft.core.method import Method
 from jpeft.core.stages import Stage
 from jpeft.core.statistics import Statistic
+from jpeft.core.update_rule import UpdateRule
 
 
 class Chain(Method):
@@ -41,6 +42,13 @@ class Chain(Method):
             raise ValueError(
                 f"chain: the training of {' and of '.join(map(repr, staged))} takes stages, and the steps of a run are divided among the "
                 "stages of one method. Chain one of them, and give the others as they are in their last stage."
+            )
+
+        budgets = [name for name, part in self.methods if type(part).update_rule is not Method.update_rule]
+        if staged and budgets:
+            raise ValueError(
+                f"chain: {budgets[0]!r} counts the steps of its optimizer, and each stage of {staged[0]!r} begins with a new optimizer. "
+                "Chain one of them without the other."
             )
 
     # --- making and binding ---------------------------------------------------------------------------------------------------------
@@ -135,6 +143,25 @@ class Chain(Method):
         """The sum of the parts' penalties."""
         return sum((part.penalty(adapter[name]) for name, part in self.methods), jnp.zeros(()))
 
+    def penalty_on(self, params: tree.Params, adapter: tree.Adapter) -> jax.Array:
+        """The sum of the parts' penalties."""
+        return sum((part.penalty_on(params, adapter[name]) for name, part in self.methods), jnp.zeros(()))
+
+    def update_rule(self, params: tree.Params, adapter: tree.Adapter) -> UpdateRule | None:
+        """The rules of the parts that have one, each for its own adapter."""
+        found = {name: part.update_rule(params, adapter[name]) for name, part in self.methods}
+        rules = {name: rule for name, rule in found.items() if rule is not None}
+
+        def update(grads: Any, updates: Any, state: Any, adapter: Any) -> tuple[Any, Any]:
+            moved = {name: rule.update(grads[name], updates[name], state[name], adapter[name]) for name, rule in rules.items()}
+            return {**updates, **{name: new for name, (new, _) in moved.items()}}, {name: own for name, (_, own) in moved.items()}
+
+        return UpdateRule(lambda adapter: {name: rule.init(adapter[name]) for name, rule in rules.items()}, update) if rules else None
+
+    def for_steps(self, steps: int) -> "Chain":
+        """Each part for so many updates."""
+        return Chain(methods=tuple((name, part.for_steps(steps)) for name, part in self.methods))
+
     @property
     def requires_stats(self) -> tuple[type[Statistic], ...]:
         """The kinds of all parts, each once."""
@@ -170,6 +197,21 @@ class Chain(Method):
         """Fold each part."""
         folded = {name: part.fold(params, adapter[name]) for name, part in self.methods}
         return chain(**{name: part for name, (part, _) in folded.items()}), {name: leaves for name, (_, leaves) in folded.items()}
+
+    @property
+    def takes_index(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
+        """Whether any part does."""
+        return any(part.takes_index for _, part in self.methods)
+
+    def assign(self, adapter: tree.Adapter, index: Any) -> tree.Adapter:
+        """The index for each part that takes one."""
+        if not self.takes_index:
+            raise ValueError(f"{self!r}: no part takes an index; each does the same to every example of a batch.")
+        return {name: part.assign(adapter[name], index) if part.takes_index else adapter[name] for name, part in self.methods}
+
+    def assigned(self, adapter: tree.Adapter) -> jax.Array | None:
+        """The index, which all parts that take one have in common."""
+        return next((part.assigned(adapter[name]) for name, part in self.methods if part.takes_index), None)
 
     def adapted_paths(self, params: tree.Params, adapter: tree.Adapter) -> set[str]:
         """The paths of all parts."""

@@ -136,6 +136,13 @@ class Layer:
         """This layer with some of its parameters exchanged."""
         return dataclasses.replace(self, params={**self.params, **params})
 
+    def with_keywords(self, keywords: Mapping[str, Any]) -> "Layer":
+        """This layer with some of its keyword arguments exchanged, also where it is run without middleware."""
+        run, run_changed = (None if fn is None else functools.partial(fn, **keywords) for fn in (self.run, self.run_changed))
+        assert run is not None
+        bare = None if self.bare is None else self.bare.with_keywords(keywords)
+        return dataclasses.replace(self, run=run, run_changed=run_changed, keywords={**self.keywords, **keywords}, bare=bare)
+
     def without_bias(self) -> "Layer":
         """This layer with zeros for its bias, if it has one."""
         return self.with_params({"bias": jnp.zeros_like(self.params["bias"])}) if "bias" in self.params else self
@@ -181,8 +188,7 @@ class Layer:
         def run(params: Mapping[str, Any], *inputs: Any, **keywords: Any) -> Any:
             layer = below(params)
             if keywords:
-                run = functools.partial(inner.run, **keywords)
-                layer = dataclasses.replace(layer, run=run, keywords={**inner.keywords, **keywords})
+                layer = layer.with_keywords(keywords)
             return method.call(layer, inputs, params[name].leaves, params[name].rng)
 
         def merged(params: Mapping[str, Any]) -> Mapping[str, Any] | None:

@@ -29,8 +29,6 @@ again.
 
 import abc
 import dataclasses
-import inspect
-import typing
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -40,52 +38,16 @@ import jax.numpy as jnp
 from jpeft.core import options as opt
 from jpeft.core.groups import Group
 from jpeft.core.layer import Layer
+from jpeft.core.method_type import MethodType as MethodType
 from jpeft.core.stages import Stage
 from jpeft.core.statistics import Statistic
+from jpeft.core.update_rule import UpdateRule
 from jpeft.tree.adapters import Adapter, graft, split
 from jpeft.tree.head import with_head as with_head
 from jpeft.tree.paths import Params, flatten
 from jpeft.tree.select import names_numbers
 
 TRAIN, FREEZE = "train", "freeze"  # labels
-
-
-@typing.dataclass_transform(kw_only_default=True, frozen_default=True, field_specifiers=(dataclasses.field, opt.option))
-class MethodType(abc.ABCMeta):
-    """Makes every class of a method a frozen dataclass of keyword options, and checks the options when an instance is made."""
-
-    def __new__(mcs, name: str, bases: tuple[type, ...], namespace: dict[str, Any], **kwargs: Any) -> Any:
-        cls = super().__new__(mcs, name, bases, namespace, **kwargs)
-        # Only the fields are needed. `Method` defines once what a frozen dataclass would compile for every class, which takes longer
-        # than all else in `import jpeft`.
-        make = dataclasses.dataclass(init=False, repr=False, eq=False, kw_only=True)
-        return make(cls)  # pyright: ignore[reportArgumentType, reportCallIssue]
-
-    @property
-    def __signature__(cls) -> inspect.Signature:
-        """The options, as `inspect.signature` and `help` show them."""
-        own = opt.signature(cls)
-        if not getattr(cls, "stage", ""):
-            return own
-        choose = inspect.Parameter("stage", inspect.Parameter.KEYWORD_ONLY, default=getattr(cls, "stage", ""), annotation="str")
-        return own.replace(parameters=[*own.parameters.values(), choose])
-
-    if not TYPE_CHECKING:  # a type checker reads the options off the fields
-
-        def __call__(cls, *args: Any, **options: Any) -> Any:
-            if cls is Method:  # the spelling of earlier versions
-                from jpeft.core.function_method import FunctionMethod
-
-                return FunctionMethod.deprecated(*args, **options)
-            aliases = {field: name for name, field in opt.spellings(cls).items()}
-            options = {aliases.get(name, name): value for name, value in options.items()}  # `dataclasses.replace` gives names of fields
-            if "stage" in options and cls.stage:
-                return cls.of_stage(options.pop("stage"))(**options)
-            name = cls.name if isinstance(cls.name, str) else cls.__name__
-            opt.refuse_unknown(name, inspect.signature(cls).parameters, args, options)
-            method = super().__call__(**opt.checked_fields(cls, name, options))
-            method.check()
-            return method
 
 
 class Method(metaclass=MethodType):
@@ -105,6 +67,7 @@ class Method(metaclass=MethodType):
       why_no_merge: The reason why no weight can take up the change; None for a method that merges.
       reduce_grads_locally: True if the adapter's gradient is computed from a larger one, such as some entries of a full weight's gradient.
         On a mesh each device then reduces it before gradients are summed over devices (`jpeft.sharding.by_example`).
+      takes_index: True if each example of a batch may be given a number of its own, by `assign`.
 
     Example, a method that trains a scale for every output of the layers called ``out``:
 
@@ -131,6 +94,7 @@ class Method(metaclass=MethodType):
     later_stages: ClassVar[tuple[type["Method"], ...]] = ()
     why_no_merge: ClassVar[str | None] = "this method defines no merge; keep using it through jpeft.wrap"
     reduce_grads_locally: ClassVar[bool] = False
+    takes_index: ClassVar[bool] = False
 
     # --- a frozen dataclass -----------------------------------------------------------------------------------------------------------
 
@@ -229,6 +193,20 @@ class Method(metaclass=MethodType):
         del adapter
         return jnp.zeros(())
 
+    def penalty_on(self, params: Params, adapter: Adapter) -> jax.Array:
+        """`penalty`, which is the default, for a method whose penalty depends on the base, such as the geometry of its kernels."""
+        del params
+        return self.penalty(adapter)
+
+    def update_rule(self, params: Params, adapter: Adapter) -> UpdateRule | None:
+        """What the method does to an optimizer's updates, inside the compiled step; None for nothing. Shapes are enough to make it."""
+        del params, adapter
+
+    def for_steps(self, steps: int) -> "Method":
+        """The method for a training of so many updates, where it was not told their number. The trainer asks for it."""
+        del steps
+        return self
+
     @property
     def requires_stats(self) -> tuple[type[Statistic], ...]:
         """The kinds of statistics that `init` must be given. The trainer makes them."""
@@ -248,6 +226,19 @@ class Method(metaclass=MethodType):
         """The same model with what only training needs computed once and left out."""
         del params
         return self, adapter
+
+    def assign(self, adapter: Adapter, index: Any) -> Adapter:
+        """The adapter with a number for each example of a batch, which `jpeft.core.index.as_leaf` turns into a leaf of it.
+
+        Raises:
+          ValueError: if the method takes none, or none of that value.
+        """
+        del adapter, index
+        raise ValueError(f"{self.name} takes no index: it does the same to every example of a batch.")
+
+    def assigned(self, adapter: Adapter) -> jax.Array | None:
+        """The numbers that `assign` has written into the adapter, as that leaf; None before."""
+        del adapter
 
     def adapted_paths(self, params: Params, adapter: Adapter) -> set[str]:
         """The base leaves that take another value, or whose layers compute with another value of them."""

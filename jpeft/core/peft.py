@@ -12,6 +12,7 @@ import jax
 
 from jpeft import registry
 from jpeft.core.chain import chain
+from jpeft.core.index import check_batch
 from jpeft.core.method import FREEZE, Method
 from jpeft.core.outputs import check_outputs
 from jpeft.core.statistics import find
@@ -216,6 +217,8 @@ def wrap(fn: Any, method: Method | None = None, *, host: str | Host = "auto") ->
             )
         if method not in (None, used):
             raise ValueError(f"The model was wrapped with {method!r} and is called with a Peft of {used!r}: wrap it without a method.")
+        if used.takes_index:
+            check_batch(used, used.from_collections(variables), args, kwargs)
         nonlocal decided, of_method
         if decided is None:
             own = {"params", used.name, *(name for name, _ in used.parts)}
@@ -329,4 +332,4 @@ def penalty(peft: Peft) -> jax.Array:
     0.0
     """
     check_peft(peft, "penalty")
-    return peft.method.penalty(peft.adapter)
+    return peft.method.penalty_on(peft.params, peft.adapter)

@@ -134,6 +134,33 @@ class Prompt(Statistic):
         return cls(found[0]) if found else None
 
 
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class SourcePrompt(Statistic):
+    """The prompt that tasks share and the factors of one of them, or their mean: what a prompt for a new task starts from.
+
+    Attributes:
+      rows: The shared prompt, [l, d].
+      task_cols: The left factor, [l, r].
+      task_rows: The right factor, [r, d].
+    """
+
+    rows: Any
+    task_cols: Any
+    task_rows: Any
+    made_by: ClassVar[str] = "jpeft.stats.source_prompt(peft)"
+
+    @classmethod
+    def of(cls, value: Any, task: int | None = None) -> "SourcePrompt | None":
+        """An adapter that holds a prompt of several tasks: one of them, or the mean of their factors."""
+        leaves = flatten(value) if isinstance(value, Mapping) else {}
+        found = [[leaf for path, leaf in leaves.items() if path.endswith(f"/{ADDED}/{name}")] for name in ("shared", "cols", "rows")]
+        if not all(len(each) == 1 for each in found):
+            return None
+        (shared,), *factors = found
+        return cls(shared, *(each.mean(0) if task is None else each[task] for (each,) in factors))
+
+
 def kinds_of(name: str | None) -> tuple[type[Statistic], ...]:
     """The kinds that one of the names of earlier versions stands for.
 

@@ -2,9 +2,8 @@
 
 from typing import Any, Literal
 
-import jax.numpy as jnp
+from jaxtyping import Array
 
-from jpeft.core.dropout import inverted_dropout
 from jpeft.core.layer import Layer, Linear
 from jpeft.core.options import Count, Names, PerPath, Positive, Probability, option
 from jpeft.reparameterized import low_rank, two_view
@@ -86,12 +85,14 @@ class LoRA(WeightMethod):
         """``W + s a b``."""
         return low_rank.update(kernel, leaves, self.scale(path))
 
+    def as_low_rank(self, leaves: Leaves, path: str) -> tuple[Array, Array]:
+        """``s a`` and ``b``."""
+        return self.scale(path) * leaves["a"], leaves["b"]
+
     def call_linear(self, layer: Layer, linear: Linear, inputs: Inputs, leaves: Leaves, path: str, rng: Key | None) -> Any:
         """One of the views, whichever is cheaper for the layer's shape."""
-        a, b, s, x = leaves["a"], leaves["b"], self.scale(path), inputs[0]
-        if self.dropout and rng is not None and jnp.issubdtype(x.dtype, jnp.floating):
-            return two_view.factored(layer, linear, s, inputs, inverted_dropout(rng, x, self.dropout), a, b)
-        return two_view.low_rank(layer, linear, s, inputs, a, b, view=self.view)
+        a, b, s = leaves["a"], leaves["b"], self.scale(path)
+        return two_view.low_rank(layer, linear, s, inputs, a, b, view=self.view, dropout=self.dropout, rng=rng)
 
 
 lora = LoRA

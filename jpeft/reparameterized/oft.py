@@ -138,7 +138,7 @@ def nearest_divisor(ins: int, wanted: int) -> int:
     """The divisor of a number of inputs that is nearest to a wanted one, the smaller of two; all inputs where more are wanted.
 
     >>> nearest_divisor(768, 32), nearest_divisor(48, 32), nearest_divisor(30, 8), nearest_divisor(16, 32)
-    (32, 24, 10, 16)
+    (32, 24, 6, 16)
     """
     if wanted >= ins:
         return ins

@@ -22,6 +22,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from jpeft.core.dropout import inverted_dropout
 from jpeft.core.layer import Layer, Linear
 from jpeft.core.residuals import changed
 from jpeft.reparameterized import joined
@@ -31,11 +32,24 @@ A = Float[Array, "..."]  # [*stack, *inputs, r], in the order of the kernel's ax
 B = Float[Array, "..."]  # [*stack, r, *outputs], likewise
 
 
-def low_rank(layer: Layer, linear: Linear, scale: float, inputs: tuple[Any, ...], a: A, b: B, *, view: str = "auto") -> jax.Array:
+def low_rank(
+    layer: Layer,
+    linear: Linear,
+    scale: float,
+    inputs: tuple[Any, ...],
+    a: A,
+    b: B,
+    *,
+    view: str = "auto",
+    dropout: float = 0.0,
+    rng: jax.Array | None = None,
+) -> jax.Array:
     """A layer with the update ``s a b``, in the view that is asked for; "auto" takes the cheaper one for the layer's shape.
 
-    A layer that cannot be run in the view takes the factored one.
+    A layer that cannot be run in the view takes the factored one, and so does one whose branch has inputs of its own, by dropout.
     """
+    if dropout and rng is not None and jnp.issubdtype(inputs[0].dtype, jnp.floating):
+        return factored(layer, linear, scale, inputs, inverted_dropout(rng, inputs[0], dropout), a, b)
     if view == "joined" and joined.applies(layer, linear, inputs):
         return changed(joined.joined(layer, linear, scale, inputs[0], a, b))
     # With middleware of another method in between, a bottleneck say, the outputs are no longer linear in the kernel.

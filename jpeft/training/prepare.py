@@ -194,7 +194,7 @@ def _attach(
         check_statistics(method.requires_stats, config.method)
         return make_statistics(method.requires_stats, source)
 
-    peft = attach(config, loaded, statistics, recorded)
+    peft = attach(config, loaded, statistics, recorded, count_steps(config, arrays))
     for stage in peft.method.stages:
         check_statistics(stage.requires_stats, f"The stage {stage.name!r} of {config.method}")
     if config.export:

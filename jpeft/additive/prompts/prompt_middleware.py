@@ -43,14 +43,25 @@ def first_row_id(layer: Layer, site: PromptSite) -> int:
 # --- the word embedding ---------------------------------------------------------------------------------------------------------------
 
 
-def look_up(layer: Layer, inputs: tuple[Any, ...], site: PromptSite, prompt: Float[Array, "rows width"]) -> Any:
-    """Run the word embedding; an id of a row gives the row of the prompt."""
+def look_up(layer: Layer, inputs: tuple[Any, ...], site: PromptSite, prompt: Float[Array, "*batch rows width"]) -> Any:
+    """Run the word embedding; an id of a row gives the row of the prompt, which all texts have in common or each has its own.
+
+    Raises:
+      ValueError: for another number of texts than of prompts.
+    """
     ids, *rest = inputs
     first = first_row_id(layer, site)
-    is_row = (ids >= first) & (ids < first + len(prompt))
+    is_row = (ids >= first) & (ids < first + site.rows)
     words = layer(jnp.where(is_row, 0, ids), *rest)  # [..., width]; ids beyond the vocabulary must not reach the table
-    # The index `len(prompt)` is out of range and gives zeros, so a word sends no gradient to any row.
-    rows: Any = _take_rows(prompt, jnp.where(is_row, ids - first, len(prompt)), words.dtype)  # [..., width]
+    # The index `rows` is out of range and gives zeros, so a word sends no gradient to any row.
+    index = jnp.where(is_row, ids - first, site.rows)
+    take = lambda prompt, index: _take_rows(prompt, index, words.dtype)
+    if prompt.ndim == 2:
+        rows: Any = take(prompt, index)  # [..., width]
+    elif prompt.shape[:-2] == ids.shape[:1]:
+        rows = jax.vmap(take)(prompt, index)
+    else:
+        raise ValueError(f"'{layer.path}' is given {ids.shape[0]} texts, and there are prompts for {len(prompt)}.")
     return jnp.where(is_row[..., None], rows, words)
 
 

@@ -82,9 +82,9 @@ class PromptTuning(PromptMethod):
         """Refuse options of another `init`, and a template that does not fit the length."""
         for name, given in (("tokens", self.tokens), ("labels", self.label_tokens)):
             if given is not None and self.initializer != name:
-                raise ValueError(f"prompt_tuning: {name}= is for init={name!r}, and init is {self.initializer!r}.")
+                raise ValueError(f"{self.name}: {name}= is for init={name!r}, and init is {self.initializer!r}.")
         if self.initializer == "tokens" and not self.tokens:
-            raise ValueError("prompt_tuning: init='tokens' needs tokens=, the token ids of the text to start from.")
+            raise ValueError(f"{self.name}: init='tokens' needs tokens=, the token ids of the text to start from.")
         super().check()
 
     @property

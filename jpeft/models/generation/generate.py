@@ -15,6 +15,7 @@ import numpy as np
 from jax.core import Tracer
 from jaxtyping import Array, Float, Int
 
+from jpeft.core.index import repeated
 from jpeft.models.common.attention import Ids, Mask
 from jpeft.models.generation import beam
 from jpeft.models.generation.decoding import Decoding
@@ -143,6 +144,11 @@ def _step(forward: Any, variables: Any, cache: Any, tokens: Int[Array, " batch"]
     return logits[:, -1], cache
 
 
+def _for_rows(forward: Any, variables: Any, count: int) -> dict[str, Any]:
+    """Return the variables for `count` rows of each prompt, if a method keeps an index of them."""
+    return repeated(variables, getattr(forward, "method", None), count)
+
+
 class _State(NamedTuple):
     """The state of the loop over tokens."""
 
@@ -215,12 +221,12 @@ def _search(forward: Any, variables: Any, ids: Ids, mask: Mask | None, *, new: i
     # The axis of the rows differs among the leaves of the cache and under `nn.scan`: it is the one that grows with the batch.
     shapes = [
         jax.eval_shape(
-            lambda ids, mask: _prefill(forward, variables, ids, mask, new)[1],
+            lambda ids, mask, n=n: _prefill(forward, _for_rows(forward, variables, n), ids, mask, new)[1],
             *(None if x is None else jnp.repeat(x, n, 0) for x in (ids, mask)),
         )
         for n in (1, 2)
     ]
     axes = jax.tree.map(lambda one, two: next((i for i, size in enumerate(one.shape) if size != two.shape[i]), -1), *shapes)
-    step = functools.partial(_step, forward, variables)
+    step = functools.partial(_step, forward, _for_rows(forward, variables, options["beams"]))
     texts = beam.search(*_prefill(forward, variables, ids, mask, new), step, axes, new=new, **options)
     return Generated(texts.tokens[:, 0], texts.lengths[:, 0], texts.scores[:, 0])
