@@ -240,7 +240,7 @@ def test_folding_leaves_out_what_has_gone(model, tmp_path):
 def test_more_ranks_than_the_method_has_are_refused(mlp):
     _, params, _ = mlp
     wide = jpeft.apply(params, method="adalora", rank=6, target_rank=2)
-    with pytest.raises(ValueError, match="has 6 entries, and adalora begins with rank=4"):
+    with pytest.raises(ValueError, match="have rank 6, and the method's options allow 4"):
         jpeft.adalora(rank=4, target_rank=2).expected(params, wide.adapter)
 
 

@@ -90,7 +90,8 @@ def test_merge_equals_wrap(cell):
 
 
 def test_initialises_abstractly(cell):
-    abstract = jax.eval_shape(lambda p: jpeft.apply(p, method=cell.method, stats=cell.stats), cell.params)
+    stats = cell.stats
+    abstract = jax.eval_shape(lambda p: jpeft.apply(p, method=cell.method, stats=stats), cell.params)
     chex.assert_trees_all_equal_shapes_and_dtypes(abstract.adapter, cell.peft.adapter)
     assert jpeft.summary(abstract) == jpeft.summary(cell.peft)
 

@@ -79,11 +79,17 @@ def _load(form: Format, config: Config, base: Base, tensors: Tensors) -> Peft:
     saved = whole.saved_sites(config, base) if form.saves_modules else []
     biases = whole.bias_sites(config, base, targets, saved)
     tokens = whole.token_sites(config, base)
+    tied = whole.tied_copy(config, base, saved)
+    if not form.follows_ties:
+        whole.check_tied_target(targets, base, str(config.file))
     expected = form.expected(config, base, targets, rename)
     expected |= {site.name: site.shape for site in [*saved, *biases]}
+    expected |= {tied: base.word.shape} if tied is not None and base.word is not None else {}
     expected |= {name: (len(ids), site.outputs) for name, (site, ids) in tokens.items()}
     spare = [name for name in tensors.match(expected, way) if not _is_of_base(name, tensors, base, way)]
     check_tensors(tensors, expected, spare)
+    if tied is not None and base.word is not None and not np.array_equal(tensors.read(tied), tensors.read(base.word.name)):
+        raise config.error(f"modules_to_save holds '{base.word.name}' and '{tied}' with different numbers, and the model ties the two.")
 
     head = whole.head_option(saved, base)
     method, leaves = form.load(File(config, base, tensors.read, rename, head), targets)

@@ -82,6 +82,8 @@ def _write(parts: _Parts, base: Base) -> tuple[Format, Arrays, dict[str, Any]]:
     """The format of an adapter, its tensors, and the configuration."""
     form = format_for(parts.original.name)
     assert form is not None
+    if not form.follows_ties:
+        whole.check_tied_target([site for path in parts.own for site in base.at(path.rpartition("/")[0])], base, parts.method.name)
     written = form.save(parts.method, parts.own, base)
     modules, biases = _split_replaced(parts.replaced, base)
     if modules and not form.saves_modules:
@@ -96,7 +98,11 @@ def _write(parts: _Parts, base: Base) -> tuple[Format, Arrays, dict[str, Any]]:
     tensors: Arrays = dict(written.tensors)
     chosen = set(modules)
     tensors |= {site.name: site.to_torch(replaced[site.path]) for site in base.sites.values() if site.module in chosen}
-    config: dict[str, Any] = {"modules_to_save": _names_to_save(modules, base, task) or None} if form.saves_modules else {}
+    names = _names_to_save(modules, base, task)
+    if base.tied is not None and base.word is not None and base.word.module in chosen:  # HF PEFT would tie the head to the base's table
+        tensors[f"{base.tied}.weight"] = tensors[base.word.name].copy()
+        names.append(base.tied)
+    config: dict[str, Any] = {"modules_to_save": names or None} if form.saves_modules else {}
     if "bias" in form.keys:
         config["bias"] = "none"
     if biases:
@@ -117,7 +123,7 @@ def _sort(peft: Peft) -> _Parts:
     folded = fold_peft(peft)
     named = lambda method: dict(method.parts) or {method.name: method}
     originals, parts = named(peft.method), dict(zip(named(peft.method), named(folded.method).values(), strict=True))
-    trained, adapters = _collections(peft), _collections(folded)
+    trained, adapters = _collections(peft), dict(zip(originals, _collections(folded).values(), strict=True))
     base = tree.flatten(peft.params)
     replaced: dict[str, Any] = {}
     own: dict[str, dict[str, Any]] = {}
@@ -132,14 +138,16 @@ def _sort(peft: Peft) -> _Parts:
         copies = [name for name, method in parts.items() if (form := format_for(method.name)) is not None and form.replaces]
         mains, tokens = (tokens, []) if tokens else (copies, [])
     if len(mains) != 1:
-        raise ValueError(_several(mains) if mains else _no_type(peft.method))
+        raise ValueError(_several(mains) if mains else _no_type(peft.method, replaces=True))
     (main,) = mains
     if (form := format_for(originals[main].name)) is None:
-        raise ValueError(_no_type(originals[main]))
+        raise ValueError(_no_type(originals[main], replaces=False))
     if form.replaces:
         head = head_leaves(peft.params, getattr(parts[main], "head", None))
         own[main] = {path: replaced.pop(path) for path in adapters[main] if path in base and path not in head}
-    left = {path: leaf for path, leaf in trained[main].items() if path not in adapters[main]} if originals[main].folds else {}
+    # A method that stays the same, as AdaLoRA does without its empty ranks, is trained on as it is written.
+    changes = originals[main].folds and parts[main] != originals[main]
+    left = {path: leaf for path, leaf in trained[main].items() if path not in adapters[main]} if changes else {}
     return _Parts(originals[main], parts[main], own[main], left, [(parts[name], own[name]) for name in tokens], replaced)
 
 
@@ -156,13 +164,15 @@ def _several(mains: list[str]) -> str:
     )
 
 
-def _no_type(method: Method) -> str:
-    """Why there is no folder for a method."""
+def _no_type(method: Method, *, replaces: bool) -> str:
+    """Why there is no folder for a method, and what else there is."""
     known = sorted({name for each in formats().values() for name in each.methods})
-    return (
-        f"HF PEFT has no type of adapter for {method.name}. Export one of {', '.join(known)}; or the merged model, where the method "
-        "merges: jpeft.models.save(folder, model, jpeft.merge(peft))."
-    )
+    said = f"HF PEFT has no type of adapter for {method.name}. It has types for {', '.join(known)}."
+    if replaces:
+        said += " Trained biases and whole modules it holds beside one of these: jpeft.chain(lora=..., ...)."
+    if method.why_no_merge is None or method.parts:
+        said += " Or export the merged model: jpeft.models.save(folder, model, jpeft.merge(peft))."
+    return said
 
 
 def _split_replaced(replaced: Mapping[str, Any], base: Base) -> tuple[list[str], list[str]]:

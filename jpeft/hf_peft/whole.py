@@ -36,11 +36,44 @@ def saved_sites(config: Config, base: Base) -> list[Site]:
     """
     given = config["modules_to_save"] or []
     names = list(dict.fromkeys([*given, *HEADS.get(str(config["task_type"]), ())]))
-    missing = [name for name in given if not saved_modules([name], base.modules) and name not in HEADS.get(str(config["task_type"]), ())]
+    heads = HEADS.get(str(config["task_type"]), ())
+    is_tied = lambda name: base.tied is not None and base.tied.endswith(name)
+    missing = [name for name in given if not saved_modules([name], base.modules) and name not in heads and not is_tied(name)]
     if missing:
         raise config.error(f"modules_to_save names {', '.join(map(repr, missing))}, which the model does not have.")
     modules = saved_modules(names, base.modules)
     return [site for site in base.sites.values() if any(f"{site.module}.".startswith(f"{module}.") for module in modules)]
+
+
+def tied_copy(config: Config, base: Base, saved: Sequence[Site]) -> str | None:
+    """The tensor of a head that is the word embedding, where both are held whole; None if neither is.
+
+    Raises:
+      ValueError: if one of them alone is: here they are one.
+    """
+    if base.tied is None or base.word is None:
+        return None
+    named = any(base.tied.endswith(name) for name in config["modules_to_save"] or ())
+    if named == any(site.path == base.word.path for site in saved):
+        return f"{base.tied}.weight" if named else None
+    alone, other = (base.tied, base.word.module) if named else (base.word.module, base.tied)
+    raise config.error(
+        f"modules_to_save holds '{alone}' without '{other}'. The model ties the two, so both would change; in HF PEFT the one alone does. "
+        "It needs a base with tie_word_embeddings=false."
+    )
+
+
+def check_tied_target(sites: Sequence[Site], base: Base, what: str) -> None:
+    """Refuse an adapter of a word embedding that is also the head: HF PEFT changes the look-up alone, and jpeft the scores too.
+
+    Raises:
+      ValueError: naming the table.
+    """
+    if base.tied is not None and base.word is not None and any(site.path == base.word.path for site in sites):
+        raise ValueError(
+            f"{what} adapts '{base.word.module}', which is the head of the model too. HF PEFT changes its look-up alone, and here the scores "
+            "change as well, so the outputs would differ. Adapt other layers, or a base with tie_word_embeddings=false."
+        )
 
 
 def head_option(sites: Sequence[Site], base: Base) -> str | None:

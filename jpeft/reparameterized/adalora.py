@@ -145,6 +145,10 @@ class AdaLoRA(WeightMethod):
         """``W + s a diag(e) b``."""
         return low_rank.update(kernel, {"a": leaves["a"] * leaves["e"][None], "b": leaves["b"]}, self.scale)
 
+    def as_low_rank(self, leaves: Leaves, path: str) -> tuple[Array, Array]:
+        """``s a diag(e)`` and ``b``."""
+        return self.scale * leaves["a"] * leaves["e"][..., None, :], leaves["b"]
+
     def call_linear(self, layer: Layer, linear: Linear, inputs: Inputs, leaves: Leaves, path: str, rng: Key | None) -> Any:
         """LoRA with the factors ``a diag(e)`` and ``b``."""
         form = MatrixForm(layer.params[linear.name].shape, linear.axes)
@@ -221,19 +225,8 @@ class AdaLoRA(WeightMethod):
 
     def expected(self, params: tree.Params, adapter: tree.Adapter) -> tree.Adapter:
         """A kernel may have fewer triplets than `rank`, or none, once the budget is spent."""
-        shapes, held, forms = tree.flatten(super().expected(params, adapter)), tree.flatten(adapter), self.forms(params)
-        if not held:
-            return tree.unflatten(shapes)
-        for path, form in forms.items():
-            e = held.get(f"{path}/e")
-            kept = 0 if e is None else e.shape[form.stored_axes((RANK,)).index(RANK)]
-            if kept > self.rank:
-                raise ValueError(f"'{path}/e' has {kept} entries, and adalora begins with rank={self.rank}.")
-            for name in self.leaf_axes:
-                shape = shapes.pop(f"{path}/{name}")
-                if kept:
-                    shapes[f"{path}/{name}"] = jax.ShapeDtypeStruct(form.leaf_shape(self.leaf_axes[name], {RANK: kept}), shape.dtype)
-        return tree.unflatten(shapes)
+        shapes = tree.flatten(super().expected(params, adapter))
+        return tree.unflatten(low_rank.stored_ranks(shapes, tree.flatten(adapter), self.forms(params), self.leaf_axes, lambda _: self.rank))
 
     @property
     def folds(self) -> bool:

@@ -67,6 +67,7 @@ class Format(abc.ABC):
       bare: The names of tensors that have nothing in front.
       saves_modules: Whether the type holds whole modules, such as a head, too.
       needs_head: Whether HF PEFT opens no classifier without its head in the file.
+      follows_ties: Whether a change of a word embedding changes a head that is tied to it.
       replaces: Whether the method's own leaves replace parameters of the base.
     """
 
@@ -77,6 +78,7 @@ class Format(abc.ABC):
     bare: ClassVar[tuple[str, ...]] = ()
     saves_modules: ClassVar[bool] = True
     needs_head: ClassVar[bool] = False
+    follows_ties: ClassVar[bool] = False
     replaces: ClassVar[bool] = False
 
     def check(self, config: Config, base: Base) -> None:  # noqa: B027

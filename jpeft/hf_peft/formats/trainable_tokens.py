@@ -20,6 +20,7 @@ class TrainableTokensFormat(Format):
     peft_type = "TRAINABLE_TOKENS"
     methods = ("trainable_tokens",)
     saves_modules = False
+    follows_ties = True
     keys = {"token_indices": Key([], INDICES), "target_modules": Key(None, TARGETS), "init_weights": Key(True)}
 
     def check(self, config: Config, base: Base) -> None:
