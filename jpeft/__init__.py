@@ -42,6 +42,10 @@ from jpeft.core.summary import summary as summary
 from jpeft.factories import *
 from jpeft.hosts.registry import kernel_axes as kernel_axes
 from jpeft.hosts.taught import register_layer as register_layer
+from jpeft.many.combine import combine as combine
+from jpeft.many.pool import mix as mix
+from jpeft.many.pool import swap as swap
+from jpeft.many.to_lora import to_lora as to_lora
 from jpeft.registry import MethodInfo as MethodInfo
 from jpeft.registry import make as make
 from jpeft.registry import methods as methods
@@ -53,6 +57,8 @@ __version__: str
 
 if _TYPE_CHECKING:
     from jpeft.estimation.estimate import estimate as estimate
+    from jpeft.hf_peft.load import load_hf as load_hf
+    from jpeft.hf_peft.save import save_hf as save_hf
     from jpeft.hosts.check.check import check as check
     from jpeft.training.run import load_run as load_run
 else:
@@ -70,6 +76,14 @@ else:
             from jpeft.training.run import load_run  # says what to install where a package is missing
 
             return load_run
+        if name == "load_hf":
+            from jpeft.hf_peft.load import load_hf
+
+            return load_hf
+        if name == "save_hf":
+            from jpeft.hf_peft.save import save_hf
+
+            return save_hf
         if name == "estimate":
             from jpeft.estimation.estimate import estimate
 
@@ -86,4 +100,4 @@ else:
 
     def __dir__() -> list[str]:
         """All public names, those of `__getattr__` among them."""
-        return sorted({*globals(), "check", "estimate", "load_run"})
+        return sorted({*globals(), "check", "estimate", "load_hf", "load_run", "save_hf"})

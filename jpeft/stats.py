@@ -1,8 +1,9 @@
 """Statistics of a model or of data, which some methods require: ``jpeft.apply(params, method, stats=...)``.
 
-`fisher` measures which parameters matter for a loss, `movement` how far training has moved them, and `key_values` records the keys and
-values of a text in every layer. Each returns one of the types below. `jpeft.apply` and `jpeft.advance` take one statistic, or several in a
-list, from which each part of a chain reads the kinds that it requires (`Method.requires_stats`).
+`fisher` measures which parameters matter for a loss, `movement` how far training has moved them, `input_moments` what the inputs of
+kernels are like, and `key_values` records the keys and values of a text in every layer. Each returns one of the types below. `jpeft.apply`
+and `jpeft.advance` take one statistic, or several in a list, from which each part of a chain reads the kinds that it requires
+(`Method.requires_stats`).
 """
 
 from collections.abc import Callable, Iterable
@@ -14,12 +15,14 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from jpeft.core.statistics import Fisher as Fisher
+from jpeft.core.statistics import InputMoments as InputMoments
 from jpeft.core.statistics import KeyValues as KeyValues
 from jpeft.core.statistics import LabelTokens as LabelTokens
 from jpeft.core.statistics import Movement as Movement
 from jpeft.core.statistics import Prompt as Prompt
 from jpeft.core.statistics import SourcePrompt as SourcePrompt
 from jpeft.hosts import registry as hosts
+from jpeft.input_moments import input_moments as input_moments
 from jpeft.tree.adapters import ADDED
 from jpeft.tree.paths import Params, unflatten
 

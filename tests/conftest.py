@@ -1,5 +1,6 @@
 """What every test shares: a CPU with eight devices, strict broadcasting, one compilation cache, fixed keys."""
 
+import gc
 import importlib.metadata
 import os
 from collections.abc import Callable, Iterator
@@ -21,13 +22,17 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import jax
 import pytest
+import shape_checks
 
 # --- this process only: a command line under test sees the one device that its user would see ---
 
+shape_checks.install("jpeft")
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_rank_promotion", "raise")
 # Compiles in two thirds of the time; slower programs do not matter at test sizes.
 jax.config.update("jax_disable_most_optimizations", True)
+# Tracing makes many objects, few of them in cycles: looking for those less often saves a tenth of the time.
+gc.set_threshold(100_000, 20, 50)
 
 
 def pytest_configure(config: pytest.Config) -> None:

@@ -16,7 +16,7 @@ from flax import linen as nn
 
 import jpeft
 from jpeft.models import BertConfig, BertForSequenceClassification, GPT2Config, GPT2Model, LlamaConfig, LlamaModel, Rope
-from jpeft.stats import Movement, fisher
+from jpeft.stats import Movement, fisher, input_moments
 
 WIDTH, HEADS, LENGTH, BATCH, LAYERS, CLASSES, VOCAB = 16, 2, 6, 5, 2, 3, 23
 
@@ -200,8 +200,22 @@ ROWS = {
         ),
         ("einsum", "bert-remat", "llama-scan"),
     ),
+    # The factors of the start stay in the adapter; a frozen factor; ranks that the statistics of the inputs give.
+    "lora-pissa": Row(jpeft.lora(rank=2, init="pissa", view="two-view"), ("einsum", "bert-remat", "llama-scan")),
+    "lora-fa": Row(jpeft.lora(rank=2, init="orthogonal", freeze_a=True, b_lr_scale=4.0), ("plain", "bert-remat", "llama-scan")),
+    "lora-eva": Row(jpeft.lora(rank=2, init="eva", rho=2.0), ("plain", "bert-remat", "llama-scan")),
     "dora": Row(jpeft.dora(rank=2), ("jit", "einsum", "scan-mha", "bert-remat", "gpt2", "llama-scan")),
+    # So many steps that the 20 of a test take no rank.
+    "adalora": Row(jpeft.adalora(rank=3, target_rank=2, total_steps=1000), ("einsum", "bert-remat", "llama-scan")),
     "ia3": Row(jpeft.ia3(), ("jit", "einsum", "scan-mha", "bert-remat", "gpt2", "llama-scan")),
+    "loha": Row(jpeft.loha(rank=2, effective_conv=True), ("einsum", "bert-remat", "llama-scan")),
+    "lokr": Row(jpeft.lokr(rank=1, alpha=2, decompose_both=True), ("einsum", "bert-remat", "llama-scan")),
+    "oft": Row(jpeft.oft(block_size=8), ("plain", "bert-remat", "llama-scan")),
+    "hra": Row(jpeft.hra(rank=4), ("scan-mha", "bert-remat", "llama")),
+    "vera": Row(jpeft.vera(rank=8), ("jit", "bert-remat", "llama-scan")),
+    "miss": Row(jpeft.miss(rank=3), ("plain", "bert-remat", "llama-scan")),
+    "boft": Row(jpeft.boft(block_size=4, n_butterfly_factor=2), ("plain", "bert-remat", "llama-scan")),
+    "shira": Row(jpeft.shira(rank=2), ("plain", "bert-remat", "llama-scan")),
     "hard_prompt": Row(jpeft.hard_prompt(tokens=(3, 7)), ("bert-scan", "gpt2-remat", "llama"), 10.0, LONGER_TEXT),
     "prompt_tuning": Row(jpeft.prompt_tuning(length=3), ("plain", "bert-scan", "gpt2-remat", "llama-scan"), 10.0, LONGER_TEXT),
     "p_tuning": Row(
@@ -283,11 +297,14 @@ def base_logits(model_name: str) -> jax.Array:
 
 @functools.cache
 def information(model_name: str) -> Any:
+    """Statistics of every kind that methods of the table require."""
+
     def losses(params, batch):
         return optax.softmax_cross_entropy_with_integer_labels(MODELS[model_name].apply({"params": params}, batch["x"]), batch["y"])
 
     found = fisher(losses, base(model_name), [batch()], chunk=BATCH)
-    return [found, Movement(found.values)]
+    moments = input_moments(MODELS[model_name].apply, base(model_name), [batch()["x"]], method=jpeft.lora(init="eva"))
+    return [found, Movement(found.values), moments]
 
 
 @functools.cache
@@ -345,3 +362,18 @@ def compiled_flops(fn: Any, *args: Any) -> float:
     """XLA's own count for the compiled function."""
     with optimised():
         return jax.jit(fn).lower(*args).compile().cost_analysis()["flops"]
+
+
+def added_flops(method: str, *, width: int = 128, rows: int = 1024, **options: Any) -> float:
+    """The FLOPs of a training step of one dense layer, beside the layer's own, with its inputs differentiated."""
+    model, x = nn.Dense(width), jnp.ones((rows, width))
+    params = jax.eval_shape(model.init, jax.random.key(0), x)["params"]
+    zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), params)
+
+    def flops(peft: jpeft.Peft) -> float:
+        run = jpeft.wrap(model.apply, peft.method)
+        loss = lambda adapter, x: jnp.sin(run(peft.replace(adapter=adapter).variables, x)).sum()
+        return compiled_flops(jax.grad(loss, (0, 1)), peft.adapter, x)
+
+    own = jpeft.apply(zeros, method=jpeft.lora(rank=1, target="kernel")).replace(adapter={}, method=jpeft.lora(rank=1, target="kernel"))
+    return flops(jpeft.apply(zeros, method=method, head=None, **options)) - flops(own)

@@ -211,7 +211,8 @@ def test_predict(world, tmp_path, capfd):
 
 
 def test_merge_gives_the_same_predictions(world, tmp_path):
-    assert main(["merge", str(world / "lora"), str(tmp_path / "merged")]) == 0
+    assert main(["merge", str(world / "lora"), str(tmp_path / "merged"), "--max-shard-size", "5KB"]) == 0
+    assert (tmp_path / "merged" / "model.safetensors.index.json").is_file()
     merged, run = jpeft.models.load(tmp_path / "merged"), load_run(world / "lora")
     assert merged.labels == run.labels
     inputs = dict(merged.tokenizer(["the apple here", "old iron"], padding=True, return_tensors="np"))
@@ -362,6 +363,9 @@ def test_merge_errors(world, tmp_path, fails):
     assert "nonlinear layer of its own" in fails("merge", world / "adapter", tmp_path / "out")
     assert not (tmp_path / "out").exists()
     assert "is in use" in fails("merge", world / "lora", world / "model")
+    assert "--max-shard-size must be a number of bytes above 0" in fails(
+        "merge", world / "lora", tmp_path / "out", "--max-shard-size", "5 GiB"
+    )
 
 
 def test_unknown_method(fails):

@@ -321,11 +321,11 @@ def test_the_benchmark_fills_the_readme(done, tmp_path):
     readme, results = tmp_path / "README.md", tmp_path / "benchmarks" / "results"
     readme.write_text("before\n<!-- compare -->\nold\n<!-- /compare -->\nafter\n")
     for _ in range(2):
-        benchmark.write(comparison, results, readme)
+        benchmark.write(comparison, benchmark.PAGES["all"], results, readme)
         lines = readme.read_text().splitlines()
         assert lines[:3] == ["before", "<!-- compare -->", "![quality against trained parameters](benchmarks/results/compare.png)"]
         assert lines[-2:] == ["<!-- /compare -->", "after"]
-        assert lines[4] == f"| {' | '.join(benchmark.COLUMNS)} |"
+        assert lines[4] == f"| {' | '.join(benchmark.PAGES['all'].columns)} |"
         assert [line.split("|")[1].strip() for line in lines[6:9]] == ["head only", "lora rank=2", "bitfit"]
     assert (results / "compare.png").stat().st_size < 200_000
     table, caption = comparison.markdown().split("\n\n", 1)
@@ -333,9 +333,10 @@ def test_the_benchmark_fills_the_readme(done, tmp_path):
     assert caption.startswith("model on data.csv, 4 steps")
     readme.write_text("no place")
     with pytest.raises(SystemExit, match="has no place for the table"):
-        benchmark.write(comparison, results, readme)
-    # The README that is filled has one.
-    assert len(benchmark.MARKED.findall((Path(__file__).parents[1] / "README.md").read_text())) == 1
+        benchmark.write(comparison, benchmark.PAGES["all"], results, readme)
+    # The files that are filled have one.
+    for page in benchmark.PAGES.values():
+        assert len(benchmark.MARKED.findall(page.document.read_text())) == 1
 
 
 # --- the picture ------------------------------------------------------------------------------------------------------

@@ -184,6 +184,42 @@ def test_shards(folder):
         load(folder)
 
 
+@pytest.mark.parametrize("scan", [False, True])
+def test_a_model_is_saved_in_files_of_a_size(tmp_path, scan):
+    model = BertForSequenceClassification(tiny("bert", scan=scan), 3)
+    params = random_params(model)
+    save(tmp_path / "whole", model, params)
+    save(tmp_path / "parts", model, params, max_shard_size="9KB")
+    files = sorted(tmp_path.glob("parts/*.safetensors"))
+    assert [file.name for file in files] == [f"model-{i + 1:05d}-of-{len(files):05d}.safetensors" for i in range(len(files))]
+    assert len(files) > 2
+    assert all(sum(tensor.nbytes for tensor in load_file(file).values()) <= 9000 for file in files)
+    index = json.loads((tmp_path / "parts" / "model.safetensors.index.json").read_text())
+    assert {name: file.name for file in files for name in load_file(file)} == index["weight_map"]
+    whole = load_file(tmp_path / "whole" / "model.safetensors")
+    assert index["metadata"] == {"total_size": sum(tensor.nbytes for tensor in whole.values())}
+    assert_equal({name: tensor for file in files for name, tensor in load_file(file).items()}, whole)
+    assert_equal(load(tmp_path / "parts", scan=scan).params, params)
+    if scan:
+        import transformers
+
+        hf, info = transformers.BertForSequenceClassification.from_pretrained(tmp_path / "parts", output_loading_info=True)
+        assert not info["missing_keys"]
+        assert not info["unexpected_keys"]
+        np.testing.assert_array_equal(hf.classifier.weight.detach().numpy(), np.asarray(params["classifier"]["kernel"]).T)
+    # A file of another number of parts may not stay beside the new ones.
+    save(tmp_path / "parts", model, params, overwrite=True)
+    assert [file.name for file in tmp_path.glob("parts/*.safetensors*")] == ["model.safetensors"]
+
+
+@pytest.mark.parametrize("size", [0, -1, True, "GB", "-5GB", "5 GiB", "0GB"])
+def test_a_size_that_is_none_is_refused(tmp_path, size):
+    model = BertModel(tiny("bert"))
+    with pytest.raises(ValueError, match=r"max_shard_size must be a number of bytes above 0, or such as '5GB'"):
+        save(tmp_path / "out", model, random_params(model), max_shard_size=size)
+    assert not (tmp_path / "out").exists()
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_masked_lm_with_the_tied_copies_written_out(tmp_path, family):
     model = BertForMaskedLM(tiny(family))

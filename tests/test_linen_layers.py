@@ -13,6 +13,7 @@ from tables import noised
 import jpeft
 from jpeft.core.method import Method
 from jpeft.hosts.linen import layers
+from jpeft.reparameterized.matrix_form import MatrixForm
 
 KEY = jax.random.key(0)
 
@@ -75,6 +76,26 @@ def test_scales_and_biases_equal_the_layer_on_a_changed_kernel(name):
     shape_a, shape_b = linear.axes.factor_shapes(kernel.shape, 2)
     a, b = (jax.random.normal(jax.random.key(i), shape) for i, shape in enumerate((shape_a, shape_b)))
     chex.assert_trees_all_close(linear.apply_low_rank(x, a, b), run({linear.name: linear.axes.product(a, b), **bias}), atol=1e-4)
+
+
+@pytest.mark.parametrize("name", [name for name in LAYERS if name not in NO_INPUT_SCALE])
+def test_vectors_equal_the_layer_on_a_changed_kernel(name):
+    """Inputs as vectors times any matrix, and any other product in the place of the layer's own."""
+    module, own, x = build(name)
+    linear = layers.linear_of(module, "__call__", own, (x,))
+    assert linear is not None
+    assert linear.map_inputs is not None
+    assert linear.apply_vectors is not None
+    kernel, bias = own["kernel"], {"bias": jnp.zeros_like(own["bias"])} if "bias" in own else {}
+    form = MatrixForm(kernel.shape, linear.axes)
+    run = lambda matrix, x: module.apply({"params": {"kernel": form.from_matrix(matrix), **bias}}, x)
+    matrix, ins = form.to_matrix(kernel), form.sizes[0]
+    mix = jax.random.normal(jax.random.key(1), (*form.stack, ins, ins))
+    turned = linear.map_inputs(x, lambda v: v @ mix)
+    chex.assert_trees_all_close(run(matrix, turned), run(mix @ matrix, x), atol=1e-4, rtol=1e-4)
+    outputs = tuple(kernel.shape[i] for i in linear.axes.outputs)
+    product = linear.apply_vectors(x, lambda v: (v @ matrix).reshape(*v.shape[:-1], *outputs))
+    chex.assert_trees_all_close(product, run(matrix, x), atol=1e-4, rtol=1e-4)
 
 
 def method_for(kind: str, name: str, axes: Any) -> Method:

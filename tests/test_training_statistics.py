@@ -9,7 +9,7 @@ from test_train import bits
 from tiny_text import make_base
 
 import jpeft
-from jpeft.core.statistics import Fisher, KeyValues, LabelTokens, Movement, Prompt
+from jpeft.core.statistics import Fisher, InputMoments, KeyValues, LabelTokens, Movement, Prompt
 from jpeft.training.config import TrainConfig
 from jpeft.training.prepare import prepare
 from jpeft.training.run import load_run
@@ -42,7 +42,7 @@ def statistic(setup, kind, **changes):
 
 
 def test_every_kind_has_a_maker():
-    assert MAKERS.keys() == {Fisher, Movement, KeyValues, LabelTokens}
+    assert MAKERS.keys() == {Fisher, Movement, InputMoments, KeyValues, LabelTokens}
     with pytest.raises(ValueError, match="far requires the statistics Prompt, which the trainer cannot make; it makes Fisher, Movement"):
         check_statistics((Prompt,), "far")
 

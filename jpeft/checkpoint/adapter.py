@@ -50,8 +50,8 @@ def save(path: str | os.PathLike[str], peft: Peft, *, overwrite: bool = False) -
     >>> params = {"dense": {"kernel": jnp.ones((8, 4))}}
     >>> folder = tempfile.mkdtemp() + "/out"
     >>> jpeft.save(folder, jpeft.apply(params, method="lora", rank=2))
-    >>> jpeft.load(folder, params).method
-    jpeft.lora(alpha=16.0, axes=None, dropout=0.0, head='auto', init='kaiming', rank=2, rslora=False, target='(.*/)?kernel', view='auto')
+    >>> jpeft.load(folder, params).method == jpeft.lora(rank=2)
+    True
     """
     save_adapter(path, peft, overwrite=overwrite)
 

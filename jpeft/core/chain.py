@@ -13,6 +13,7 @@ from jpeft.core.layer import Layer
 from jpeft.core.method import Method
 from jpeft.core.stages import Stage
 from jpeft.core.statistics import Statistic
+from jpeft.core.update_rule import UpdateRule
 
 
 class Chain(Method):
@@ -41,6 +42,13 @@ class Chain(Method):
             raise ValueError(
                 f"chain: the training of {' and of '.join(map(repr, staged))} takes stages, and the steps of a run are divided among the "
                 "stages of one method. Chain one of them, and give the others as they are in their last stage."
+            )
+
+        budgets = [name for name, part in self.methods if type(part).update_rule is not Method.update_rule]
+        if staged and budgets:
+            raise ValueError(
+                f"chain: {budgets[0]!r} counts the steps of its optimizer, and each stage of {staged[0]!r} begins with a new optimizer. "
+                "Chain one of them without the other."
             )
 
     # --- making and binding ---------------------------------------------------------------------------------------------------------
@@ -134,6 +142,25 @@ class Chain(Method):
     def penalty(self, adapter: tree.Adapter) -> jax.Array:
         """The sum of the parts' penalties."""
         return sum((part.penalty(adapter[name]) for name, part in self.methods), jnp.zeros(()))
+
+    def penalty_on(self, params: tree.Params, adapter: tree.Adapter) -> jax.Array:
+        """The sum of the parts' penalties."""
+        return sum((part.penalty_on(params, adapter[name]) for name, part in self.methods), jnp.zeros(()))
+
+    def update_rule(self, params: tree.Params, adapter: tree.Adapter) -> UpdateRule | None:
+        """The rules of the parts that have one, each for its own adapter."""
+        found = {name: part.update_rule(params, adapter[name]) for name, part in self.methods}
+        rules = {name: rule for name, rule in found.items() if rule is not None}
+
+        def update(grads: Any, updates: Any, state: Any, adapter: Any) -> tuple[Any, Any]:
+            moved = {name: rule.update(grads[name], updates[name], state[name], adapter[name]) for name, rule in rules.items()}
+            return {**updates, **{name: new for name, (new, _) in moved.items()}}, {name: own for name, (_, own) in moved.items()}
+
+        return UpdateRule(lambda adapter: {name: rule.init(adapter[name]) for name, rule in rules.items()}, update) if rules else None
+
+    def for_steps(self, steps: int) -> "Chain":
+        """Each part for so many updates."""
+        return Chain(methods=tuple((name, part.for_steps(steps)) for name, part in self.methods))
 
     @property
     def requires_stats(self) -> tuple[type[Statistic], ...]:

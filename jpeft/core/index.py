@@ -11,6 +11,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 from jaxtyping import Array, Float
 
 from jpeft.core.method import Method
@@ -39,7 +40,7 @@ def as_leaf(index: Any, *, low: int, high: int, what: str) -> Float[Array, " bat
         values, whole = np.zeros(()), False
     if values.ndim != 1 or not values.size or not whole:
         raise ValueError(f"The index holds a whole number for each example, such as [0, 2, 0], and was {_shown(index)}. There are {what}.")
-    if not isinstance(values, jax.core.Tracer):
+    if not isinstance(values, Tracer):
         known = np.asarray(values)
         wrong = np.flatnonzero((known < low) | (known > high))
         if wrong.size:

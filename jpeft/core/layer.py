@@ -49,6 +49,10 @@ class Linear:
       scale_outputs: ``(y, g) -> y``: the layer's outputs times g, which has the kernel's output axes.
       scale_inputs: ``(x, g) -> x``: the layer's inputs times g, which has the kernel's input axes.
       add_bias: ``(y, bias) -> y``: the layer's outputs with its bias added.
+      map_inputs: ``(x, fn) -> x``: the layer's inputs changed by `fn`, which takes them as vectors [*stack, rows, inputs], in the order of
+        the kernel's matrix, and returns as many.
+      apply_vectors: ``(x, fn) -> y``: the layer without its bias, with `fn` in the place of its product: from vectors
+        [*stack, rows, inputs] to [*stack, rows, *outputs], with the kernel's own output axes.
       reads_once: Whether each number of x is an input at one position only, as in a dense layer and not in a convolution.
       views: In which forms an update of low rank can be computed: "factored", ``layer(x) + (x a) b``, or "merged", the layer on the new
         kernel with the gradient of the factors taken from the factored form.
@@ -62,6 +66,8 @@ class Linear:
     scale_outputs: Callable[[jax.Array, jax.Array], jax.Array] | None = None
     scale_inputs: Callable[[jax.Array, jax.Array], jax.Array] | None = None
     add_bias: Callable[[jax.Array, jax.Array], jax.Array] | None = None
+    map_inputs: Callable[[jax.Array, Callable[[jax.Array], jax.Array]], jax.Array] | None = None
+    apply_vectors: Callable[[jax.Array, Callable[[jax.Array], jax.Array]], jax.Array] | None = None
     reads_once: bool = False
     views: tuple[str, ...] = ("factored", "merged")
 
@@ -130,6 +136,13 @@ class Layer:
         """This layer with some of its parameters exchanged."""
         return dataclasses.replace(self, params={**self.params, **params})
 
+    def with_keywords(self, keywords: Mapping[str, Any]) -> "Layer":
+        """This layer with some of its keyword arguments exchanged, also where it is run without middleware."""
+        run, run_changed = (None if fn is None else functools.partial(fn, **keywords) for fn in (self.run, self.run_changed))
+        assert run is not None
+        bare = None if self.bare is None else self.bare.with_keywords(keywords)
+        return dataclasses.replace(self, run=run, run_changed=run_changed, keywords={**self.keywords, **keywords}, bare=bare)
+
     def without_bias(self) -> "Layer":
         """This layer with zeros for its bias, if it has one."""
         return self.with_params({"bias": jnp.zeros_like(self.params["bias"])}) if "bias" in self.params else self
@@ -175,8 +188,7 @@ class Layer:
         def run(params: Mapping[str, Any], *inputs: Any, **keywords: Any) -> Any:
             layer = below(params)
             if keywords:
-                run = functools.partial(inner.run, **keywords)
-                layer = dataclasses.replace(layer, run=run, keywords={**inner.keywords, **keywords})
+                layer = layer.with_keywords(keywords)
             return method.call(layer, inputs, params[name].leaves, params[name].rng)
 
         def merged(params: Mapping[str, Any]) -> Mapping[str, Any] | None:

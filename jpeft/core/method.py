@@ -41,6 +41,7 @@ from jpeft.core.layer import Layer
 from jpeft.core.method_type import MethodType as MethodType
 from jpeft.core.stages import Stage
 from jpeft.core.statistics import Statistic
+from jpeft.core.update_rule import UpdateRule
 from jpeft.tree.adapters import Adapter, graft, split
 from jpeft.tree.head import with_head as with_head
 from jpeft.tree.paths import Params, flatten
@@ -191,6 +192,20 @@ class Method(metaclass=MethodType):
         """A scalar that is added to the loss."""
         del adapter
         return jnp.zeros(())
+
+    def penalty_on(self, params: Params, adapter: Adapter) -> jax.Array:
+        """`penalty`, which is the default, for a method whose penalty depends on the base, such as the geometry of its kernels."""
+        del params
+        return self.penalty(adapter)
+
+    def update_rule(self, params: Params, adapter: Adapter) -> UpdateRule | None:
+        """What the method does to an optimizer's updates, inside the compiled step; None for nothing. Shapes are enough to make it."""
+        del params, adapter
+
+    def for_steps(self, steps: int) -> "Method":
+        """The method for a training of so many updates, where it was not told their number. The trainer asks for it."""
+        del steps
+        return self
 
     @property
     def requires_stats(self) -> tuple[type[Statistic], ...]:

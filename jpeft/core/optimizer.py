@@ -11,6 +11,7 @@ from jpeft.core.lr_scale import scale_by_path
 from jpeft.core.method import FREEZE, TRAIN
 from jpeft.core.options import shown
 from jpeft.core.peft import Peft, check_peft
+from jpeft.core.update_rule import with_rule
 
 
 def optimizer(
@@ -27,7 +28,9 @@ def optimizer(
     To keep weight decay off biases and normalisations, give optax the mask `jpeft.decay_mask`.
 
     A method may have parameter groups, such as the gates of DiffPruning, and says in `Method.groups` how each is optimised: at a multiple
-    of `tx`'s learning rate, or at a constant one of its own by Adam without weight decay.
+    of `tx`'s learning rate, or at a constant one of its own by Adam without weight decay. It may also have a rule for the updates
+    themselves, such as the budget of AdaLoRA: the rule then stands behind `tx`, counts its updates, and must be given the adapter,
+    ``tx.update(grads, state, adapter)``.
 
     Args:
       tx: The optimizer of all trained leaves; or one for each label, ``{"train": ..., "gates": ...}``, where a group may be left out that
@@ -74,7 +77,13 @@ def optimizer(
             f"{'no optimizer for ' + str(sorted(missing)) if missing else 'no leaf is labelled ' + str(sorted(idle))}."
         )
     chosen = optax.multi_transform({**groups, FREEZE: optax.set_to_zero()}, labels)
-    return scale_by_path(chosen, labels, lr_scale, peft.params) if lr_scale else chosen
+    chosen = scale_by_path(chosen, labels, lr_scale, peft.params) if lr_scale else chosen
+    rule = peft.method.update_rule(peft.params, peft.adapter)
+    if rule is None:
+        return chosen
+    if over == "adapter":
+        return with_rule(chosen, rule)
+    return with_rule(chosen, rule, peft.method.from_collections, lambda tree, adapter: {**tree, **peft.method.to_collections(adapter)})
 
 
 def _of_group(group: Group, common: optax.GradientTransformation | None) -> optax.GradientTransformation | None:

@@ -338,4 +338,4 @@ def penalty(peft: Peft) -> jax.Array:
     0.0
     """
     check_peft(peft, "penalty")
-    return peft.method.penalty(peft.adapter)
+    return peft.method.penalty_on(peft.params, peft.adapter)

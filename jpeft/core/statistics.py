@@ -7,7 +7,7 @@ one of them as ``stats=``, or several in a list, of which each part of a chain t
 import abc
 import dataclasses
 from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar, TypeVar
+from typing import Any, ClassVar, NamedTuple, TypeVar
 
 import jax
 import numpy as np
@@ -63,6 +63,38 @@ class Movement(_PerParameter):
 
     values: Params
     made_by: ClassVar[str] = "jpeft.stats.movement(params, tuned)"
+
+
+class Moments(NamedTuple):
+    """Sums over all inputs x of one kernel, or of each in a stack; every input as a vector of the kernel's inputs.
+
+    Attributes:
+      gram: The sum of ``x xᵀ``, [*stack, inputs, inputs].
+      total: The sum of x, [*stack, inputs].
+      count: The number of inputs, [*stack].
+    """
+
+    gram: Any
+    total: Any
+    count: Any
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class InputMoments(Statistic):
+    """First and second moments of the inputs of kernels, from `jpeft.stats.input_moments`.
+
+    Attributes:
+      values: `Moments` by path of the kernel.
+    """
+
+    values: Mapping[str, Moments]
+    made_by: ClassVar[str] = "jpeft.stats.input_moments(model.apply, params, batches, method=jpeft.lora(init='eva'))"
+
+    @classmethod
+    def of(cls, value: Any) -> "InputMoments | None":
+        """A dict of `Moments`."""
+        return cls(value) if isinstance(value, Mapping) and all(isinstance(each, Moments) for each in value.values()) else None
 
 
 @jax.tree_util.register_dataclass

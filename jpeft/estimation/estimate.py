@@ -241,7 +241,8 @@ class _Subject:
         config = shapes.with_numerics(self._config_for(row), remat=remat)
         loaded = shapes.make_loaded(config, self.folder, self.task, self.labels)
         run = dataclasses.replace(self.run, method=row.method, options=row.options, batch_size=batch_size, remat=remat)
-        method = make_method(run, loaded)
+        # The number of steps makes no difference to what one of them needs.
+        method = make_method(run, loaded).for_steps(10**9)
         methods = [method, *(later for _, later in shapes.later_methods(method))]
         pefts = [shapes.make_peft(loaded, each) for each in methods]
         return [(peft, step_cost(run, loaded, self.task, peft)) for peft in pefts]

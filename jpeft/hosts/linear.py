@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Shaped
 
 from jpeft.core.layer import Linear
+from jpeft.hosts import vectors
 from jpeft.tree.kernels import KernelAxes
 
 MATRIX = KernelAxes((), (0,), (1,))
@@ -91,13 +92,17 @@ def einsum(equation: str | None, promote: Promote, contract: Callable[..., jax.A
 
     # Numbers for outputs stand in the kernel's order, as adapters store them. nn.Einsum stores its bias in the order of the result.
     without = lambda axes: [c for i, c in enumerate(kernel) if i not in axes]
+    sides = vectors.equation(x, *("".join(kernel[i] for i in part) for part in axes), result)
+    reads = set(without(outputs)) <= set(x)
     return Linear(
         "kernel",
         axes,
         apply_low_rank,
         scale_outputs=scale(places_of(without(inputs), result)),
-        scale_inputs=scale(places_of(without(outputs), x)) if set(without(outputs)) <= set(x) else None,
+        scale_inputs=scale(places_of(without(outputs), x)) if reads else None,
         add_bias=add(places_of([c for c in result if c in kernel], result)),
+        map_inputs=vectors.map_inputs(sides) if reads else None,
+        apply_vectors=vectors.apply_vectors(sides) if reads else None,
     )
 
 

@@ -1,16 +1,25 @@
 """LoRA: low-rank updates of kernels."""
 
-from typing import Any, Literal
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal
 
+import jax
 import jax.numpy as jnp
+from jaxtyping import Array
 
-from jpeft.core.dropout import inverted_dropout
+from jpeft import tree
+from jpeft.core.groups import Group
 from jpeft.core.layer import Layer, Linear
+from jpeft.core.limits import Range
+from jpeft.core.method import FREEZE, with_head
 from jpeft.core.options import Count, Names, PerPath, Positive, Probability, option
-from jpeft.reparameterized import low_rank, two_view
+from jpeft.core.statistics import InputMoments, Statistic, find
+from jpeft.reparameterized import low_rank, starts, two_view
 from jpeft.reparameterized.matrix_form import MatrixForm
 from jpeft.reparameterized.weight_method import Inputs, Key, Leaves, Matrix, WeightMethod
 from jpeft.tree.select import first_match
+
+FASTER = "b"  # label of the factor with a learning rate of its own
 
 
 class LoRA(WeightMethod):
@@ -29,7 +38,16 @@ class LoRA(WeightMethod):
       dropout: Rate on the input of the branch alone; active when the model is given a ``dropout`` rng.
       rslora: ``s = alpha / sqrt(r)``, which keeps the update's size as r grows (https://arxiv.org/abs/2312.03732).
       init: ``a`` is uniform in +-1/sqrt(fan_in) ("kaiming", the authors' code) or N(0, 1/r^2) ("gaussian"). For embeddings it is ``b``
-        that is random, N(0, 1), and ``a`` that is zero.
+        that is random, N(0, 1), and ``a`` that is zero. Other starts (`jpeft.reparameterized.starts`): "orthogonal", random factors with a
+        product of zero; "pissa" and "olora", the kernel's largest directions by SVD or QR; "corda" and "corda-kpm", by SVD of the
+        kernel weighted with its inputs; "eva", the directions of the inputs. The last three take `jpeft.stats.input_moments`. Where the
+        start's product is not zero, the adapter keeps its factors too, ``W' = W + s (a b - a0 b0)``, and the base stays as it is.
+      rho: With "eva": a kernel may have up to rho times its rank. The ranks of all kernels go to the directions with the largest shares of
+        their inputs' variance; ``s`` stays as it is.
+      freeze_a: LoRA-FA: train ``b`` alone. The backward pass then keeps ``x a`` in place of x (https://arxiv.org/abs/2308.03303). Of an
+        embedding ``a`` is trained alone.
+      b_lr_scale: LoRA+: the learning rate of ``b`` as a multiple of that of ``a``, 16 say (https://arxiv.org/abs/2402.12354). An embedding
+        keeps one rate for both.
       view: How training computes it. "two-view" takes forward and dX from the merged kernel and da, db from the factors
         (`jpeft.reparameterized.two_view`); "factored" is the equation above, and the one for forward-mode derivatives; "joined" adds
         the update inside the layer's product, which spares bfloat16 a trip of the outputs and a rounding for copies of inputs and kernel
@@ -61,37 +79,120 @@ class LoRA(WeightMethod):
     target: Names = r"(.*/)?kernel"
     dropout: Probability = 0.0
     rslora: bool = False
-    initializer: low_rank.Initializer = option(default="kaiming", alias="init")
+    initializer: starts.Kind = option(default="kaiming", alias="init")
+    rho: Annotated[float, Range(1)] = 1.0
+    freeze_a: bool = False
+    b_lr_scale: Positive = 1.0
     view: Literal["auto", "two-view", "factored", "joined"] = "auto"
 
     name = "lora"
     summary = "low-rank updates of kernels, merged for inference"
     learning_rate = 3e-3
-    leaf_axes = low_rank.LEAF_AXES
+    leaf_axes = starts.LEAF_AXES
+
+    def check(self) -> None:
+        """Refuse a redistribution of ranks where there is nothing to go by."""
+        if self.rho != 1 and self.initializer != "eva":
+            raise ValueError(
+                f"lora: rho={self.rho} moves ranks between kernels by the statistics of init='eva', and init is {self.initializer!r}."
+            )
 
     def scale(self, path: str) -> float:
         """``s`` of the kernel at a path."""
         return low_rank.scale(path, self.rank, self.alpha, self.rslora)
 
+    # --- the start --------------------------------------------------------------------------------------------------------------------
+
+    @property
+    def requires_stats(self) -> tuple[type[Statistic], ...]:
+        """The inputs of the kernels, for a start that looks at them."""
+        return (InputMoments,) if self.initializer in starts.NEED_INPUTS else ()
+
+    def init(self, key: Key, params: tree.Params, *, stats: Any = None) -> tree.Adapter:
+        """Leaves for each chosen kernel, and the task head.
+
+        Raises:
+          ValueError: if the start takes statistics and they are not given, or not for these kernels.
+        """
+        if not self.requires_stats:
+            return super().init(key, params, stats=stats)
+        moments = find(stats, InputMoments)
+        if moments is None:
+            raise ValueError(f"lora: init={self.initializer!r} takes the statistics stats=..., made by {InputMoments.made_by}.")
+        forms = self.forms(params)
+        ranks = {path: first_match(path, self.rank, "rank") for path in forms}
+        scales = {path: self.scale(path) for path in forms}
+        leaves = starts.by_inputs(self.initializer, key, tree.flatten(params), forms, moments.values, ranks, scales, self.rho)
+        return with_head(leaves, params, self.head)
+
     def init_kernel(self, key: Key, kernel: Matrix, path: str) -> Leaves:
-        """``a`` random, ``b`` zero."""
-        rank = first_match(path, self.rank, "rank")
-        return low_rank.factors(key, path, kernel.shape, low_rank.MATRIX, rank, self.initializer)
+        """``a`` random and ``b`` zero, or both in directions of the kernel."""
+        return starts.of_kernel(self.initializer, key, kernel, path, first_match(path, self.rank, "rank"), self.scale(path))
 
     def init_leaves(self, key: Key, kernel: Any, form: MatrixForm, path: str) -> Leaves:
-        """As `init_kernel`, drawn for all kernels of a stack at once: only the shape of the kernel is needed."""
-        return low_rank.factors(key, path, form.shape, form.axes, first_match(path, self.rank, "rank"), self.initializer)
+        """The random start is drawn for all kernels of a stack at once: only the shape of the kernel is needed."""
+        if self.initializer in ("kaiming", "gaussian"):
+            return low_rank.factors(key, path, form.shape, form.axes, first_match(path, self.rank, "rank"), self.initializer)
+        return super().init_leaves(key, kernel, form, path)
+
+    def expected(self, params: tree.Params, adapter: tree.Adapter) -> tree.Adapter:
+        """The shapes do not depend on statistics, unless ranks may be moved between kernels: then they are those that the adapter has."""
+        if not self.requires_stats:
+            return super().expected(params, adapter)
+        alike = self.replace(rho=1.0, init="pissa" if self.initializer != "eva" else "kaiming")
+        shapes = tree.flatten(alike.expected(params, adapter))
+        most = lambda path: round(first_match(path, self.rank, "rank") * self.rho)
+        held = tree.flatten(adapter) if self.rho > 1 else {}
+        return tree.unflatten(low_rank.stored_ranks(shapes, held, self.forms(params), self.leaf_axes, most))
+
+    # --- training ---------------------------------------------------------------------------------------------------------------------
+
+    def labels(self, adapter: tree.Adapter) -> Any:
+        """The factors of the start are frozen, and so is ``a`` with `freeze_a`. ``b`` is a group where it has its own learning rate."""
+        leaves, labels = tree.flatten(adapter), {}
+        for kernel in {path.rpartition("/")[0] for path in leaves if path.endswith("/a") and f"{path[:-1]}b" in leaves}:
+            lookup = kernel.rpartition("/")[2] == "embedding"
+            if self.b_lr_scale != 1 and not lookup:
+                labels[f"{kernel}/b"] = FASTER
+            if self.freeze_a:
+                labels[f"{kernel}/{self._random_factor(kernel)}"] = FREEZE
+            labels |= {path: FREEZE for path in (f"{kernel}/a0", f"{kernel}/b0") if path in leaves}
+        return tree.replace(super().labels(adapter), labels)
+
+    @property
+    def groups(self) -> tuple[tuple[str, Group], ...]:
+        """``b`` with a learning rate of its own."""
+        return ((FASTER, Group(lr_scale=self.b_lr_scale)),) if self.b_lr_scale != 1 else ()
+
+    def _random_factor(self, path: str) -> str:
+        """The factor that is random at the start: of an embedding it is ``b``."""
+        return "b" if path.rpartition("/")[2] == "embedding" else "a"
+
+    def _held(self, leaves: Mapping[str, Any], path: str) -> dict[str, Any]:
+        """The leaves, those that are not trained without a gradient: then nothing is computed or kept for it."""
+        frozen = {"a0", "b0"} | ({self._random_factor(path)} if self.freeze_a else set())
+        return {name: jax.lax.stop_gradient(leaf) if name in frozen else leaf for name, leaf in leaves.items()}
+
+    # --- one kernel -------------------------------------------------------------------------------------------------------------------
 
     def new_kernel(self, kernel: Matrix, leaves: Leaves, path: str) -> Matrix:
-        """``W + s a b``."""
-        return low_rank.update(kernel, leaves, self.scale(path))
+        """``W + s a b``, or ``W + s (a b - a0 b0)``."""
+        return low_rank.update(kernel, self._held(leaves, path), self.scale(path))
+
+    def as_low_rank(self, leaves: Leaves, path: str) -> tuple[Array, Array]:
+        """``s a`` and ``b``; with the factors of the start, ``s [a, -a0]`` and ``[b; b0]``."""
+        if "a0" not in leaves:
+            return self.scale(path) * leaves["a"], leaves["b"]
+        a, b = jnp.concatenate([leaves["a"], -leaves["a0"]], -1), jnp.concatenate([leaves["b"], leaves["b0"]], -2)
+        return self.scale(path) * a, b
 
     def call_linear(self, layer: Layer, linear: Linear, inputs: Inputs, leaves: Leaves, path: str, rng: Key | None) -> Any:
         """One of the views, whichever is cheaper for the layer's shape."""
-        a, b, s, x = leaves["a"], leaves["b"], self.scale(path), inputs[0]
-        if self.dropout and rng is not None and jnp.issubdtype(x.dtype, jnp.floating):
-            return two_view.factored(layer, linear, s, inputs, inverted_dropout(rng, x, self.dropout), a, b)
-        return two_view.low_rank(layer, linear, s, inputs, a, b, view=self.view)
+        held, s = self._held(leaves, path), self.scale(path)
+        start = (held["a0"], held["b0"]) if "a0" in held else None
+        # With a frozen `a` the factored view keeps `x a` for the backward pass, and not x.
+        view = "factored" if self.view == "auto" and self.freeze_a else self.view
+        return two_view.low_rank(layer, linear, s, inputs, held["a"], held["b"], view=view, dropout=self.dropout, rng=rng, start=start)
 
 
 lora = LoRA

@@ -1,6 +1,7 @@
 """Low-rank factors: how ``a`` and ``b`` of an update ``s a b`` begin, and the scale s."""
 
 import math
+from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
 import jax
@@ -9,8 +10,9 @@ from jaxtyping import Array, Float
 
 from jpeft.core.initializers import kaiming_uniform
 from jpeft.core.options import Count, PerPath, Positive
-from jpeft.reparameterized.matrix_form import INPUTS, OUTPUTS
+from jpeft.reparameterized.matrix_form import INPUTS, OUTPUTS, LeafAxes, MatrixForm
 from jpeft.tree.kernels import KernelAxes
+from jpeft.tree.paths import Path
 from jpeft.tree.select import first_match
 
 RANK = "rank"
@@ -41,5 +43,41 @@ def factors(
 
 
 def update(kernel: Float[Array, "*stack inputs outputs"], leaves: dict[str, Any], scale: float) -> Float[Array, "*stack inputs outputs"]:
-    """``W + s a b``, of one kernel or of a stack."""
-    return kernel + scale * (leaves["a"] @ leaves["b"])
+    """``W + s a b``, or ``W + s (a b - a0 b0)`` with the factors of the start; of one kernel or of a stack."""
+    product = leaves["a"] @ leaves["b"]
+    if "a0" in leaves:
+        product = product - jax.lax.stop_gradient(leaves["a0"] @ leaves["b0"])
+    return kernel + scale * product
+
+
+def stored_ranks(
+    shapes: Mapping[Path, Any],
+    held: Mapping[Path, Any],
+    forms: Mapping[Path, MatrixForm],
+    leaf_axes: Mapping[str, LeafAxes],
+    most: Callable[[Path], int],
+) -> dict[Path, Any]:
+    """The shapes of an adapter whose kernels may have other ranks than at the start, or none: those that it holds.
+
+    Args:
+      shapes: Of all leaves at the start.
+      held: The adapter; for an empty one the shapes are those of the start.
+      forms: The form of each kernel.
+      leaf_axes: The axes of each leaf as a matrix.
+      most: The largest rank that a kernel may have.
+
+    Raises:
+      ValueError: for a rank above it.
+    """
+    out = dict(shapes)
+    for path, form in forms.items() if held else ():
+        own = {name: axes for name, axes in leaf_axes.items() if f"{path}/{name}" in shapes}
+        found = [held[f"{path}/{name}"].shape[form.stored_axes(axes).index(RANK)] for name, axes in own.items() if f"{path}/{name}" in held]
+        rank = found[0] if found else 0
+        if rank > most(path):
+            raise ValueError(f"The factors at '{path}' have rank {rank}, and the method's options allow {most(path)}.")
+        for name, axes in own.items():
+            shape = out.pop(f"{path}/{name}")
+            if rank:
+                out[f"{path}/{name}"] = jax.ShapeDtypeStruct(form.leaf_shape(axes, {RANK: rank}), shape.dtype)
+    return out

@@ -12,10 +12,12 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
-from jaxtyping import Array, Shaped
+import numpy as np
+from jaxtyping import Shaped
 
 from jpeft.tree.kernels import KernelAxes
 
+Array = jax.Array | np.ndarray
 INPUTS, OUTPUTS = "inputs", "outputs"
 LeafAxes = tuple[str, ...]  # of a leaf as a matrix: INPUTS, OUTPUTS or any other name for each axis
 

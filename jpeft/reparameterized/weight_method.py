@@ -71,6 +71,16 @@ class WeightMethod(Method):
         del leaves, path
         return bias
 
+    def as_low_rank(self, leaves: Leaves, path: str) -> tuple[Array, Array] | None:
+        """Factors of the whole change, ``W' = W + a b`` with every scale in them; None for a method whose change has no such form.
+
+        Args:
+          leaves: Those of one kernel, or of a stack of them, as matrices.
+          path: The kernel's path.
+        """
+        del leaves, path
+        return None
+
     def call_linear(self, layer: Layer, linear: Linear, inputs: Inputs, leaves: Leaves, path: str, rng: Key | None) -> Any:
         """Run a layer whose geometry is known, which is where a method can be cheaper than its new kernel.
 

@@ -104,6 +104,7 @@ def attach(
     loaded: models.Loaded,
     make_statistics: Callable[[Method], Any] | None = None,
     recorded: dict[str, Any] | None = None,
+    steps: int | None = None,
 ) -> Peft:
     """Return the base with a newly initialised adapter of the configured method.
 
@@ -112,11 +113,13 @@ def attach(
       loaded: The base.
       make_statistics: Makes the statistics that the method requires; see `jpeft.training.statistics`. None where there is no data.
       recorded: As for `make_method`.
+      steps: Number of updates of the run, for a method that spreads something over them. None where nothing is trained.
 
     Raises:
       ValueError: if the method requires statistics and they cannot be made.
     """
     method = make_method(config, loaded, recorded)
+    method = method if steps is None else method.for_steps(steps)
     stats = None
     if method.requires_stats:
         if make_statistics is None:

@@ -16,6 +16,7 @@ from jpeft.data import Table
 from jpeft.data.texts import texts_table
 from jpeft.deprecation import renamed_members
 from jpeft.distributed import gather_to_host, on_first_process
+from jpeft.models.checkpoints.shards import LARGEST_FILE
 from jpeft.tasks.task import Arrays, Task, task_of
 from jpeft.training.base_files import check_base_files
 from jpeft.training.build import load_base
@@ -158,9 +159,9 @@ class Run:
         """
         return jpeft.merge(self.peft)
 
-    def save_merged(self, folder: str | os.PathLike[str]) -> None:
+    def save_merged(self, folder: str | os.PathLike[str], *, max_shard_size: int | str = LARGEST_FILE) -> None:
         """Write the merged model as a plain Hugging Face folder; see `save_merged`."""
-        save_merged(folder, self.loaded, self.peft)
+        save_merged(folder, self.loaded, self.peft, max_shard_size=max_shard_size)
 
 
 def load_run(
@@ -250,10 +251,11 @@ def _check_shareable(base: Run, config: TrainConfig, labels: Sequence[str], fold
         raise ValueError(f"{folder.path} cannot share the base of {base.folder.path}: they differ in {', '.join(different)}.")
 
 
-def save_merged(folder: str | os.PathLike[str], loaded: models.Loaded, peft: Peft) -> None:
+def save_merged(folder: str | os.PathLike[str], loaded: models.Loaded, peft: Peft, *, max_shard_size: int | str = LARGEST_FILE) -> None:
     """Write the merged model as a Hugging Face folder with its labels and tokenizer; the folder may exist if it is empty.
 
-    If there are several processes, all must call this, and each holds the whole model in its host's memory for a while.
+    If there are several processes, all must call this, and each holds the whole model in its host's memory for a while. Weights of more
+    than `max_shard_size` are split into several files, as `jpeft.models.save` does.
 
     Raises:
       ValueError: the method's reason, if it cannot merge; if the merged weights are not finite.
@@ -261,8 +263,8 @@ def save_merged(folder: str | os.PathLike[str], loaded: models.Loaded, peft: Pef
     params = gather_to_host(jpeft.merge(peft))
     if bad := not_finite(params):
         raise ValueError(f"The merged weights are not finite, in {first_few(bad, 3)}. {explain(peft)}")
-    write = lambda: models.save(folder, loaded.model, params, labels=loaded.labels, tokenizer=loaded.tokenizer, overwrite=True)
-    on_first_process(write)
+    options: dict[str, Any] = {"labels": loaded.labels, "tokenizer": loaded.tokenizer, "max_shard_size": max_shard_size}
+    on_first_process(lambda: models.save(folder, loaded.model, params, overwrite=True, **options))
 
 
 __getattr__ = renamed_members(__name__, open_run="load_run")

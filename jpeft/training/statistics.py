@@ -12,7 +12,8 @@ import optax
 from jaxtyping import Array, PyTree
 
 from jpeft import data, models, stats
-from jpeft.core.statistics import Fisher, KeyValues, LabelTokens, Movement, Statistic
+from jpeft.core.method import Method
+from jpeft.core.statistics import Fisher, InputMoments, KeyValues, LabelTokens, Movement, Statistic
 from jpeft.distributed import gather_to_host
 from jpeft.tasks.task import Arrays, Batch, Task
 from jpeft.tasks.token_ids import check_token_ids
@@ -30,6 +31,8 @@ FULL_LEARNING_RATE = 2e-4
 MOVEMENT_SHARE = 0.1
 # Examples that Fisher information is averaged over.
 FISHER_EXAMPLES = 1024
+# Examples whose activations the moments of inputs are summed over.
+INPUT_EXAMPLES = 256
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,6 +47,7 @@ class Source:
       loaded: The pretrained model.
       forward: `(params, inputs) -> outputs` of the model as it stands, with its adapter if it has one, without dropout.
       params: The base.
+      method: What the statistics are for.
     """
 
     config: TrainConfig
@@ -53,6 +57,7 @@ class Source:
     loaded: models.Loaded
     forward: Callable[[Params, dict[str, Any]], Any]
     params: Params
+    method: Method | None = None
 
     def losses(self, params: Params, batch: Batch) -> Array:
         """Return the negative log-likelihood of each row."""
@@ -103,6 +108,18 @@ def make_key_values(source: Source) -> KeyValues:
     return jax.jit(functools.partial(stats.key_values, source.loaded.model))(source.params, jnp.array([tokens]))
 
 
+def make_input_moments(source: Source) -> InputMoments:
+    """Return the moments of the kernels' inputs over the first examples of the training order, padding left out."""
+    config, arrays = source.config, source.arrays
+    parts = [part for _, part in source.method.parts] or [source.method] if source.method else []
+    count = min(INPUT_EXAMPLES, len(next(iter(arrays.values()))))
+    ds = data.batches(arrays, config.batch_size, seed=keys(config.seed).data)
+    batches = [source.task.loss_inputs(ds[index]) for index in range(-(-count // config.batch_size))]
+    run = functools.partial(source.loaded.model.apply, deterministic=True)
+    found = [stats.input_moments(run, source.params, batches, method=part) for part in parts if InputMoments in part.requires_stats]
+    return InputMoments({path: moments for each in found for path, moments in each.values.items()})
+
+
 def make_label_tokens(source: Source) -> LabelTokens:
     """Return the token ids of each label's name."""
     tokenizer = source.loaded.tokenizer
@@ -112,6 +129,7 @@ def make_label_tokens(source: Source) -> LabelTokens:
 MAKERS: dict[type[Statistic], Callable[[Source], Statistic]] = {
     Fisher: make_fisher,
     Movement: make_movement,
+    InputMoments: make_input_moments,
     KeyValues: make_key_values,
     LabelTokens: make_label_tokens,
 }

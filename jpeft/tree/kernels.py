@@ -172,6 +172,17 @@ def _unknown(path: Path, shape: tuple[int, ...]) -> ValueError:
     )
 
 
+def window_of(path: Path, shape: tuple[int, ...], axes: KernelAxes) -> int:
+    """How many places the window of a convolution's kernel has; 1 for any other kernel.
+
+    >>> window_of("stem/kernel", (3, 3, 16, 32), KernelAxes((), (0, 1, 2), (3,))), window_of("query/kernel", (16, 32), _axes("io"))
+    (9, 1)
+    """
+    inside = tuple(shape[i] for i in sorted(axes.inputs + axes.outputs))
+    is_window = len(inside) > 2 and len(axes.outputs) == 1 and _has_window(path, inside, False)
+    return math.prod(inside[:-2]) if is_window else 1
+
+
 def _has_window(path: Path, shape: tuple[int, ...], stacked: bool) -> bool:
     """Whether a leaf has the shape of a convolution, [*window, channels, width], and is not a stack of kernels.
 

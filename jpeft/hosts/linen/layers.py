@@ -19,7 +19,7 @@ from flax import linen as nn
 from jaxtyping import Array, Float
 
 from jpeft.core.layer import Linear
-from jpeft.hosts import linear
+from jpeft.hosts import linear, vectors
 from jpeft.hosts.taught import linear_of as linear_of_taught
 from jpeft.tree.kernels import KernelAxes
 
@@ -118,6 +118,8 @@ def _dense(module: nn.Dense) -> Linear:
         scale_outputs=linear.scale((-1,)),
         scale_inputs=linear.scale((-1,)),
         add_bias=linear.add((-1,)),
+        map_inputs=vectors.map_inputs(vectors.dense),
+        apply_vectors=vectors.apply_vectors(vectors.dense),
         reads_once=True,
     )
 
@@ -148,6 +150,7 @@ def _dense_general(module: nn.DenseGeneral, ndim: int) -> Linear:
         down, up = module.clone(use_bias=False, features=(a.shape[-1],)), module.clone(use_bias=False, axis=-1)
         return _run(up, b, _run(down, a, x))
 
+    sides = vectors.contraction(stack, axis, outputs)
     # Rows can be made of the leading axes only if the last axes are contracted, in their order.
     rows = not stack and axis == tuple(range(-len(axis), 0))
     return Linear(
@@ -157,6 +160,8 @@ def _dense_general(module: nn.DenseGeneral, ndim: int) -> Linear:
         scale_outputs=linear.scale(at_outputs),
         scale_inputs=scale_inputs,
         add_bias=linear.add(at_outputs),
+        map_inputs=vectors.map_inputs(sides),
+        apply_vectors=vectors.apply_vectors(sides),
         reads_once=True,
     )
 

@@ -17,7 +17,7 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from jpeft.core.layer import Linear
-from jpeft.hosts import linear
+from jpeft.hosts import linear, vectors
 from jpeft.hosts.nnx.outputs import INNER
 from jpeft.tree.kernels import KernelAxes
 
@@ -103,6 +103,8 @@ def _linear(module: nnx.Linear) -> Linear:
         scale_outputs=linear.scale((-1,)),
         scale_inputs=linear.scale((-1,)),
         add_bias=linear.add((-1,)),
+        map_inputs=vectors.map_inputs(vectors.dense),
+        apply_vectors=vectors.apply_vectors(vectors.dense),
         reads_once=True,
     )
 
@@ -123,6 +125,7 @@ def _linear_general(module: nnx.LinearGeneral, ndim: int) -> Linear:
         # [b, t, d] . a [d, r] -> [b, t, r], then [b, t, r] . b [r, n, h] -> [b, t, n, h]
         return _without_bias(module, b, axis=(-1,))(_without_bias(module, a, out_features=(a.shape[-1],))(x))
 
+    sides = vectors.contraction(stack, axis, outputs)
     # Rows can be made of the leading axes only if the last axes are contracted, in their order.
     rows = not stack and axis == tuple(range(-len(axis), 0))
     return Linear(
@@ -132,6 +135,8 @@ def _linear_general(module: nnx.LinearGeneral, ndim: int) -> Linear:
         scale_outputs=linear.scale(at_outputs),
         scale_inputs=scale_inputs,
         add_bias=linear.add(at_outputs),
+        map_inputs=vectors.map_inputs(sides),
+        apply_vectors=vectors.apply_vectors(sides),
         reads_once=True,
     )
 

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from jax.core import Tracer
 
 from jpeft.core.layer import Layer, Linear
+from jpeft.hosts import vectors
 from jpeft.hosts.products.find import Use, all_atoms, axis_roles, looked_up_axis
 from jpeft.hosts.products.view import Atom, View
 from jpeft.tree.kernels import KernelAxes
@@ -61,7 +62,7 @@ def linear_of(use: Use, axes: KernelAxes) -> Linear:
     # A kernel that is rounded and then widened again moves in steps: only a layer on its new kernel does what the merged one will do.
     rounds = view.bits < jnp.finfo(use.eqn.invars[use.position].aval.dtype).bits
     closed = not any(isinstance(factor.value, Tracer) for factor in view.factors)
-    scale_outputs = scale_inputs = add = None
+    scale_outputs = scale_inputs = add = sides = None
     if kind == "convolution":
         apply_low_rank, y_axes = _convolution(use, axes)
     elif kind == "lookup":
@@ -69,6 +70,7 @@ def linear_of(use: Use, axes: KernelAxes) -> Linear:
     else:
         apply_low_rank, x_axes, y_axes = _dot(use, axes)
         scale_inputs = _times(use, (*axes.stack, *axes.inputs), x_axes) if forward and not rounds else None
+        sides = _sides(use, axes, x_axes, y_axes) if forward and not rounds else None
     if forward and not rounds:
         outputs = (*axes.stack, *axes.outputs)
         scale_outputs, add = _times(use, outputs, y_axes), _plus(use, outputs, y_axes)
@@ -79,6 +81,8 @@ def linear_of(use: Use, axes: KernelAxes) -> Linear:
         scale_outputs=scale_outputs,
         scale_inputs=scale_inputs,
         add_bias=add,
+        map_inputs=None if sides is None else _reshaping_x(vectors.map_inputs(lambda ndim: sides), x_axes),
+        apply_vectors=None if sides is None else _reshaping_x(vectors.apply_vectors(lambda ndim: sides), x_axes, use),
         reads_once=kind == "dot" and forward,
         views=("merged",) if rounds and closed else ("factored", "merged") if closed else ("factored",),
     )
@@ -227,6 +231,30 @@ def _einsum(x: Lettered, y: Lettered, out: list[Letter], precision: Any) -> jax.
     dtype = jnp.result_type(x[0], y[0])
     operands = [part for value, letters in (x, y) for part in (value.astype(dtype), [numbers[letter] for letter in letters])]
     return jnp.einsum(*operands, [numbers[letter] for letter in out], precision=precision)
+
+
+# --- vectors ---------------------------------------------------------------------------------------------------------------------------
+
+
+def _sides(use: Use, axes: KernelAxes, x_axes: Axes, y_axes: Axes) -> vectors.Sides | None:
+    """The letters of a product that uses all of the kernel as it is; None for any other."""
+    view = use.view
+    if view.slices or view.factors or any(len(all_atoms(view, axis)) != 1 for axis in axes.stack):
+        return None
+    stack, inputs, outputs = ([atom for axis in part for atom in all_atoms(view, axis)] for part in axes)
+    x, y = ([letter for part in side for letter in part] for side in (x_axes, y_axes))
+    known = {*stack, *inputs} <= set(x) and {*stack, *outputs} <= set(y)
+    return vectors.Sides(x, stack, inputs, outputs, y, tuple(atom.size for atom in outputs)) if known else None
+
+
+def _reshaping_x(run: vectors.MapInputs, x_axes: Axes, use: Use | None = None) -> vectors.MapInputs:
+    """A function on x with an axis for each letter as one on x itself; with the axes of the use's result where a use is given."""
+
+    def reshaping(x: jax.Array, fn: Callable[[jax.Array], jax.Array]) -> jax.Array:
+        shape = x.shape if use is None else use.eqn.outvars[0].aval.shape
+        return run(x.reshape(_sizes(x_axes, x.shape)), fn).reshape(shape)
+
+    return reshaping
 
 
 # --- scaling ---------------------------------------------------------------------------------------------------------------------------

@@ -6,6 +6,7 @@ are the blocks' tensors stacked.
 """
 
 import dataclasses
+import functools
 import re
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -55,11 +56,11 @@ class Entry:
         for name, place in zip(names, out if self.stacked else [out], strict=True):
             read(name, place.T if self.transposed else place)
 
-    def split(self, leaf: jax.Array | np.ndarray) -> dict[str, np.ndarray]:
-        """Return the tensors that this parameter is made of, by name; the inverse of `fill`."""
-        parts = np.asarray(leaf) if self.stacked else np.asarray(leaf)[None]
+    def tensor(self, leaf: jax.Array | np.ndarray, name: str) -> np.ndarray:
+        """Return one of the tensors that this parameter is made of, by its name; the inverse of `fill`."""
+        part = np.asarray(leaf[self.names.index(name)] if self.stacked else leaf)
         # safetensors writes the underlying buffer whatever the strides: a transposed view would be stored untransposed.
-        return {name: np.ascontiguousarray(part.T if self.transposed else part) for name, part in zip(self.names, parts)}
+        return np.ascontiguousarray(part.T if self.transposed else part)
 
 
 def checkpoint_layout(model: nn.Module) -> list[Entry]:
@@ -70,7 +71,12 @@ def checkpoint_layout(model: nn.Module) -> list[Entry]:
     >>> entry.path, entry.names
     ('pooler/dense/kernel', ('pooler.dense.weight',))
     """
-    config = model.config
+    return list(_layout(model))
+
+
+@functools.lru_cache(maxsize=8)  # tracing a deep model takes seconds, and several parts of a program ask
+def _layout(model: nn.Module) -> tuple[Entry, ...]:
+    config: Any = model.config  # pyright: ignore[reportAttributeAccessIssue]
     family = families.family_of(config.model_type)
     entries = []
     for path, leaf in flatten(families.abstract_params(model)).items():
@@ -86,4 +92,4 @@ def checkpoint_layout(model: nn.Module) -> list[Entry]:
         if not family.names.prefixed:
             names = tuple(name.removeprefix(f"{family.names.body_of(config.model_type)}.") for name in names)
         entries.append(Entry(path, names, transposed, stacked, leaf.shape, leaf.dtype))
-    return entries
+    return tuple(entries)

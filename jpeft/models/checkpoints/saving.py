@@ -7,14 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import flax.linen as nn
-import numpy as np
 
 from jpeft.checkpoint.files import replace_folder, use_umask
 from jpeft.checkpoint.temporary import Temporary
-from jpeft.extras import explained
 from jpeft.models import families
 from jpeft.models.checkpoints.folder import config_class
 from jpeft.models.checkpoints.layout import Entry, checkpoint_layout
+from jpeft.models.checkpoints.shards import LARGEST_FILE, check_size, write_tensors
 from jpeft.tree.paths import flatten
 
 
@@ -26,6 +25,7 @@ def save(
     labels: Sequence[str] | None = None,
     tokenizer: Any = None,
     overwrite: bool = False,
+    max_shard_size: int | str = LARGEST_FILE,
 ) -> None:
     """Write a Hugging Face folder: config.json, model.safetensors and, if given, the tokenizer.
 
@@ -39,13 +39,13 @@ def save(
       labels: names of the classes, for the configuration.
       tokenizer: any object with `save_pretrained`.
       overwrite: replace an existing model folder.
+      max_shard_size: the largest file of weights, in bytes or as "5GB" (KB, MB, GB or TB). A larger model is written into several files
+        with an index, model.safetensors.index.json; each file is copied from the parameters on its own.
 
     Raises:
-      ValueError: if `params` are not those of `model`, the number of labels is not that of the head's outputs, or `folder` exists.
+      ValueError: if `params` are not those of `model`, the number of labels is not that of the head's outputs, `folder` exists, or
+        `max_shard_size` is no size.
     """
-    with explained():
-        from safetensors.numpy import save_file
-
     folder = Path(folder).expanduser().absolute()
     if folder.exists() and not overwrite:
         raise ValueError(f"{folder} exists; pass overwrite=True to replace it.")
@@ -57,13 +57,13 @@ def save(
     leaves = flatten(params)
     _check_params(layout, leaves)
     config = _make_hf_config(model, labels)
+    size = check_size(max_shard_size)
 
     # Write into a folder beside it and rename that at the end: a rename is atomic, so no half-written folder is ever seen.
     temporary = Temporary(folder)
     try:
         partial = temporary.make_folder()
-        tensors = {name: tensor for entry in layout for name, tensor in entry.split(leaves[entry.path]).items()}
-        save_file(tensors | _second_names(model, tensors), partial / "model.safetensors", metadata={"format": "pt"})
+        write_tensors(partial, layout, leaves, _second_names(model, layout), size)
         config.save_pretrained(partial)
         if tokenizer is not None:
             tokenizer.save_pretrained(partial)
@@ -73,14 +73,15 @@ def save(
         temporary.remove()
 
 
-def _second_names(model: nn.Module, tensors: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """Return copies of tensors under their second names, which torch reads where nothing ties the two."""
+def _second_names(model: nn.Module, layout: Sequence[Entry]) -> dict[str, str]:
+    """Return the names of tensors by their second names, under which torch reads them where nothing ties the two."""
     config: Any = model.config  # pyright: ignore[reportAttributeAccessIssue]
     if getattr(config, "tie_word_embeddings", True):
         return {}
     pairs = families.family_of(config.model_type).names.second_names
-    seconds = {name: re.sub(pattern, replacement, name) for pattern, replacement in pairs for name in tensors}
-    return {second: tensors[name].copy() for name, second in seconds.items() if second != name}
+    names = [name for entry in layout for name in entry.names]
+    seconds = {re.sub(pattern, replacement, name): name for pattern, replacement in pairs for name in names}
+    return {second: name for second, name in seconds.items() if second != name}
 
 
 def _check_params(layout: list[Entry], leaves: Mapping[str, Any]) -> None:

@@ -1,0 +1,158 @@
+"""LORA: LoRA, rsLoRA and DoRA, of linear layers, convolutions and embeddings."""
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from jpeft.hf_peft import targets
+from jpeft.hf_peft.config import ANY, COUNT, COUNT_RULES, FLAG, POSITIVE, POSITIVE_RULES, RATE, TARGETING, Config, Key, one_of
+from jpeft.hf_peft.formats.base import Arrays, Shapes, WeightFormat
+from jpeft.hf_peft.sites import CONV, EMBEDDING, Base, Site
+from jpeft.reparameterized.dora import DoRA
+from jpeft.reparameterized.lora import LoRA
+from jpeft.reparameterized.low_rank import scale
+from jpeft.reparameterized.weight_method import WeightMethod
+from jpeft.tree.select import first_match
+
+# Ways to begin that leave the base as it is, so that they do not matter to a trained adapter.
+_HARMLESS = (True, False, "gaussian", "eva", "orthogonal")
+
+
+class LoRAFormat(WeightFormat):
+    """``lora_A`` is ``a`` transposed, ``lora_B`` is ``b`` transposed, ``lora_magnitude_vector`` is ``m``."""
+
+    peft_type = "LORA"
+    methods = ("lora", "dora")
+    kinds = ("linear", "conv1d", "conv", "embedding")
+    pads = True
+    keys = TARGETING | {
+        "r": Key(8, COUNT),
+        "lora_alpha": Key(8, POSITIVE),
+        "lora_dropout": Key(0.0, RATE),
+        "use_rslora": Key(False, FLAG),
+        "use_dora": Key(False, FLAG),
+        "bias": Key("none", one_of("none", "all", "lora_only")),
+        "rank_pattern": Key({}, COUNT_RULES),
+        "alpha_pattern": Key({}, POSITIVE_RULES),
+        "init_lora_weights": Key(True),
+        "trainable_token_indices": Key(None),
+        "ensure_weight_tying": Key(False, FLAG),
+        # How an adapter begins, or is spread over devices: of no meaning once it is trained.
+        "loftq_config": Key({}, ANY),
+        "eva_config": Key(None, ANY),
+        "megatron_config": Key(None, ANY),
+        "megatron_core": Key("megatron.core", ANY),
+        "qalora_group_size": Key(16, ANY),  # of use_qalora, which is not known
+    }
+
+    # --- reading --------------------------------------------------------------------------------------------------------------------------
+
+    def check(self, config: Config, base: Base) -> None:
+        """Refuse adapters whose base was changed when they began, in a way that the base alone does not tell."""
+        init = config["init_lora_weights"]
+        if init not in _HARMLESS:
+            raise config.error(f"init_lora_weights={init!r} is not known: it may have changed the base when the adapter began.")
+
+    def shapes(self, config: Config, site: Site, name: str) -> Shapes:
+        """Those of A and B, and of the magnitude."""
+        r, _ = _rank_and_alpha(config, name)
+        if site.kind == EMBEDDING:
+            shapes: Shapes = {"lora_embedding_A": (r, site.inputs), "lora_embedding_B": (site.outputs, r)}
+            magnitude: tuple[int, ...] = (site.outputs,)
+        elif site.kind == CONV:
+            window = site.shape[2:]
+            shapes = {"lora_A.weight": (r, *site.shape[1:]), "lora_B.weight": (site.outputs, r, *(1 for _ in window))}
+            magnitude = (1, site.outputs, *(1 for _ in window))
+        else:
+            shapes = {"lora_A.weight": (r, site.inputs), "lora_B.weight": (site.outputs, r)}
+            magnitude = (site.outputs,)
+        return shapes | ({"lora_magnitude_vector": magnitude} if config["use_dora"] else {})
+
+    def method(self, config: Config, sites: Mapping[str, Site]) -> WeightMethod:
+        """`jpeft.lora`, or `jpeft.dora`."""
+        ranks: dict[str, int] = {}
+        alphas: dict[str, float] = {}
+        for name, site in sites.items():  # of layers in a stack, what the layer of the highest rank has
+            r, alpha = _rank_and_alpha(config, name)
+            if r > ranks.get(site.path, 0):
+                ranks[site.path], alphas[site.path] = r, float(alpha)
+        options: dict[str, Any] = {
+            "rank": targets.path_rules(ranks, config["r"]),
+            "alpha": targets.path_rules(alphas, float(config["lora_alpha"])),
+            "rslora": config["use_rslora"],
+        }
+        return DoRA(**options) if config["use_dora"] else LoRA(**options, dropout=config["lora_dropout"])
+
+    def adjust(self, config: Config, method: Any, sites: Mapping[str, Site], leaves: dict[str, Arrays]) -> dict[str, Arrays]:
+        """In a stack ``b`` takes up what the scale of a layer is more than that of the stack."""
+        out = dict(leaves)
+        for name, site in sites.items():
+            r, alpha = _rank_and_alpha(config, name)
+            own = alpha / (math.sqrt(r) if config["use_rslora"] else r)
+            if site.index is not None and own != (whole := scale(site.path, method.rank, method.alpha, method.rslora)):
+                out[site.module] = out[site.module] | {"b": out[site.module]["b"] * np.float32(own / whole)}
+        return out
+
+    def read(self, config: Config, site: Site, tensors: Arrays) -> Arrays:
+        """``a`` and ``b``, and ``m``."""
+        first, second = ("lora_embedding_A", "lora_embedding_B") if site.kind == EMBEDDING else ("lora_A.weight", "lora_B.weight")
+        a, b = tensors[first], tensors[second]
+        if site.kind == CONV:  # [r, channels, *window] -> [*window, channels, r]
+            a = np.moveaxis(a, (0, 1), (-1, -2)).reshape(-1, len(a))
+            leaves = {"a": a, "b": b.reshape(len(b), -1).T}
+        else:
+            leaves = {"a": a.T, "b": b.T}
+        return leaves | ({"m": tensors["lora_magnitude_vector"].reshape(-1)} if config["use_dora"] else {})
+
+    # --- writing --------------------------------------------------------------------------------------------------------------------------
+
+    def write(self, method: Any, site: Site, leaves: Arrays) -> Arrays:
+        """A and B, and the magnitude."""
+        a, b = leaves["a"].T, leaves["b"].T
+        window = site.shape[2:] if site.kind == CONV else ()
+        if site.kind == EMBEDDING:
+            tensors = {"lora_embedding_A": a, "lora_embedding_B": b}
+        elif site.kind == CONV:
+            a = np.moveaxis(leaves["a"].reshape(*window, site.shape[1], -1), (-1, -2), (0, 1))
+            tensors = {"lora_A.weight": a, "lora_B.weight": b.reshape(*b.shape, *(1 for _ in window))}
+        else:
+            tensors = {"lora_A.weight": a, "lora_B.weight": b}
+        if "m" in leaves:
+            shape = (1, site.outputs, *(1 for _ in window)) if site.kind == CONV else (site.outputs,)
+            tensors["lora_magnitude_vector"] = leaves["m"].reshape(shape)
+        return tensors
+
+    def config(self, method: Any, sites: Sequence[Site], leaves: Mapping[str, Arrays]) -> dict[str, Any]:
+        """Ranks and scales."""
+        ranks, alphas = {}, {}
+        for site in sites:
+            full = first_match(site.path, method.rank, "rank")
+            alpha, r = first_match(site.path, method.alpha, "alpha"), leaves[site.module]["a"].shape[1]
+            ranks[site.module] = r
+            # Of a layer that was filled up with zeros the scale is still that of the full rank.
+            alphas[site.module] = _whole(alpha * (math.sqrt(r / full) if method.rslora else r / full) if r != full else alpha)
+        r, rank_pattern = targets.patterns_for(ranks, targets.common_of(method.rank))
+        alpha, alpha_pattern = targets.patterns_for(alphas, _whole(targets.common_of(method.alpha)))
+        return {
+            "r": r,
+            "lora_alpha": alpha,
+            "rank_pattern": rank_pattern,
+            "alpha_pattern": alpha_pattern,
+            "use_rslora": method.rslora,
+            "use_dora": isinstance(method, DoRA),
+            "lora_dropout": getattr(method, "dropout", 0.0),
+            "init_lora_weights": True,
+        }
+
+
+def _rank_and_alpha(config: Config, name: str) -> tuple[int, int | float]:
+    """Those of a module."""
+    value = lambda patterns, default: targets.pattern_value(config[patterns], name, config[default])
+    return value("rank_pattern", "r"), value("alpha_pattern", "lora_alpha")
+
+
+def _whole(value: Any) -> Any:
+    """A number as JSON should have it: 16 and not 16.0."""
+    return int(value) if isinstance(value, float) and value.is_integer() else value

@@ -1,0 +1,270 @@
+"""The method of a pool: one of several adapters for each example of a batch."""
+
+import functools
+import re
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from jpeft import tree
+from jpeft.core.index import as_leaf, rows_of
+from jpeft.core.layer import Layer, Linear
+from jpeft.core.method import FREEZE, TRAIN
+from jpeft.core.options import Count, Names, Pattern, PerPath
+from jpeft.core.residuals import changed
+from jpeft.layouts import layer_axes
+from jpeft.many.by_row import by_row, pick, pick_rows
+from jpeft.reparameterized.ia3 import IA3
+from jpeft.reparameterized.lora import LoRA
+from jpeft.reparameterized.matrix_form import INPUTS, OUTPUTS, MatrixForm
+from jpeft.reparameterized.weight_method import Inputs, Key, Leaves, Matrix, WeightMethod
+from jpeft.tree.adapters import ADDED
+from jpeft.tree.kernels import KernelAxes, axes_of, axes_rules
+from jpeft.tree.select import first_match
+
+SLOT, VALUE, INDEX, BASE = "slot", "value", "index", -1
+# As [*stack, slot, ...]: what is picked for an example lies in one piece.
+LEAF_AXES = {
+    "a": (SLOT, "in", "rank"),
+    "b": (SLOT, "rank", "out"),
+    "l_in": (SLOT, "in"),
+    "l_out": (SLOT, "out"),
+    VALUE: (SLOT, "numbers"),
+    INDEX: ("example",),
+}
+# The same leaf of one adapter alone, in the axes of the kernel.
+ALONE = {"a": (INPUTS, "rank"), "b": ("rank", OUTPUTS), "l_in": (INPUTS,), "l_out": (OUTPUTS,)}
+
+
+class Mixed(WeightMethod):
+    r"""Several adapters side by side: ``y_i = l_out * layer(l_in * x_i) + (x_i a) b`` for example i, with the leaves of slot ``index_i``.
+
+    A slot holds an adapter of LoRA, whose scale is in ``a``, or of (IA)³; in a slot of the one kind the leaves of the other are zero or
+    one. Leaves that adapters hold whole, such as those of a trained head, stand there once for each slot. An index of -1 is the base. The
+    factors of an example are fetched and multiplied with it, so a mixed batch costs the multiplications of one adapter.
+
+    Made by `jpeft.mix`, filled by `jpeft.swap`, called after `jpeft.assign`.
+
+    Args:
+      slots: Number of adapters.
+      rank: The highest rank of each kernel; or rules.
+      target: Not used: the four options below name the leaves of the base.
+      low_rank: The kernels that have factors, as a regex of their paths; None for none.
+      outputs: The kernels whose outputs are scaled.
+      inputs: The kernels whose inputs are scaled.
+      replaced: The leaves that each slot has its own value of.
+      axes: Geometry of kernels with more than two axes.
+      head: Not used: a trained head is among `replaced`.
+    """
+
+    slots: Count = 1
+    rank: PerPath[Count] = 8
+    target: Names = ".*"
+    low_rank: Pattern | None = None
+    outputs: Pattern | None = None
+    inputs: Pattern | None = None
+    replaced: Pattern | None = None
+    head: Pattern | None = None
+
+    name = "mixed"
+    summary = "one of several adapters for each example of a batch"
+    takes_index = True
+    leaf_axes = LEAF_AXES
+    why_no_merge = "each example has an adapter of its own; merge the one that you want, jpeft.merge(adapter)"
+
+    # --- the leaves -------------------------------------------------------------------------------------------------------------------
+
+    def init(self, key: Key, params: tree.Params, *, stats: Any = None) -> tree.Adapter:
+        """Empty slots: no change, and the base's own values."""
+        del key, stats
+        base, leaves = tree.flatten(params), {}
+        for path, form in self.all_forms(params).items():
+            sizes = {SLOT: self.slots, "in": form.sizes[0], "out": form.sizes[1]}
+            for name in self.leaves_at(path):
+                if name == VALUE:
+                    value = base[path].astype(jnp.promote_types(base[path].dtype, jnp.float32))
+                    leaves[f"{path}/{name}"] = self.of_slots(form, form.to_matrix(value)[..., 0])
+                    continue
+                rank = {"rank": first_match(path, self.rank, "rank")} if name in "ab" else {}
+                shape = form.leaf_shape(LEAF_AXES[name], sizes | rank)
+                leaves[f"{path}/{name}"] = jnp.zeros(shape) if rank else jnp.ones(shape)
+        return tree.unflatten(leaves)
+
+    def expected(self, params: tree.Params, adapter: tree.Adapter) -> tree.Adapter:
+        """What `init` makes, and the index, if one is there."""
+        return super().expected(params, adapter) | {name: own for name, own in adapter.items() if name == ADDED}
+
+    def leaves_at(self, path: str) -> list[str]:
+        """The names of the leaves beside one leaf of the base."""
+        chosen = {"a": self.low_rank, "b": self.low_rank, "l_in": self.inputs, "l_out": self.outputs, VALUE: self.replaced}
+        return [name for name, pattern in chosen.items() if pattern is not None and re.fullmatch(pattern, path)]
+
+    def all_forms(self, params: tree.Params) -> dict[str, MatrixForm]:
+        """The form of each kernel, and of each leaf that slots have their own value of: [*stack, numbers, 1] as a matrix."""
+        base, layers = tree.flatten(params), layer_axes(params)
+        paths = {path: self.leaves_at(path) for path in base}
+        rules, forms = axes_rules(self.axes), {}
+        for path, names in paths.items():
+            shape, axis = tuple(base[path].shape), layers.get(path)
+            if VALUE in names:
+                forms[path] = whole_form(shape, () if axis is None else (axis % len(shape),))
+            elif names:
+                forms[path] = MatrixForm(shape, axes_of(path, shape, rules, layers=layers))
+        return forms
+
+    def of_slots(self, form: MatrixForm, value: Float[Array, "*stack numbers"]) -> Float[Array, "..."]:
+        """A value of a leaf, the same in each slot."""
+        at = len(form.stack)
+        every = jnp.broadcast_to(jnp.expand_dims(value, at), (*value.shape[:at], self.slots, *value.shape[at:]))
+        return form.leaf_from_matrix(every, LEAF_AXES[VALUE])
+
+    def assign(self, adapter: tree.Adapter, index: Any) -> tree.Adapter:
+        """Put the index at the root of the adapter, once."""
+        leaf = as_leaf(index, low=BASE, high=self.slots - 1, what=f"slots 0 to {self.slots - 1}, or -1 for the base")
+        return {**adapter, ADDED: {INDEX: leaf}}
+
+    def assigned(self, adapter: tree.Adapter) -> jax.Array | None:
+        """The index."""
+        return adapter.get(ADDED, {}).get(INDEX)
+
+    def labels(self, adapter: tree.Adapter) -> Any:
+        """All slots are trained, where there is a gradient for them; the index is none to train."""
+        labels = jax.tree.map(lambda _: TRAIN, adapter)
+        return {**labels, ADDED: {INDEX: FREEZE}} if ADDED in adapter else labels
+
+    def bind(self, params: tree.Params, adapter: tree.Adapter, *, rng: jax.Array | None = None) -> tree.Params:
+        """Put the index beside each kernel, once for each layer of a stack, so that loops over layers pass it on."""
+        index = self.assigned(adapter)
+        if index is None:
+            raise ValueError(f"{self.name} needs an index for each example of the batch: peft = jpeft.assign(peft, [0, 2, ...]).")
+        leaves = tree.flatten({name: own for name, own in adapter.items() if name != ADDED})
+        for path, form in self.all_forms(params).items():
+            spread = jnp.broadcast_to(index.reshape(*[1] * len(form.stack), -1), (*form.stack, len(index)))
+            leaves[f"{path}/{INDEX}"] = form.leaf_from_matrix(spread, LEAF_AXES[INDEX])
+        return super().bind(params, tree.unflatten(leaves), rng=rng)
+
+    # --- one layer --------------------------------------------------------------------------------------------------------------------
+
+    def call(self, layer: Layer, inputs: Inputs, leaves: Leaves, rng: Key | None) -> Any:
+        """Each row of the batch with the leaves of its slot."""
+        del rng
+        linear = layer.linear
+        rows = self._rows(layer, inputs, next(iter(leaves.values()))[INDEX])
+        if linear is not None and list(leaves) == [linear.name] and VALUE not in leaves[linear.name]:
+            own = leaves[linear.name]
+            if ("l_in" not in own or linear.scale_inputs is not None) and ("l_out" not in own or linear.scale_outputs is not None):
+                return self._factored(layer, linear, inputs, own, rows)
+        return self._by_example(layer, inputs, leaves, rows)
+
+    def merge(self, params: tree.Params, adapter: tree.Adapter) -> tree.Params:
+        """Refuse to merge."""
+        raise ValueError(f"Cannot merge: {self.why_no_merge}.")
+
+    def merge_layer(self, layer: Layer, leaves: Leaves) -> None:
+        """No parameter can hold a change that differs between the examples."""
+
+    def init_kernel(self, key: Key, kernel: Matrix, path: str) -> Leaves:
+        """Not used: `init` makes the leaves of all slots."""
+        raise NotImplementedError
+
+    def new_kernel(self, kernel: Matrix, leaves: Leaves, path: str) -> Matrix:
+        """Not used: there is no one new kernel."""
+        raise NotImplementedError
+
+    def _rows(self, layer: Layer, inputs: Inputs, index: Float[Array, " batch"]) -> Int[Array, " rows"]:
+        """The slot of each row of the layer's first input.
+
+        Raises:
+          ValueError: if it cannot be told which rows belong to which example.
+        """
+        x = next((x for x in inputs if getattr(x, "ndim", 0)), None)
+        if x is None or (x.ndim == 1 and not jnp.issubdtype(x.dtype, jnp.floating)):
+            given = "no array" if x is None else f"an array of {x.dtype} with one axis"
+            raise ValueError(f"'{layer.path}' is given {given}, so mixed adapters cannot tell the examples of the batch apart.")
+        return rows_of(index, x.shape[0], layer.path)
+
+    def _factored(self, layer: Layer, linear: Linear, inputs: Inputs, leaves: Leaves, rows: Int[Array, " rows"]) -> Any:
+        """The layer as it is, its inputs and outputs scaled, and the product of each row with the factors of its slot."""
+        x, *others = inputs
+        form = MatrixForm(tuple(layer.params[linear.name].shape), linear.axes)
+        self.check_geometry("/".join(filter(None, (layer.path, linear.name))), form, leaves)
+        table = leaves.get("a") if jnp.issubdtype(x.dtype, jnp.integer) else None  # of which each token takes a row
+        own = self._picked(form, {name: leaf for name, leaf in leaves.items() if leaf is not table}, rows)
+
+        def each(fn: Callable[..., jax.Array], x: jax.Array, *names: str) -> jax.Array:
+            return by_row(lambda own, x: fn(x, *own), [own[name] for name in names], x, rows=len(rows))
+
+        scaled = each(linear.scale_inputs, x, "l_in") if "l_in" in own and linear.scale_inputs is not None else x
+        y = layer(scaled, *others)
+        if table is not None:
+            ids = jnp.broadcast_to(x, (len(rows), *x.shape[1:]))
+            hidden, b = pick_rows(table.astype(layer.dtype), rows, ids), own["b"].astype(layer.dtype)
+            y = changed(y + by_row(lambda b, hidden: hidden @ b, b, hidden, rows=len(rows)).astype(y.dtype))
+        elif "a" in own:
+            own |= {name: own[name].astype(layer.dtype) for name in "ab"}  # the branch computes in the layer's own dtype
+            y = changed(y + each(linear.apply_low_rank, x, "a", "b").astype(y.dtype))
+        return each(linear.scale_outputs, y, "l_out") if "l_out" in own and linear.scale_outputs is not None else y
+
+    def _by_example(self, layer: Layer, inputs: Inputs, leaves: Mapping[str, Leaves], rows: Int[Array, " rows"]) -> Any:
+        """The layer row by row, each with the change of its slot alone; what the rows have in common is one product again."""
+        own = {name: self._picked(self._form_inside(layer, name, part), part, rows, layer.params[name]) for name, part in leaves.items()}
+        parts = (
+            (LoRA(rank=1, alpha=1.0, view="factored", axes=self.axes, head=None), ("a", "b")),
+            (
+                IA3(axes=self.axes, head=None),
+                ("l_in", "l_out"),
+            ),
+        )
+
+        def one(own: dict[str, Leaves], inputs: Inputs, keywords: Mapping[str, Any]) -> Any:
+            # A copy of the parameters makes the layer a pure function of them.
+            alone = layer.with_params({name: part[VALUE] for name, part in own.items() if VALUE in part})
+            for method, names in parts:
+                beside = {name: {key: part[key] for key in names if key in part} for name, part in own.items()}
+                beside = {name: part for name, part in beside.items() if part}
+                alone = alone.with_middleware(method, method.name, beside, None) if beside else alone
+            return alone(*inputs, **keywords)
+
+        out = by_row(one, own, inputs, dict(layer.keywords), rows=len(rows))
+        # A value in float32 in the place of one in half precision would widen the outputs.
+        narrow = lambda y: jnp.issubdtype(y.dtype, jnp.floating) and jnp.finfo(y.dtype).bits > jnp.finfo(layer.dtype).bits
+        return jax.tree.map(lambda y: y.astype(layer.dtype) if narrow(y) else y, out)
+
+    def _picked(self, form: MatrixForm, leaves: Leaves, rows: Int[Array, " rows"], param: Any = None) -> Leaves:
+        """The leaves of the slot of each row, [rows, ...], in the axes that they have in an adapter of their own."""
+        own: Leaves = {}
+        for name, leaf in leaves.items():
+            if name == VALUE:
+                numbers = form.to_matrix(param)[..., 0]
+                own[name] = jax.vmap(lambda value: form.from_matrix(value[..., None]))(pick(leaf, rows, len(form.stack), numbers))
+            elif name != INDEX:
+                found = pick(leaf, rows, len(form.stack), 0 if name in "ab" else 1)
+                own[name] = jax.vmap(functools.partial(form.leaf_from_matrix, leaf_axes=ALONE[name]))(found)
+        return own
+
+    def _form_inside(self, layer: Layer, name: str, leaves: Leaves) -> MatrixForm:
+        """The form of a parameter as its layer has it."""
+        shape = tuple(layer.params[name].shape)
+        if VALUE in leaves:
+            return whole_form(shape, tuple(range(leaves[VALUE].ndim - 2)))
+        known = layer.linear if layer.linear is not None and layer.linear.name == name else None
+        return MatrixForm(shape, known.axes if known else self._axes_inside(layer, name, leaves))
+
+    def _fits(self, form: MatrixForm, leaves: Mapping[str, Any]) -> bool:
+        ins, outs = form.sizes
+        ends = {"a": (ins, None), "b": (None, outs), "l_in": (ins,), "l_out": (outs,)}
+
+        def fits(name: str, shape: tuple[int, ...]) -> bool:
+            at = len(form.stack)
+            sizes = zip(shape[at + 1 :], ends[name], strict=False)
+            return len(shape) == at + 1 + len(ends[name]) and shape[:at] == form.stack and all(n in (size, None) for size, n in sizes)
+
+        return all(fits(name, tuple(leaf.shape)) for name, leaf in leaves.items() if name in ends)
+
+
+def whole_form(shape: tuple[int, ...], stack: tuple[int, ...]) -> MatrixForm:
+    """Any leaf of a base as a matrix [*stack, numbers, 1]."""
+    return MatrixForm(shape, KernelAxes(stack, tuple(i for i in range(len(shape)) if i not in stack), ()))

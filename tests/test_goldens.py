@@ -1,0 +1,122 @@
+"""Adapters that HF PEFT wrote: the same logits, and the same file when they are written again."""
+
+import functools
+import json
+import re
+import warnings
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from goldens.base import IDS, MASK, TASKS
+from goldens.golden import base, base_logits, goldens
+from safetensors.numpy import load_file
+
+import jpeft
+from jpeft.hf_peft.formats import formats
+
+# What jpeft does not read yet.
+LATER = {
+    "lora-own-bias": "lora_bias",
+    "olora": "OLoRA",
+    "orthogonal": "how the adapter began is not written",
+    "pissa": "PiSSA",
+    "gpt2-lora-embedding": "the head of GPT-2 is the embedding",
+    "llama-lora-bias-only": "Llama has no biases, so nothing says that some were meant",
+    "llama-lora-bias-all": "Llama has no biases, so nothing says that some were meant",
+}
+
+# Where HF PEFT's forward cannot be that of merged weights.
+RUNS = ("PROMPT_TUNING", "P_TUNING", "PREFIX_TUNING", "MULTITASK_PROMPT_TUNING", "ADAPTION_PROMPT")
+# Keys that say where an adapter comes from, and those whose rules may be put in other words that choose the same.
+WORDING = {"base_model_name_or_path", "peft_version", "target_modules", "exclude_modules", "layers_to_transform", "layers_pattern"}
+WORDING |= {"rank_pattern", "alpha_pattern", "r", "lora_alpha"}
+
+
+def is_scanned(golden):
+    """Llama's layers are stacked, unless an adapter differs from layer to layer in a way that a stack cannot hold."""
+    return golden.model == "llama" and "patterns" not in golden.case
+
+
+@functools.cache
+def forward_of_base(model, scan):
+    return jax.jit(base(model, scan=scan).model.apply)
+
+
+def logits_of(peft, golden, scan):
+    """The logits with the adapter: merged, which needs no program of its own, where it can be."""
+    inputs = {"input_ids": jnp.asarray(IDS), "attention_mask": jnp.asarray(MASK)}
+    if golden.config["peft_type"] in RUNS:
+        if golden.case.startswith("multitask"):
+            peft = jpeft.assign(peft, jnp.asarray(TASKS))
+        return jax.jit(jpeft.wrap(base(golden.model, scan=scan).model.apply))(peft, **inputs)
+    return forward_of_base(golden.model, scan)({"params": jpeft.merge(peft)}, **inputs)
+
+
+def assert_close(got, expected):
+    """Within 1e-5 of the largest logit, for all tokens that are not padding."""
+    real = slice(None) if expected.ndim == 2 else MASK.astype(bool)
+    np.testing.assert_allclose(np.asarray(got)[real], expected[real], rtol=0, atol=1e-5 * np.abs(expected[real]).max())
+
+
+def read(folder):
+    """The tensors of a folder by name, and its configuration."""
+    tensors = {name: np.asarray(tensor, np.float32) for name, tensor in load_file(folder / "adapter_model.safetensors").items()}
+    return tensors, json.loads((folder / "adapter_config.json").read_text())
+
+
+def assert_same_file(before, after):
+    """Equal names, shapes and values, and equal keys of the configuration, but for those that may be put in other words."""
+    (old, old_config), (new, new_config) = read(before), read(after)
+    # With `bias="all"`, HF PEFT writes the bias of a trained module three times. Beside an adapted embedding it writes the base's own.
+    old = {name: tensor for name, tensor in old.items() if not re.search(r"\.(modules_to_save|original_module)\.|base_layer\.weight", name)}
+    assert {name: tensor.shape for name, tensor in new.items()} == {name: tensor.shape for name, tensor in old.items()}
+    for name, tensor in old.items():
+        np.testing.assert_allclose(new[name], tensor, rtol=1e-6, atol=1e-7, err_msg=name)
+    if old_config.get("encoder_hidden_size"):  # of an encoder that was folded into the prompt
+        return
+    assert new_config.keys() <= old_config.keys()
+    known = new_config.keys() - WORDING
+    put = lambda config: {key: sorted(set(value)) if isinstance(value := config[key], list) else value for key in known}
+    assert put(new_config) == put(old_config)
+
+
+def assert_hf_reads(golden, folder):
+    """HF PEFT itself finds all that it needs in the folder, nothing else, and computes the same."""
+    import peft
+    from goldens.hf import base_model, run
+
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", category=FutureWarning)
+        # It writes the keys of AdaLoRA's pattern with the name of a tensor, and then says that no module has it.
+        warnings.filterwarnings("ignore", "Unsupported layer type", UserWarning)  # its LN_TUNING of any layer
+        warnings.filterwarnings("ignore", "The following rank_pattern keys did not match", RuntimeWarning)
+        model = peft.PeftModel.from_pretrained(base_model(golden.model), folder)
+        assert_close(run(model, golden.case).numpy(), golden.logits)
+
+
+@pytest.mark.parametrize("model", ["bert", "gpt2", "llama"])
+@pytest.mark.parametrize("scan", [False, True])
+def test_the_bases_are_the_same(model, scan):
+    inputs = {"input_ids": jnp.asarray(IDS), "attention_mask": jnp.asarray(MASK)}
+    assert_close(forward_of_base(model, scan)({"params": base(model, scan=scan).params}, **inputs), base_logits(model))
+
+
+@pytest.mark.parametrize("golden", goldens(), ids=lambda golden: f"{golden.model}-{golden.case}")
+def test_golden(golden, tmp_path):
+    if golden.config["peft_type"] not in formats():
+        pytest.skip("no format yet")
+    if reason := LATER.get(golden.case, LATER.get(f"{golden.model}-{golden.case}")):
+        pytest.xfail(reason)
+    scan = is_scanned(golden)
+    loaded = base(golden.model, scan=scan)
+    peft = jpeft.load_hf(golden.write(tmp_path / "in"), loaded.params, model=loaded.model)
+    assert_close(logits_of(peft, golden, scan), golden.logits)
+    jpeft.save_hf(tmp_path / "out", peft, model=loaded.model)
+    assert_same_file(tmp_path / "in", tmp_path / "out")
+    again = jpeft.load_hf(tmp_path / "out", loaded.params, model=loaded.model)
+    chex.assert_trees_all_close(again.adapter, peft.adapter, rtol=1e-6)
+    assert again.method == peft.method
+    assert_hf_reads(golden, tmp_path / "out")
