@@ -92,13 +92,18 @@ def _load(form: Format, config: Config, base: Base, tensors: Tensors) -> Peft:
         raise config.error(f"modules_to_save holds '{base.word.name}' and '{tied}' with different numbers, and the model ties the two.")
 
     head = whole.head_option(saved, base)
-    method, leaves = form.load(File(config, base, tensors.read, rename, head), targets)
+    file = File(config, base, tensors.read, rename, head)
+    method, leaves = form.load(file, targets)
     if (trained := training.read(tensors.file.parent)) is not None:
         method, leaves = trained[0].replace(head=head), trained[1]
     leaves = leaves | whole.leaves_of(saved, tensors.read)
     parts: dict[str, tuple[Method, Mapping[str, Any]]] = {method.name: (method, leaves)}
-    if biases:
-        parts["bitfit"] = (whole.bias_part(biases, base, config["bias"]), whole.leaves_of(biases, tensors.read))
+    values = {site.name: tensors.read(site.name) for site in biases}
+    for name, change in form.bias_changes(file, targets).items():
+        values[name] = values.get(name, base.tensor(base.sites[name])) + change
+    if values:
+        changed = [base.sites[name] for name in values]
+        parts["bitfit"] = (whole.bias_part(changed, base, config.get("bias", "none")), whole.leaves_of(changed, values.__getitem__))
     parts |= whole.token_parts(tokens, base, tensors.read)
     return _peft(base, parts, config)
 

@@ -8,6 +8,7 @@ from typing import Any, ClassVar, NamedTuple
 import numpy as np
 
 from jpeft.core.method import Method
+from jpeft.core.options import shown
 from jpeft.hf_peft import targets
 from jpeft.hf_peft.assemble import join, take_apart
 from jpeft.hf_peft.config import Config, Key
@@ -100,6 +101,10 @@ class Format(abc.ABC):
     def load(self, file: File, sites: Sequence[Site]) -> tuple[Method, Arrays]:
         """The method, and its leaves by path."""
 
+    def bias_changes(self, file: File, sites: Sequence[Site]) -> Arrays:
+        """What is added to biases of the base, by their names in torch."""
+        return {}
+
     @abc.abstractmethod
     def save(self, method: Any, leaves: Mapping[Path, Any], base: Base) -> Written:
         """The inverse of `load`.
@@ -171,6 +176,10 @@ class WeightFormat(Format):
         """
         return leaves
 
+    def complete(self, file: File, sites: Sequence[Site], leaves: dict[str, Arrays]) -> dict[str, Arrays]:
+        """The leaves with those that are made of the base, and not of the file."""
+        return leaves
+
     # --- for subclasses with tensors that all modules share -------------------------------------------------------------------------------
 
     def shared(self, config: Config, sites: Sequence[Site]) -> Shapes:
@@ -191,6 +200,9 @@ class WeightFormat(Format):
         """The kernels that the configuration chooses."""
         known = {rename(module): site for module, site in base.kernels.items()}
         found = [known[name] for name in targets.chosen(config, known, base)]
+        if not found and not config.get("target_parameters"):
+            there = ", ".join(list(known)[:6])
+            raise config.error(f"target_modules={shown(config['target_modules'])} chooses no module of the model, which has {there}, ...")
         wrong = [site for site in found if site.kind not in self.kinds]
         if wrong:
             raise config.error(
@@ -213,7 +225,7 @@ class WeightFormat(Format):
         for site in sites:
             tensors = {name: file.read(f"{site.module}.{name}") for name in self.shapes(config, site, file.rename(site.module))}
             leaves[site.module] = self.read(config, site, tensors)
-        leaves = self.adjust(config, method, named, leaves)
+        leaves = self.adjust(config, method, named, self.complete(file, sites, leaves))
         method = self.aim(method.replace(axes=base.axes, head=file.head), sites, config, base)
         joined = join(leaves, sites, base, method.leaf_axes, pads=self.pads, what=self.peft_type)
         shared = {name: file.read(name) for name in self.shared(config, sites)}

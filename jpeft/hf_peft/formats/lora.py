@@ -6,9 +6,9 @@ from typing import Any
 
 import numpy as np
 
-from jpeft.hf_peft import targets
+from jpeft.hf_peft import starts, targets
 from jpeft.hf_peft.config import ANY, COUNT, COUNT_RULES, FLAG, POSITIVE, POSITIVE_RULES, RATE, TARGETING, Config, Key, one_of
-from jpeft.hf_peft.formats.base import Arrays, Shapes, WeightFormat
+from jpeft.hf_peft.formats.base import Arrays, File, Shapes, WeightFormat
 from jpeft.hf_peft.sites import CONV, EMBEDDING, Base, Site
 from jpeft.reparameterized.dora import DoRA
 from jpeft.reparameterized.lora import LoRA
@@ -16,8 +16,7 @@ from jpeft.reparameterized.low_rank import scale
 from jpeft.reparameterized.weight_method import WeightMethod
 from jpeft.tree.select import first_match
 
-# Ways to begin that leave the base as it is, so that they do not matter to a trained adapter.
-_HARMLESS = (True, False, "gaussian", "eva", "orthogonal")
+BIAS = "lora_B.bias"
 
 
 class LoRAFormat(WeightFormat):
@@ -38,6 +37,7 @@ class LoRAFormat(WeightFormat):
         "alpha_pattern": Key({}, POSITIVE_RULES),
         "init_lora_weights": Key(True),
         "trainable_token_indices": Key(None),
+        "lora_bias": Key(False, FLAG),
         "ensure_weight_tying": Key(False, FLAG),
         # How an adapter begins, or is spread over devices: of no meaning once it is trained.
         "loftq_config": Key({}, ANY),
@@ -51,9 +51,7 @@ class LoRAFormat(WeightFormat):
 
     def check(self, config: Config, base: Base) -> None:
         """Refuse adapters whose base was changed when they began, in a way that the base alone does not tell."""
-        init = config["init_lora_weights"]
-        if init not in _HARMLESS:
-            raise config.error(f"init_lora_weights={init!r} is not known: it may have changed the base when the adapter began.")
+        starts.start_of(config)
 
     def shapes(self, config: Config, site: Site, name: str) -> Shapes:
         """Those of A and B, and of the magnitude."""
@@ -68,6 +66,7 @@ class LoRAFormat(WeightFormat):
         else:
             shapes = {"lora_A.weight": (r, site.inputs), "lora_B.weight": (site.outputs, r)}
             magnitude = (site.outputs,)
+        shapes |= {BIAS: (site.outputs,)} if config["lora_bias"] else {}
         return shapes | ({"lora_magnitude_vector": magnitude} if config["use_dora"] else {})
 
     def method(self, config: Config, sites: Mapping[str, Site]) -> WeightMethod:
@@ -83,16 +82,47 @@ class LoRAFormat(WeightFormat):
             "alpha": targets.path_rules(alphas, float(config["lora_alpha"])),
             "rslora": config["use_rslora"],
         }
-        return DoRA(**options) if config["use_dora"] else LoRA(**options, dropout=config["lora_dropout"])
+        if config["use_dora"]:
+            return DoRA(**options)
+        if (kind := starts.start_of(config)) is not None:
+            starts.check_start(config, kind, list(sites.values()))
+            options["init"] = kind
+        return LoRA(**options, dropout=config["lora_dropout"])
 
     def adjust(self, config: Config, method: Any, sites: Mapping[str, Site], leaves: dict[str, Arrays]) -> dict[str, Arrays]:
         """In a stack ``b`` takes up what the scale of a layer is more than that of the stack."""
         out = dict(leaves)
         for name, site in sites.items():
             r, alpha = _rank_and_alpha(config, name)
-            own = alpha / (math.sqrt(r) if config["use_rslora"] else r)
+            own = _scale(config, r, alpha)
             if site.index is not None and own != (whole := scale(site.path, method.rank, method.alpha, method.rslora)):
-                out[site.module] = out[site.module] | {"b": out[site.module]["b"] * np.float32(own / whole)}
+                factors = {factor: leaf * np.float32(own / whole) for factor, leaf in out[site.module].items() if factor in ("b", "b0")}
+                out[site.module] = out[site.module] | factors
+        return out
+
+    def complete(self, file: File, sites: Sequence[Site], leaves: dict[str, Arrays]) -> dict[str, Arrays]:
+        """With the factors of the start, where it was in directions of the kernels."""
+        kind = starts.start_of(file.config)
+        if kind is None:
+            return leaves
+        out = dict(leaves)
+        for site in sites:
+            r, alpha = _rank_and_alpha(file.config, file.rename(site.module))
+            out[site.module] = out[site.module] | starts.factors(kind, file.base, site, r, _scale(file.config, r, alpha))
+        return out
+
+    def bias_changes(self, file: File, sites: Sequence[Site]) -> Arrays:
+        """``s`` times the biases of B."""
+        config = file.config
+        if not config["lora_bias"]:
+            return {}
+        out = {}
+        for site in sites:
+            name = f"{site.module}.bias"
+            if name not in file.base.sites:
+                raise config.error(f"lora_bias=true adds a bias to '{site.module}', which has none to add it to.")
+            scale_of = _scale(config, *_rank_and_alpha(config, file.rename(site.module)))
+            out[name] = np.float32(scale_of) * file.read(f"{site.module}.{BIAS}")
         return out
 
     def read(self, config: Config, site: Site, tensors: Arrays) -> Arrays:
@@ -110,6 +140,9 @@ class LoRAFormat(WeightFormat):
 
     def write(self, method: Any, site: Site, leaves: Arrays) -> Arrays:
         """A and B, and the magnitude."""
+        if "a0" in leaves:  # s (a b - a0 b0) as one product
+            a, b = np.concatenate([leaves["a"], -leaves["a0"]], -1), np.concatenate([leaves["b"], leaves["b0"]], 0)
+            leaves = {"a": a, "b": b}
         a, b = leaves["a"].T, leaves["b"].T
         window = site.shape[2:] if site.kind == CONV else ()
         if site.kind == EMBEDDING:
@@ -129,12 +162,15 @@ class LoRAFormat(WeightFormat):
         ranks, alphas = {}, {}
         for site in sites:
             full = first_match(site.path, method.rank, "rank")
-            alpha, r = first_match(site.path, method.alpha, "alpha"), leaves[site.module]["a"].shape[1]
+            alpha, own = first_match(site.path, method.alpha, "alpha"), leaves[site.module]
+            r = own["a"].shape[1] * (2 if "a0" in own else 1)
             ranks[site.module] = r
             # Of a layer that was filled up with zeros the scale is still that of the full rank.
             alphas[site.module] = _whole(alpha * (math.sqrt(r / full) if method.rslora else r / full) if r != full else alpha)
-        r, rank_pattern = targets.patterns_for(ranks, targets.common_of(method.rank))
-        alpha, alpha_pattern = targets.patterns_for(alphas, _whole(targets.common_of(method.alpha)))
+        common = (targets.common_of(method.rank), _whole(targets.common_of(method.alpha)))
+        common = (None, None) if any("a0" in own for own in leaves.values()) else common
+        r, rank_pattern = targets.patterns_for(ranks, common[0])
+        alpha, alpha_pattern = targets.patterns_for(alphas, common[1])
         return {
             "r": r,
             "lora_alpha": alpha,
@@ -151,6 +187,11 @@ def _rank_and_alpha(config: Config, name: str) -> tuple[int, int | float]:
     """Those of a module."""
     value = lambda patterns, default: targets.pattern_value(config[patterns], name, config[default])
     return value("rank_pattern", "r"), value("alpha_pattern", "lora_alpha")
+
+
+def _scale(config: Config, r: int, alpha: int | float) -> float:
+    """``s`` of a module."""
+    return alpha / (math.sqrt(r) if config["use_rslora"] else r)
 
 
 def _whole(value: Any) -> Any:
