@@ -210,6 +210,12 @@ ROWS = {
     "ia3": Row(jpeft.ia3(), ("jit", "einsum", "scan-mha", "bert-remat", "gpt2", "llama-scan")),
     "loha": Row(jpeft.loha(rank=2, effective_conv=True), ("einsum", "bert-remat", "llama-scan")),
     "lokr": Row(jpeft.lokr(rank=1, alpha=2, decompose_both=True), ("einsum", "bert-remat", "llama-scan")),
+    "oft": Row(jpeft.oft(block_size=8), ("plain", "bert-remat", "llama-scan")),
+    "hra": Row(jpeft.hra(rank=4), ("scan-mha", "bert-remat", "llama")),
+    "vera": Row(jpeft.vera(rank=8), ("jit", "bert-remat", "llama-scan")),
+    "miss": Row(jpeft.miss(rank=3), ("plain", "bert-remat", "llama-scan")),
+    "boft": Row(jpeft.boft(block_size=4, n_butterfly_factor=2), ("plain", "bert-remat", "llama-scan")),
+    "shira": Row(jpeft.shira(rank=2), ("plain", "bert-remat", "llama-scan")),
     "hard_prompt": Row(jpeft.hard_prompt(tokens=(3, 7)), ("bert-scan", "gpt2-remat", "llama"), 10.0, LONGER_TEXT),
     "prompt_tuning": Row(jpeft.prompt_tuning(length=3), ("plain", "bert-scan", "gpt2-remat", "llama-scan"), 10.0, LONGER_TEXT),
     "p_tuning": Row(

@@ -73,6 +73,21 @@ def test_the_page_on_any_model_runs(capsys):
     assert "ok   merges" in capsys.readouterr().out
 
 
+def test_the_page_on_serving_runs(tmp_path, monkeypatch):
+    """Every block of docs/serving.md, one after the other; a server's answers are those of each adapter alone."""
+    monkeypatch.chdir(tmp_path)
+    names: dict[str, Any] = {}
+    for block in code_blocks("docs/serving.md"):
+        exec(block, names)
+    answers, adapters = names["answers"], names["adapters"]
+    assert [name for name, _ in answers] == ["french", "brief", None, "formal", "polite", "french", "brief"]
+    at = len(answers) - 1
+    alone = jpeft.wrap(names["model"].apply, adapters["brief"].method)
+    text = names["generate"](alone, adapters["brief"].variables, jnp.array([[3, 5, 2, at]]), max_new_tokens=8)
+    assert answers[at][1] == text.tokens[0].tolist()
+    assert (tmp_path / "dora" / "adapter_model.safetensors").exists()
+
+
 def test_the_readme_trains_at_the_rates_of_the_command_line():
     lora = jpeft.methods()["lora"]
     assert f"linear_schedule({lora.learning_rate:g}".replace("0.003", "3e-3") in (ROOT / "README.md").read_text()

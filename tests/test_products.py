@@ -109,12 +109,15 @@ METHODS: dict[str, Callable[[tuple[Any, ...]], jpeft.Method]] = {
     "lora": lambda axes: jpeft.lora(rank=2, target="w", axes=axes, head=None),
     "dora": lambda axes: jpeft.dora(rank=2, target="w", axes=axes, head=None),
     "ia3": lambda axes: jpeft.ia3(target="w", feedforward=None, axes=axes, head=None),
+    "oft": lambda axes: jpeft.oft(block_size=2, target="w", axes=axes, head=None),
+    "miss": lambda axes: jpeft.miss(rank=3, target="w", axes=axes, head=None),
 }
 FEW = ["dot", "transposed", "heads first", "rows of a stack", "scaled outputs", "experts", "convolution in groups", "tied", "rounded"]
 
 
 @pytest.mark.parametrize(
-    ("method", "name"), [("lora", name) for name in (*CASES, *OTHER)] + [(other, name) for other in ("dora", "ia3") for name in FEW]
+    ("method", "name"),
+    [("lora", name) for name in (*CASES, *OTHER)] + [(other, name) for other in ("dora", "ia3", "oft", "miss") for name in FEW],
 )
 def test_changed_products_are_those_of_the_merged_kernel(method: str, name: str):
     case = (CASES | OTHER)[name]

@@ -24,7 +24,8 @@ def test_every_field_has_help(cls):
 
 def test_what_may_change_between_a_run_and_its_continuation():
     assert names_where(TrainConfig, lambda about: about.resume_safe) == {
-        *("output", "log_every", "checkpoint_every", "keep", "resume", "overwrite", "export", "progress", "mesh", "remat", "attention")
+        *("output", "log_every", "checkpoint_every", "keep", "resume", "overwrite", "export", "progress", "mesh", "remat", "attention"),
+        "adapter",  # its fingerprint is compared
     }
 
 

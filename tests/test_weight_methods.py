@@ -6,9 +6,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import linen as nn
-from tables import MODELS, base, batch, noised
+from tables import MODELS, base, batch, noised, optimised
 
 import jpeft
+from jpeft.core.flops import count_flops
 from jpeft.models import BertConfig, BertModel, abstract_params
 from jpeft.reparameterized.matrix_form import INPUTS, OUTPUTS, MatrixForm
 
@@ -266,17 +267,36 @@ def test_merging_keeps_the_dtype_of_a_bfloat16_base(method, mlp):
     chex.assert_trees_all_equal(jpeft.merge(peft), rounded)
 
 
-def test_a_dora_step_forms_no_gradient_of_the_kernel():
-    """Beside LoRA's two products a step costs the norm of the kernel, and no product of the size of dW."""
-    from tables import compiled_flops
-
-    model, x = nn.Dense(256), jnp.ones((1024, 256))
+@pytest.mark.parametrize(("rows", "view"), [(32, "factored"), (1024, "two-view")])
+def test_a_dora_step_costs_its_equation(rows, view):
+    """Beside LoRA's step: ``a b`` once for the norm, a few passes over the kernel and the outputs. Nothing of the size of dW."""
+    width, rank = 256, 8
+    model, x = nn.Dense(width), jnp.ones((rows, width))
     params = model.init(KEY, x)["params"]
-    flops = {}
+    flops, kept = {}, {}
     for name in ("lora", "dora"):
-        peft = jpeft.apply(params, method=name, rank=4)
+        peft = jpeft.apply(params, method=name, rank=rank, head=None)
         run = jpeft.wrap(model.apply, peft.method)
-        loss = lambda adapter, peft=peft, run=run: jnp.sin(run(peft.replace(adapter=adapter).variables, x)).sum()
-        flops[name] = compiled_flops(jax.grad(loss), peft.adapter)
-    dense = 2 * 1024 * 256 * 256
-    assert flops["dora"] < flops["lora"] + 0.15 * dense
+        loss = lambda adapter, x, peft=peft, run=run: jnp.sin(run(peft.replace(adapter=adapter).variables, x)).sum()
+        # The merged view is taken where there are more rows than D F / (D + F), the factored one elsewhere.
+        assert (rows > width / 2) == (view == "two-view")
+        flops[name] = count_flops(jax.make_jaxpr(jax.grad(loss, (0, 1)))(peft.adapter, x)).all
+        kept[name] = sum(leaf.size for leaf in jax.tree.leaves(jax.vjp(lambda adapter, loss=loss: loss(adapter, x), peft.adapter)[1]))
+    assert flops["dora"] - flops["lora"] <= 2 * width * width * rank + 6 * width * width + 6 * rows * width
+    # The outputs before they are scaled, for the gradient of m.
+    assert kept["dora"] - kept["lora"] <= rows * width + 8 * width
+
+
+def test_a_dora_step_holds_no_kernel_of_its_own():
+    """With few rows, the temporaries are smaller than the kernel, the norm's included."""
+    model, x = nn.Dense(512), jnp.ones((32, 512))
+    params = model.init(KEY, x)["params"]
+    peft = jpeft.apply(params, method="dora", rank=8, head=None)
+    run = jpeft.wrap(model.apply, peft.method)
+    loss = lambda adapter, x: jnp.sin(run(peft.replace(adapter=adapter).variables, x)).sum()
+    with optimised():
+        compiled = jax.jit(jax.grad(loss, (0, 1))).lower(peft.adapter, x).compile()
+    memory = compiled.memory_analysis()
+    assert memory is not None
+    assert memory.temp_size_in_bytes < 0.5 * 512 * 512 * 4
+

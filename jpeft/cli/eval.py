@@ -10,21 +10,22 @@ from typing import Annotated, Literal
 import tyro
 
 from jpeft import data
+from jpeft.cli.adapter_flags import AdapterFlags, check_data_given, open_model
 from jpeft.cli.command import Command
 from jpeft.cli.tables import print_metrics
 from jpeft.cli.texts import choose_split, read_file_or_split
 from jpeft.training.build import read_columns
-from jpeft.training.run import Run, load_run
+from jpeft.training.run import Run
 from jpeft.training.run_data import changed_splits, read_tables
 
 
 @dataclasses.dataclass(frozen=True)
-class EvalArgs:
-    """Print the metrics of a finished run on a split of the run's data, or on other data."""
+class EvalArgs(AdapterFlags):
+    """Print the metrics of a finished run, or of an adapter, on a split of the run's data, or on other data."""
 
     # Folder of the run.
-    run: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="RUN")]
-    # Folder or hub id of the base, where it has moved.
+    run: Annotated[str | None, tyro.conf.Positional, tyro.conf.arg(metavar="RUN")] = None
+    # Folder or hub id of the base: of an adapter, or of a run's base where it has moved.
     model: str | None = None
     # Other data, or the run's where it has moved: a file, a folder, "builtin[:name]" or "hub:name[/config]".
     data: str | None = None
@@ -37,10 +38,16 @@ class EvalArgs:
 
 
 def _run(args: EvalArgs) -> None:
-    run = load_run(args.run, model=args.model, batch_size=args.batch_size)
+    run = open_model(args)
+    check_data_given(args, run)
     if args.overlong is not None:
         run = run.configured(overlong=args.overlong)
-    table = read_run_split(run, args.split or "test") if args.data is None else _read_other(run, args.data, args.split)
+    if args.data is None:
+        table = read_run_split(run, args.split or "test")
+    elif args.adapter is not None:
+        table = read_file_or_split(args.data, args.split, **read_columns(run.config, run.task))
+    else:
+        table = _read_other(run, args.data, args.split)
     print_metrics({args.split or args.data or "test": run.metrics(table)})
 
 

@@ -20,7 +20,7 @@ from typing import Annotated, Any, Union
 import tyro
 
 import jpeft
-from jpeft.cli import cloze, compare, estimate, eval, merge, methods, predict, report, summary, train
+from jpeft.cli import cloze, compare, estimate, eval, export, merge, methods, predict, report, summary, train
 from jpeft.cli.arguments import join_repeated, restore_dashes
 from jpeft.cli.command import Command
 from jpeft.cli.flags import check_numbers, parse_none, rename_old_flags
@@ -31,7 +31,7 @@ from jpeft.training.interrupt import InterruptedRun
 
 # A new command is one file with a `COMMAND`, and its name here. The help lists the commands in this order.
 COMMANDS: tuple[Command, ...] = tuple(
-    module.COMMAND for module in (train, compare, report, eval, predict, cloze, merge, summary, estimate, methods)
+    module.COMMAND for module in (train, compare, report, eval, predict, cloze, merge, export, summary, estimate, methods)
 )
 
 DESCRIPTION = """Parameter-efficient fine-tuning for JAX: train a small part of a pretrained model, or a small addition to it.

@@ -9,22 +9,23 @@ from typing import Annotated, Literal
 import tyro
 
 from jpeft import data
+from jpeft.cli.adapter_flags import AdapterFlags, check_data_given, open_model
 from jpeft.cli.command import Command
 from jpeft.cli.eval import read_run_split
 from jpeft.cli.predictions import check_output, write_predictions
 from jpeft.cli.texts import check_one_source, read_split
 from jpeft.training.build import read_columns
 from jpeft.training.decoding import OPTIONS
-from jpeft.training.run import Run, load_run
+from jpeft.training.run import Run
 
 
 @dataclasses.dataclass(frozen=True)
-class PredictArgs:
+class PredictArgs(AdapterFlags):
     """Predict labels with probabilities for texts, tags for their words, or the text that follows: one JSON object a line."""
 
     # Folder of the run.
-    run: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="RUN")]
-    # Folder or hub id of the base, where it has moved.
+    run: Annotated[str | None, tyro.conf.Positional, tyro.conf.arg(metavar="RUN")] = None
+    # Folder or hub id of the base: of an adapter, or of a run's base where it has moved.
     model: str | None = None
     # Texts, each an argument.
     text: tuple[str, ...] = ()
@@ -62,7 +63,9 @@ def _run(args: PredictArgs) -> None:
     source = next((given for given in (args.input, args.data, args.split) if given is not None), None)
     check_one_source(args.text, source, "a file with --input, data with --data, or a split of the run's data with --split")
     check_output(args.output, overwrite=args.overwrite)
-    run = load_run(args.run, model=args.model, batch_size=args.batch_size)
+    run = open_model(args)
+    if source is not None and args.input is None:
+        check_data_given(args, run)
     if args.overlong is not None:
         run = run.configured(overlong=args.overlong)
     table = run.table(args.text, args.pair, names=("--text", "--pair")) if source is None else _read(args, run)

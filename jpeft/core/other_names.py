@@ -5,7 +5,7 @@ from typing import Any
 
 # Options as HF PEFT and the library adapters call them -> the options of ours that mean the same; a method has one of them at most.
 SAME: Mapping[str, tuple[str, ...]] = {
-    "r": ("rank",),
+    "r": ("rank", "block_num"),
     "lora_r": ("rank",),
     "lora_rank": ("rank",),
     "loraplus_lr_ratio": ("b_lr_scale",),
@@ -46,8 +46,23 @@ SAME: Mapping[str, tuple[str, ...]] = {
     "scaling": ("scale", "alpha"),
     "phm_dim": ("division",),
     "phm_rank": ("rank",),
-    "init_weights": ("init",),
+    "init_weights": ("init", "variant"),
     "density": ("sparsity",),
+    "use_effective_conv2d": ("effective_conv",),
+    "oft_block_size": ("block_size",),
+    "use_cayley_neumann": ("terms",),
+    "num_cayley_neumann_terms": ("terms",),
+    "projection_prng_key": ("seed",),
+    "random_seed": ("seed",),
+    "apply_GS": ("apply_gs",),
+    "mini_r": ("mini_rank",),
+    "vera_dropout": ("dropout",),
+    "miss_dropout": ("dropout",),
+    "module_dropout": ("block_dropout",),
+    "boft_dropout": ("block_dropout",),
+    "boft_block_size": ("block_size",),
+    "boft_block_num": ("block_num",),
+    "boft_n_butterfly_factor": ("n_butterfly_factor",),
 }
 # The same, where something else than an option of the method does it.
 ELSEWHERE: Mapping[str, str] = {

@@ -145,7 +145,9 @@ def _sort(peft: Peft) -> _Parts:
     if form.replaces:
         head = head_leaves(peft.params, getattr(parts[main], "head", None))
         own[main] = {path: replaced.pop(path) for path in adapters[main] if path in base and path not in head}
-    left = {path: leaf for path, leaf in trained[main].items() if path not in adapters[main]} if originals[main].folds else {}
+    # A method that stays the same, as AdaLoRA does without its empty ranks, is trained on as it is written.
+    changes = originals[main].folds and parts[main] != originals[main]
+    left = {path: leaf for path, leaf in trained[main].items() if path not in adapters[main]} if changes else {}
     return _Parts(originals[main], parts[main], own[main], left, [(parts[name], own[name]) for name in tokens], replaced)
 
 

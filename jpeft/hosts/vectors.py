@@ -77,8 +77,7 @@ def map_inputs(sides: Callable[[int], Sides]) -> MapInputs:
 
     def run(x: jax.Array, fn: Callable[[jax.Array], jax.Array]) -> jax.Array:
         own = sides(x.ndim)
-        order, rows, moved = _as_vectors(x, own)
-        del rows
+        order, _, moved = _as_vectors(x, own)
         changed = fn(moved).reshape([x.shape[i] for i in order])
         return changed.transpose([order.index(i) for i in range(x.ndim)])
 
@@ -94,7 +93,7 @@ def apply_vectors(sides: Callable[[int], Sides]) -> MapInputs:
         if summed:  # the product sums these axes of x alone
             x = x.sum(axis=tuple(summed))
             own = own._replace(x=[c for i, c in enumerate(own.x) if i not in summed])
-        order, rows, moved = _as_vectors(x, own)
+        _, rows, moved = _as_vectors(x, own)
         y = fn(moved)
         outputs = y.shape[len(own.stack) + 1 :] if own.sizes is None else own.sizes
         letters = [*own.stack, *(own.x[i] for i in rows), *own.outputs]

@@ -93,6 +93,10 @@ class Mixed(WeightMethod):
                 leaves[f"{path}/{name}"] = jnp.zeros(shape) if rank else jnp.ones(shape)
         return tree.unflatten(leaves)
 
+    def expected(self, params: tree.Params, adapter: tree.Adapter) -> tree.Adapter:
+        """What `init` makes, and the index, if one is there."""
+        return super().expected(params, adapter) | {name: own for name, own in adapter.items() if name == ADDED}
+
     def leaves_at(self, path: str) -> list[str]:
         """The names of the leaves beside one leaf of the base."""
         chosen = {"a": self.low_rank, "b": self.low_rank, "l_in": self.inputs, "l_out": self.outputs, VALUE: self.replaced}

@@ -50,6 +50,36 @@ def added(layer: Layer, linear: Linear, inputs: tuple[Any, ...], leaves: Leaves,
     return changed(y + update.branch(x, leaves).astype(y.dtype))
 
 
+def thinned(
+    layer: Layer, linear: Linear, inputs: tuple[Any, ...], leaves: Leaves, update: Update, key: jax.Array, thinning: "Thinning"
+) -> jax.Array:
+    """A layer with an update of which training leaves out some outputs, or all, as LyCORIS does."""
+    y, change = layer(*inputs), update.branch(inputs[0], leaves)
+    key_outputs, key_whole = jax.random.split(key)
+    if thinning.outputs and linear.scale_outputs is not None:
+        axes, shape = linear.axes, layer.params[linear.name].shape
+        kept = jax.random.bernoulli(key_outputs, 1 - thinning.outputs, [shape[i] for i in sorted(axes.stack + axes.outputs)])
+        mask = kept.astype(change.dtype)
+        change = linear.scale_outputs(change, mask / jnp.maximum(mask.mean(), 1 / mask.size) if thinning.rescale else mask)
+    if thinning.whole:
+        change = jnp.where(jax.random.bernoulli(key_whole, 1 - thinning.whole), change, 0)
+    return changed(y + change.astype(y.dtype))
+
+
+class Thinning(NamedTuple):
+    """What of an update a step of training leaves out.
+
+    Attributes:
+      outputs: The probability of each output.
+      whole: The probability of all of it, at one layer.
+      rescale: Whether the other outputs are divided by their share.
+    """
+
+    outputs: float
+    whole: float
+    rescale: bool = True
+
+
 def _merges(layer: Layer, linear: Linear, inputs: tuple[Any, ...], update: Update) -> bool:
     """Whether the merged view is both exact enough and cheaper; see `two_view.applies`, whose rule for dtypes this is."""
     kernel, x = layer.params[linear.name], inputs[0]

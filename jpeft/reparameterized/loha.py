@@ -9,8 +9,8 @@ import jax.numpy as jnp
 
 from jpeft.core.initializers import kaiming_uniform
 from jpeft.core.layer import Layer, Linear
-from jpeft.core.options import Count, PerPath, Positive
-from jpeft.reparameterized.added import Update, added
+from jpeft.core.options import Count, PerPath, Positive, Probability
+from jpeft.reparameterized.added import Thinning, Update, added, thinned
 from jpeft.reparameterized.matrix_form import INPUTS, OUTPUTS, MatrixForm
 from jpeft.reparameterized.weight_method import Inputs, Key, Leaves, Matrix, WeightMethod
 from jpeft.tree.kernels import window_of
@@ -34,6 +34,9 @@ class LoHa(WeightMethod):
       rank: r; or rules ``{regex or name: r}``, first match wins. Each rule must match.
       alpha: Scale before the division by r; or rules.
       effective_conv: Factorise the window of convolutions, as in FedPara's proposition 3. HF PEFT calls it ``use_effective_conv2d``.
+      rank_dropout: Probability that a step leaves out an output of the update, where the update is a product of its own; active when the
+        model is given a ``dropout`` rng. The others are divided by their share.
+      module_dropout: Probability that a step leaves out the whole update of a layer, likewise.
       target: Which kernels: a regex for whole paths, or a list of names; by default every kernel but the head's.
       axes: Geometry of kernels with more than two axes, e.g. from `jpeft.kernel_axes`.
       head: Task head to train along: "auto", a regex, or None.
@@ -58,6 +61,8 @@ class LoHa(WeightMethod):
     rank: PerPath[Count] = 8
     alpha: PerPath[Positive] = 8.0
     effective_conv: bool = False
+    rank_dropout: Probability = 0.0
+    module_dropout: Probability = 0.0
 
     name = "loha"
     summary = "elementwise products of two low-rank updates"
@@ -126,9 +131,10 @@ class LoHa(WeightMethod):
             return linear.apply_low_rank(x, a.astype(layer.dtype), b.astype(layer.dtype))
 
         per_row = 2 * min(r * r * (ins + outs), ins * outs)
-        return added(
-            layer, linear, inputs, leaves, Update(lambda leaves: form.from_matrix(delta(leaves)), branch, per_row, 4 * r * ins * outs)
-        )
+        update = Update(lambda leaves: form.from_matrix(delta(leaves)), branch, per_row, 4 * r * ins * outs)
+        if rng is not None and (self.rank_dropout or self.module_dropout):
+            return thinned(layer, linear, inputs, leaves, update, rng, Thinning(self.rank_dropout, self.module_dropout))
+        return added(layer, linear, inputs, leaves, update)
 
     def _scale(self, path: str) -> float:
         return first_match(path, self.alpha, "alpha") / first_match(path, self.rank, "rank")

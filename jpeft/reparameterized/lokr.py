@@ -10,8 +10,8 @@ import jax.numpy as jnp
 from jpeft.core.initializers import kaiming_uniform
 from jpeft.core.layer import Layer, Linear
 from jpeft.core.limits import WIDEST, Range
-from jpeft.core.options import Count, PerPath, Positive
-from jpeft.reparameterized.added import Update, added
+from jpeft.core.options import Count, PerPath, Positive, Probability
+from jpeft.reparameterized.added import Thinning, Update, added, thinned
 from jpeft.reparameterized.matrix_form import MatrixForm
 from jpeft.reparameterized.weight_method import Inputs, Key, Leaves, Matrix, WeightMethod
 from jpeft.tree.kernels import window_of
@@ -34,14 +34,14 @@ class Split(NamedTuple):
 class LoKr(WeightMethod):
     r"""LoKr: ``W' = W + s (w1 ⊗ w2)^T``, a Kronecker product of a small matrix [l, m] and a larger one [k, n], ``s = alpha / r``.
 
-    There are ``l k`` outputs and ``m n`` inputs; l, k and m, n are near the square roots, or as `decompose_factor` says. ``w2`` is a product
+    There are ``l k`` outputs and ``m n`` inputs; l, k and m, n are near the square roots, or as `decompose_factor` says. ``w2`` is
     ``w2_a w2_b`` of rank r where ``r < max(k, n) / 2``, and so is ``w1`` with `decompose_both` where ``r < max(l, m) / 2``; s stays
     ``alpha / r`` where nothing is of low rank. ``w1`` (or ``w1_a``) is zero at the start, so the adapted model begins as the base.
 
     The leaves have HF PEFT's names and shapes: ``w1`` [l, m] is ``lokr_w1``, ``w1_a`` [l, r], ``w1_b`` [r, m], ``w2`` [k, n], ``w2_a``
-    [k, r], ``w2_b`` [r, n]. Of a convolution ``w2_conv`` [k, n, window] is ``lokr_w2`` and ``w2_b_conv`` [r, n, window] is ``lokr_w2_b``
-    with the window's axes flattened; with `effective_conv`, ``w2_a`` and ``w2_b`` are ``lokr_w2_a.T`` and ``lokr_w2_b``, and ``t2``
-    [r, r, window] is ``lokr_t2``.
+    [k, r], ``w2_b`` [r, n]. Of a convolution, with the window's axes flattened, ``w2_conv`` [k, n, window] is ``lokr_w2`` and
+    ``w2_b_conv`` [r, n, window] is ``lokr_w2_b``; with `effective_conv`, ``w2_a`` and ``w2_b`` are ``lokr_w2_a.T`` and ``lokr_w2_b``,
+    and ``t2`` [r, r, window] is ``lokr_t2``.
 
     Args:
       rank: r; or rules ``{regex or name: r}``, first match wins. Each rule must match.
@@ -49,6 +49,9 @@ class LoKr(WeightMethod):
       decompose_both: Whether ``w1`` may be of low rank, too.
       decompose_factor: The number of parts, m and l, where it divides the size, else the nearest below that does; -1 for the square root.
       effective_conv: Factorise the window of convolutions. HF PEFT calls it ``use_effective_conv2d``.
+      rank_dropout: Probability that a step leaves out an output of the update, where the update is a product of its own; active when the
+        model is given a ``dropout`` rng. The others are divided by their share with `rank_dropout_scale`.
+      module_dropout: Probability that a step leaves out the whole update of a layer, likewise.
       target: Which kernels: a regex for whole paths, or a list of names; by default every kernel but the head's.
       axes: Geometry of kernels with more than two axes, e.g. from `jpeft.kernel_axes`.
       head: Task head to train along: "auto", a regex, or None.
@@ -76,6 +79,9 @@ class LoKr(WeightMethod):
     decompose_both: bool = False
     decompose_factor: Annotated[int, Range(-1, WIDEST)] = -1
     effective_conv: bool = False
+    rank_dropout: Probability = 0.0
+    rank_dropout_scale: bool = False
+    module_dropout: Probability = 0.0
 
     name = "lokr"
     summary = "Kronecker products of two small matrices, one of them of low rank"
@@ -110,7 +116,7 @@ class LoKr(WeightMethod):
         return Split(*factorization(outs, self.decompose_factor), outer_in, inner_in, window)
 
     def _begin(self, key: Key, split: Split, path: str) -> Leaves:
-        r, (l, k, m, n, window) = first_match(path, self.rank, "rank"), split  # noqa: E741
+        r, (l, k, m, n, window) = first_match(path, self.rank, "rank"), split
         key1, key2, key3 = jax.random.split(key, 3)
         if self.decompose_both and r < max(l, m) / 2:
             out: Leaves = {"w1_a": jnp.zeros((l, r)), "w1_b": kaiming_uniform(key1, (r, m), fan_in=m)}
@@ -135,7 +141,7 @@ class LoKr(WeightMethod):
     def _delta(self, leaves: Mapping[str, Any], *, path: str) -> Matrix:
         w1 = leaves["w1"] if "w1" in leaves else leaves["w1_a"] @ leaves["w1_b"]
         w2 = _inner(leaves)  # [k, n, window]
-        (l, m), (k, n, window) = w1.shape, w2.shape  # noqa: E741
+        (l, m), (k, n, window) = w1.shape, w2.shape
         # A convolution's inputs lie in the order (window, channel).
         return self._scale(path) * jnp.einsum("lm,knw->wmnlk", w1, w2).reshape(window * m * n, l * k)
 
@@ -154,9 +160,13 @@ class LoKr(WeightMethod):
             through = lambda v: form.each(_product)(v.astype(layer.dtype), w).reshape(*v.shape[:-1], *outputs)
             return jnp.asarray(self._scale(path), layer.dtype) * apply(x, through)
 
-        (ins, outs), (l, k, m, n, _) = form.sizes, self._split(form.sizes, 1)  # noqa: E741
+        (ins, outs), (l, k, m, n, _) = form.sizes, self._split(form.sizes, 1)
         per_row = 2 * min(ins * k + m * k * l, ins * l + l * n * k)
-        return added(layer, linear, inputs, leaves, Update(delta, branch, per_row, ins * outs))
+        update = Update(delta, branch, per_row, ins * outs)
+        if rng is not None and (self.rank_dropout or self.module_dropout):
+            thinning = Thinning(self.rank_dropout, self.module_dropout, self.rank_dropout_scale)
+            return thinned(layer, linear, inputs, leaves, update, rng, thinning)
+        return added(layer, linear, inputs, leaves, update)
 
     def _scale(self, path: str) -> float:
         return first_match(path, self.alpha, "alpha") / first_match(path, self.rank, "rank")

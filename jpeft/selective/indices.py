@@ -41,9 +41,9 @@ def count_digits(size: int) -> int:
     return 1 if size <= DIGIT else 2
 
 
-def encode(index: Int[np.ndarray, " k"], size: int) -> Float[Array, "digits k"]:
+def encode(index: Int[np.ndarray, " k"] | Int[Array, " k"], size: int) -> Float[Array, "digits k"]:
     """Flat indices into `size` entries as digits in float32, the lowest digit first."""
-    return jnp.asarray(np.stack([index // DIGIT**i % DIGIT for i in range(count_digits(size))]), jnp.float32)
+    return jnp.stack([jnp.asarray(index // DIGIT**i % DIGIT, jnp.float32) for i in range(count_digits(size))])
 
 
 def decode(digits: Float[Array, "digits k"]) -> Int[Array, " k"]:

@@ -187,6 +187,13 @@ class TrainConfig(Settings):
         positional=True,
         metavar="[NAME=VALUE ...]",
     )
+    adapter: str | None = setting(
+        "Folder of an adapter to train on, or a hub id: of HF PEFT, of the library adapters, of jpeft, or of a run. It brings its method "
+        "and options. none begins with a new adapter.",
+        default=None,
+        # What it was is in the run's configuration; where it lies does not matter.
+        resume_safe=True,
+    )
     seed: int = setting(
         "Seed of the adapter, the new head, the data order and dropout; the pretrained base does not depend on it.",
         default=0,
@@ -222,7 +229,8 @@ class CompareConfig(Settings):
 
 def resolved(config: TrainConfig) -> TrainConfig:
     """Return the same configuration with local paths made absolute, so that a run can be opened from any directory."""
-    local = {name: os.path.abspath(path) for name in ("model", "data") if os.path.exists(path := getattr(config, name))}
+    places = {name: path for name in ("model", "data", "adapter") if (path := getattr(config, name)) is not None}
+    local = {name: os.path.abspath(path) for name, path in places.items() if os.path.exists(path)}
     return dataclasses.replace(config, output=os.path.abspath(config.output), **local)
 
 
@@ -292,6 +300,9 @@ def check_values(config: TrainConfig) -> None:
     if config.resume and config.overwrite:
         raise ValueError("`resume` continues the run in the output folder and `overwrite` replaces it: give one of them.")
     check_method(config.method, parse_options(config.options))
+    if config.adapter is not None and (config.options or config.add_tokens):
+        name = "options" if config.options else "add_tokens"
+        raise ValueError(f"The adapter in {config.adapter} brings its method and options: leave out `{name}`.")
     if config.mesh is not None:
         parse_mesh(config.mesh)
     if len(set(config.tag_names)) < len(config.tag_names):

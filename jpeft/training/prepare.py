@@ -18,6 +18,7 @@ from jpeft.core.stages import Segment, plan
 from jpeft.extras import explained
 from jpeft.models.checkpoints.notes import unsaid
 from jpeft.tasks.task import Arrays, Task, task_of
+from jpeft.training.adapter_folder import attach_adapter, method_name, order_labels
 from jpeft.training.added_tokens import warn_of_absent
 from jpeft.training.base_files import base_files
 from jpeft.training.build import attach, load_base, read_columns
@@ -116,7 +117,7 @@ class Setup:
             "base_files": base_files(self.loaded.folder),
             "data": {name: fingerprint(self.task.identity(arrays)) for name, arrays in self.splits.items()},
             "examples": {name: len(next(iter(arrays.values()))) for name, arrays in self.splits.items()},
-        }
+        } | ({} if self.config.adapter is None else {"adapter": fingerprint(self.peft.adapter)})
 
 
 def prepare(config: TrainConfig, recorded: dict[str, Any] | None = None) -> Setup:
@@ -132,12 +133,16 @@ def prepare(config: TrainConfig, recorded: dict[str, Any] | None = None) -> Setu
     task = task_of(config)
     tables = data.splits(config.data, **read_columns(config, task))
     labels = task.label_names(tables["train"])
+    if config.adapter is not None:
+        labels = order_labels(config, labels)
     mesh = find_mesh(config)
     with unsaid():  # it is said once all is checked
         loaded = load_base(config, labels, mesh)
     splits = encode_splits(config, task, tables, labels, loaded)
     warn_of_absent(loaded, splits["train"])
     peft = _attach(config, task, labels, splits["train"], loaded, recorded)
+    if config.adapter is not None:
+        config = dataclasses.replace(config, method=method_name(peft))
     # A frozen base without a head has nothing to train and is evaluated as it is.
     steps = count_steps(config, splits["train"]) if jax.tree.leaves(peft.adapter) else 0
     defaults = registry.methods()[config.method]
@@ -194,7 +199,11 @@ def _attach(
         check_statistics(method.requires_stats, config.method)
         return make_statistics(method.requires_stats, dataclasses.replace(source, method=method))
 
-    peft = attach(config, loaded, statistics, recorded, count_steps(config, arrays))
+    steps = count_steps(config, arrays)
+    if config.adapter is not None:
+        peft = attach_adapter(config, loaded, steps)
+    else:
+        peft = attach(config, loaded, statistics, recorded, steps)
     for stage in peft.method.stages:
         check_statistics(stage.requires_stats, f"The stage {stage.name!r} of {config.method}")
     if config.export:

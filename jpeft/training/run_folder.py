@@ -130,6 +130,9 @@ class RunFolder:
             return config
         record = self.read_config()["run"]
         known = dataclasses.replace(config, **{name: value for name, value in unrecorded(TrainConfig).items() if name not in record})
+        # An adapter to train on brings its method. It may be elsewhere now: its fingerprint is recorded, too.
+        if record.get("adapter") is not None:
+            known = dataclasses.replace(known, method=record["method"], adapter=known.adapter or record["adapter"])
         return pinned(known, record)
 
     def check(self, config: TrainConfig) -> None:

@@ -90,7 +90,7 @@ def _train(config: TrainConfig, folder: RunFolder, lock: RunLock, report: Report
     recorded = on_first_process(lambda: folder.read_config().get("method") if config.resume and folder.in_use else None)
     setup = prepare(config, recorded)
     about = setup.to_json()
-    check_equal({name: about[name] for name in ("method", "labels", "base", "base_files", "data")})
+    check_equal({name: about.get(name) for name in ("method", "labels", "base", "base_files", "data", "adapter")})
     if config.resume:
         on_first_process(lambda: _check_same(folder, setup, about))
     return _run(setup, about, folder, lock, report)
@@ -135,8 +135,8 @@ def _check_same(folder: RunFolder, setup: Setup, about: dict[str, Any]) -> None:
     # fingerprint of both together.
     if "pretrained" in before and setup.replaces_initialised:
         before["base"], now["base"] = before["pretrained"], now["pretrained"]
-    names = ("labels", "learning_rate", "head_lr_scale", "steps", "base", "data")
-    changed = [name for name in names if before.get(name) != now[name]]
+    names = ("labels", "learning_rate", "head_lr_scale", "steps", "base", "data", "adapter")
+    changed = [name for name in names if before.get(name) != now.get(name)]
     # Runs of earlier versions do not record the files beside the weights.
     changed += changed_files(before.get("base_files"), now["base_files"])
     if changed:

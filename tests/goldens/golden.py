@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from safetensors.numpy import save_file
 
-import jpeft
+import jpeft.models
 from goldens.base import base_tensor
 
 HERE = Path(__file__).parent
