@@ -1,6 +1,7 @@
 """LORA: LoRA, rsLoRA and DoRA, of linear layers, convolutions and embeddings."""
 
 import math
+import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -83,6 +84,10 @@ class LoRAFormat(WeightFormat):
             "rslora": config["use_rslora"],
         }
         if config["use_dora"]:
+            if config["lora_dropout"]:
+                warnings.warn(
+                    f"{config.file}: jpeft.dora has no dropout, so lora_dropout={config['lora_dropout']} is left out.", stacklevel=2
+                )
             return DoRA(**options)
         if (kind := starts.start_of(config)) is not None:
             starts.check_start(config, kind, list(sites.values()))
