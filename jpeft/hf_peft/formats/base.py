@@ -12,7 +12,7 @@ from jpeft.core.options import shown
 from jpeft.hf_peft import targets
 from jpeft.hf_peft.assemble import join, take_apart
 from jpeft.hf_peft.config import Config, Key
-from jpeft.hf_peft.sites import Base, Site
+from jpeft.hf_peft.sites import EXPERTS, Base, Site
 from jpeft.reparameterized.weight_method import WeightMethod
 from jpeft.tree.paths import Path
 
@@ -88,6 +88,24 @@ class Format(abc.ABC):
         Raises:
           ValueError: naming the key.
         """
+
+    def prepare(self, config: Config, base: Base, found: Mapping[str, tuple[int, ...]]) -> tuple[Config, dict[str, str]]:
+        """What the shapes in the file tell beside the configuration.
+
+        Args:
+          config: The configuration.
+          base: The base.
+          found: The shapes of the tensors in the file, by their names without a prefix.
+
+        Returns:
+          The configuration with further values; and for tensors that stand in the file under other names than `expected` has, the expected
+          ones by those in the file.
+        """
+        return config, {}
+
+    def aliases(self, sites: Sequence[Site]) -> dict[str, str]:
+        """The names in the file of tensors that `save` gives other names, by those."""
+        return {}
 
     def targets(self, config: Config, base: Base, rename: Callable[[str], str]) -> list[Site]:
         """The sites that the adapter changes; none for a type that chooses no modules."""
@@ -198,7 +216,7 @@ class WeightFormat(Format):
 
     def targets(self, config: Config, base: Base, rename: Callable[[str], str]) -> list[Site]:
         """The kernels that the configuration chooses."""
-        known = {rename(module): site for module, site in base.kernels.items()}
+        known = {rename(module): site for module, site in base.kernels.items() if site.kind != EXPERTS}
         found = [known[name] for name in targets.chosen(config, known, base)]
         if not found and not config.get("target_parameters"):
             there = ", ".join(list(known)[:6])
@@ -249,7 +267,9 @@ class WeightFormat(Format):
         for site in sites:
             tensors |= {f"{site.module}.{name}": tensor for name, tensor in self.write(method, site, parts[site.module]).items()}
         config = self.config(method, sites, parts) | self.choice(method, sites, base, parts)
-        return Written(tensors | self.write_shared(method, leaves), config, [site.module for site in sites])
+        aliases = self.aliases(sites)
+        named = {aliases.get(name, name): tensor for name, tensor in tensors.items()}
+        return Written(named | self.write_shared(method, leaves), config, [site.module for site in sites])
 
     def choice(self, method: Any, sites: Sequence[Site], base: Base, leaves: Mapping[str, Arrays]) -> dict[str, Any]:
         """The keys of the configuration that choose these sites."""

@@ -2,15 +2,15 @@
 
 import math
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
-from jpeft.hf_peft import starts, targets
-from jpeft.hf_peft.config import ANY, COUNT, COUNT_RULES, FLAG, POSITIVE, POSITIVE_RULES, RATE, TARGETING, Config, Key, one_of
+from jpeft.hf_peft import experts, starts, targets
+from jpeft.hf_peft.config import ANY, COUNT, COUNT_RULES, FLAG, NAMES, POSITIVE, POSITIVE_RULES, RATE, TARGETING, Config, Key, one_of
 from jpeft.hf_peft.formats.base import Arrays, File, Shapes, WeightFormat
-from jpeft.hf_peft.sites import CONV, EMBEDDING, Base, Site
+from jpeft.hf_peft.sites import CONV, EMBEDDING, EXPERTS, Base, Site
 from jpeft.reparameterized.dora import DoRA
 from jpeft.reparameterized.lora import LoRA
 from jpeft.reparameterized.low_rank import scale
@@ -25,7 +25,7 @@ class LoRAFormat(WeightFormat):
 
     peft_type = "LORA"
     methods = ("lora", "dora")
-    kinds = ("linear", "conv1d", "conv", "embedding")
+    kinds = ("linear", "conv1d", "conv", "embedding", "experts")
     pads = True
     keys = TARGETING | {
         "r": Key(8, COUNT),
@@ -38,6 +38,7 @@ class LoRAFormat(WeightFormat):
         "alpha_pattern": Key({}, POSITIVE_RULES),
         "init_lora_weights": Key(True),
         "trainable_token_indices": Key(None),
+        "target_parameters": Key(None, NAMES),
         "lora_bias": Key(False, FLAG),
         "ensure_weight_tying": Key(False, FLAG),
         # How an adapter begins, or is spread over devices: of no meaning once it is trained.
@@ -54,9 +55,43 @@ class LoRAFormat(WeightFormat):
         """Refuse adapters whose base was changed when they began, in a way that the base alone does not tell."""
         starts.start_of(config)
 
+    def prepare(self, config: Config, base: Base, found: Mapping[str, tuple[int, ...]]) -> tuple[Config, dict[str, str]]:
+        """Where the tensors of experts stand."""
+        return experts.place(config, experts.chosen(config, base), found)
+
+    def targets(self, config: Config, base: Base, rename: Callable[[str], str]) -> list[Site]:
+        """The kernels, and the parameters of experts."""
+        found = experts.chosen(config, base)
+        if found and (config["use_dora"] or config["lora_bias"] or starts.start_of(config)):
+            raise config.error("target_parameters goes with plain LoRA alone.")
+        return [*super().targets(config, base, rename), *found]
+
+    def aliases(self, sites: Sequence[Site]) -> dict[str, str]:
+        """The tensors of experts stand beside the module."""
+        out = {}
+        for group in experts.by_parent(site for site in sites if site.kind == EXPERTS):
+            for name, prefix in experts.levels(group).items():
+                out |= {f"{name}.{tensor}": f"{prefix}.{tensor}" for tensor in (experts.A, experts.B)}
+        return out
+
+    def choice(self, method: Any, sites: Sequence[Site], base: Base, leaves: Mapping[str, Arrays]) -> dict[str, Any]:
+        """The modules, and the parameters of experts."""
+        modules, parameters = [site for site in sites if site.kind != EXPERTS], [site.name for site in sites if site.kind == EXPERTS]
+        chosen = super().choice(method, modules, base, leaves) if modules else {"target_modules": [], "fan_in_fan_out": False}
+        if not parameters:
+            return chosen
+        if getattr(method, "dropout", 0.0) or "a0" in leaves[parameters[0]] or "m" in leaves[parameters[0]]:
+            raise ValueError(
+                f"HF PEFT adapts '{parameters[0]}', stacked kernels of experts, by LoRA without dropout or another start alone."
+            )
+        names = [site.name for site in base.sites.values() if site.kind == EXPERTS]
+        return chosen | {"target_parameters": targets.names_for(parameters, names)}
+
     def shapes(self, config: Config, site: Site, name: str) -> Shapes:
         """Those of A and B, and of the magnitude."""
         r, _ = _rank_and_alpha(config, name)
+        if site.kind == EXPERTS:
+            return dict(experts.shapes(config, site, r))
         if site.kind == EMBEDDING:
             shapes: Shapes = {"lora_embedding_A": (r, site.inputs), "lora_embedding_B": (site.outputs, r)}
             magnitude: tuple[int, ...] = (site.outputs,)
@@ -132,6 +167,8 @@ class LoRAFormat(WeightFormat):
 
     def read(self, config: Config, site: Site, tensors: Arrays) -> Arrays:
         """``a`` and ``b``, and ``m``."""
+        if site.kind == EXPERTS:
+            return experts.read(config, site, tensors)
         first, second = ("lora_embedding_A", "lora_embedding_B") if site.kind == EMBEDDING else ("lora_A.weight", "lora_B.weight")
         a, b = tensors[first], tensors[second]
         if site.kind == CONV:  # [r, channels, *window] -> [*window, channels, r]
@@ -145,6 +182,8 @@ class LoRAFormat(WeightFormat):
 
     def write(self, method: Any, site: Site, leaves: Arrays) -> Arrays:
         """A and B, and the magnitude."""
+        if site.kind == EXPERTS:
+            return experts.write(leaves)
         if "a0" in leaves:  # s (a b - a0 b0) as one product
             a, b = np.concatenate([leaves["a"], -leaves["a0"]], -1), np.concatenate([leaves["b"], leaves["b0"]], 0)
             leaves = {"a": a, "b": b}
@@ -168,7 +207,7 @@ class LoRAFormat(WeightFormat):
         for site in sites:
             full = first_match(site.path, method.rank, "rank")
             alpha, own = first_match(site.path, method.alpha, "alpha"), leaves[site.module]
-            r = own["a"].shape[1] * (2 if "a0" in own else 1)
+            r = own["a"].shape[-1] * (2 if "a0" in own else 1)
             ranks[site.module] = r
             # Of a layer that was filled up with zeros the scale is still that of the full rank.
             alphas[site.module] = _whole(alpha * (math.sqrt(r / full) if method.rslora else r / full) if r != full else alpha)
