@@ -66,6 +66,7 @@ class LoRA(WeightMethod):
     name = "lora"
     summary = "low-rank updates of kernels, merged for inference"
     learning_rate = 3e-3
+    adds_to_kernel = True
     leaf_axes = low_rank.LEAF_AXES
 
     def scale(self, path: str) -> float:
