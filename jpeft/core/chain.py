@@ -94,7 +94,7 @@ class Chain(Method):
             if part.wraps_layers and not part.adds_to_kernel and part.why_no_merge is None:
                 for path in sorted(changed & part.adapted_paths(params, adapter)):
                     raise ValueError(
-                        f"chain: '{name}' changes '{path}' itself, so '{other}' before it would compute with the change, while merging would "
+                        f"chain: '{name}' changes '{path}' itself, so '{other}' before it would compute with it, while merging would "
                         f"add it afterwards. List '{name}' before '{other}'."
                     )
 
