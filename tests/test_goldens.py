@@ -15,7 +15,6 @@ from goldens.golden import base, base_logits, goldens
 from safetensors.numpy import load_file
 
 import jpeft
-from jpeft.hf_peft.formats import formats
 
 # What jpeft does not read yet.
 LATER = {
@@ -104,8 +103,6 @@ def test_the_bases_are_the_same(model, scan):
 
 @pytest.mark.parametrize("golden", goldens(), ids=lambda golden: f"{golden.model}-{golden.case}")
 def test_golden(golden, tmp_path):
-    if golden.config["peft_type"] not in formats():
-        pytest.skip("no format yet")
     if reason := LATER.get(golden.case, LATER.get(f"{golden.model}-{golden.case}")):
         pytest.xfail(reason)
     scan = is_scanned(golden)
