@@ -71,13 +71,16 @@ def torch_logits(model: Any, family: str) -> np.ndarray:
 
 
 @functools.cache
-def _forward(family: str, scan: bool) -> Any:
-    return jax.jit(jpeft.wrap(tiny(family, scan).model.apply))
+def _forward(family: str, scan: bool, merged: bool) -> Any:
+    apply = tiny(family, scan).model.apply
+    return jax.jit((lambda params, *inputs: apply({"params": params}, *inputs)) if merged else jpeft.wrap(apply))
 
 
 def logits(peft: jpeft.Peft, family: str, scan: bool = False) -> np.ndarray:
-    """The logits here."""
-    out = _forward(family, scan)(peft, *batch())
+    """The logits here; of the merged model where there is one, so that few programs are compiled."""
+    parts = [part for _, part in peft.method.parts] or [peft.method]
+    merges = all(part.why_no_merge is None for part in parts)
+    out = _forward(family, scan, merges)(jpeft.merge(peft) if merges else peft, *batch())
     return np.asarray(getattr(out, "logits", out))
 
 

@@ -88,6 +88,16 @@ def test_the_page_on_serving_runs(tmp_path, monkeypatch):
     assert (tmp_path / "dora" / "adapter_model.safetensors").exists()
 
 
+def test_the_page_on_hf_peft_runs(tmp_path, monkeypatch):
+    """Every block of docs/hf_peft.md, one after the other."""
+    monkeypatch.chdir(tmp_path)
+    names: dict[str, Any] = {}
+    for block in code_blocks("docs/hf_peft.md"):
+        exec(block, names)
+    chex.assert_trees_all_equal(names["again"].adapter, names["peft"].adapter)
+    assert (tmp_path / "own" / "adapter_config.json").is_file()
+
+
 def test_the_readme_trains_at_the_rates_of_the_command_line():
     lora = jpeft.methods()["lora"]
     assert f"linear_schedule({lora.learning_rate:g}".replace("0.003", "3e-3") in (ROOT / "README.md").read_text()

@@ -104,7 +104,8 @@ def _trimmed(layer: Arrays, leaf_axes: LeafAxesByName) -> Arrays:
     if all(not leaf.any() for leaf in layer.values()):
         return {}
     for axis in own:
-        with_axis = {name: leaf_axes[name].index(axis) for name in layer if axis in leaf_axes[name]}
+        # Counted from the end: the leaves of experts have an axis for these in front.
+        with_axis = {name: leaf_axes[name].index(axis) - len(leaf_axes[name]) for name in layer if axis in leaf_axes[name]}
         used = [np.flatnonzero(np.moveaxis(layer[name], at, 0).reshape(layer[name].shape[at], -1).any(1)) for name, at in with_axis.items()]
         size = max((int(index[-1]) + 1 for index in used if len(index)), default=1)
         for name, at in with_axis.items():

@@ -75,6 +75,7 @@ def _load(form: Format, config: Config, base: Base, tensors: Tensors) -> Peft:
     modules = [site.module for site in base.sites.values()]
     way = tensors.way(modules, base.body)
     rename = lambda module: unshifted(module, way) if way else module
+    config, aliases = form.prepare(config, base, tensors.shapes(way))
     targets = form.targets(config, base, rename)
     saved = whole.saved_sites(config, base) if form.saves_modules else []
     biases = whole.bias_sites(config, base, targets, saved)
@@ -86,19 +87,24 @@ def _load(form: Format, config: Config, base: Base, tensors: Tensors) -> Peft:
     expected |= {site.name: site.shape for site in [*saved, *biases]}
     expected |= {tied: base.word.shape} if tied is not None and base.word is not None else {}
     expected |= {name: (len(ids), site.outputs) for name, (site, ids) in tokens.items()}
-    spare = [name for name in tensors.match(expected, way) if not _is_of_base(name, tensors, base, way)]
+    spare = [name for name in tensors.match(expected, way, aliases) if not _is_of_base(name, tensors, base, way)]
     check_tensors(tensors, expected, spare)
     if tied is not None and base.word is not None and not np.array_equal(tensors.read(tied), tensors.read(base.word.name)):
         raise config.error(f"modules_to_save holds '{base.word.name}' and '{tied}' with different numbers, and the model ties the two.")
 
     head = whole.head_option(saved, base)
-    method, leaves = form.load(File(config, base, tensors.read, rename, head), targets)
+    file = File(config, base, tensors.read, rename, head)
+    method, leaves = form.load(file, targets)
     if (trained := training.read(tensors.file.parent)) is not None:
         method, leaves = trained[0].replace(head=head), trained[1]
     leaves = leaves | whole.leaves_of(saved, tensors.read)
     parts: dict[str, tuple[Method, Mapping[str, Any]]] = {method.name: (method, leaves)}
-    if biases:
-        parts["bitfit"] = (whole.bias_part(biases, base, config["bias"]), whole.leaves_of(biases, tensors.read))
+    values = {site.name: tensors.read(site.name) for site in biases}
+    for name, change in form.bias_changes(file, targets).items():
+        values[name] = values.get(name, base.tensor(base.sites[name])) + change
+    if values:
+        changed = [base.sites[name] for name in values]
+        parts["bitfit"] = (whole.bias_part(changed, base, config.get("bias", "none")), whole.leaves_of(changed, values.__getitem__))
     parts |= whole.token_parts(tokens, base, tensors.read)
     return _peft(base, parts, config)
 

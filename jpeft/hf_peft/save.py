@@ -53,10 +53,12 @@ def save_hf(
     Raises:
       ValueError: for what HF PEFT cannot hold, with what it can; if `folder` exists.
 
-    >>> import json, tempfile, jax.numpy as jnp, jpeft
-    >>> from jpeft.models import BertConfig, BertModel, abstract_params
-    >>> model = BertModel(BertConfig.tiny())  # doctest: +SKIP
-    >>> jpeft.save_hf("out", peft, model=model, base="bert-base-uncased")  # doctest: +SKIP
+    >>> import os, tempfile, jax.numpy as jnp, jpeft
+    >>> params = {"layers": {"q": {"kernel": jnp.ones((3, 8, 4))}}}
+    >>> folder = tempfile.mkdtemp() + "/out"
+    >>> jpeft.save_hf(folder, jpeft.apply(params, method="lora"), names={"layers/q/kernel": "model.layers.*.q.weight"})
+    >>> sorted(os.listdir(folder))
+    ['adapter_config.json', 'adapter_model.safetensors']
     """
     check_peft(peft, "save_hf")
     described = base_of(peft.params, model=model, names=names, axes=_axes(peft.method))

@@ -22,7 +22,7 @@ from jpeft.tree.paths import Path
 
 Names = Callable[[str], str | None] | Mapping[str, str] | Sequence[tuple[str, str]]
 
-LINEAR, CONV1D, CONV, EMBEDDING, OTHER = "linear", "conv1d", "conv", "embedding", "other"
+LINEAR, CONV1D, CONV, EMBEDDING, EXPERTS, OTHER = "linear", "conv1d", "conv", "embedding", "experts", "other"
 ANY_LAYER = "*"  # in a torch name: the number of a stacked layer
 
 
@@ -36,7 +36,7 @@ class Site:
       index: Its place in the stack of layers; None where layers are not stacked.
       form: The parameter, with the stack, as a matrix; None for a vector.
       kind: "linear", whose weight is (outputs, inputs) in torch; "conv1d", GPT-2's, whose weight is (inputs, outputs); "conv"; "embedding";
-        "other".
+        "experts", stacked kernels that are one parameter in torch; "other".
       shape: Of the torch tensor.
     """
 
@@ -49,8 +49,8 @@ class Site:
 
     @property
     def module(self) -> str:
-        """The torch module."""
-        return self.name.rpartition(".")[0]
+        """The torch module. Of experts, which are one parameter among others of their module, it is the parameter."""
+        return self.name if self.kind == EXPERTS else self.name.rpartition(".")[0]
 
     @property
     def inputs(self) -> int:
@@ -76,7 +76,7 @@ class Site:
         matrix = np.asarray(self._one.to_matrix(array))
         if self.kind == CONV:  # [*window, channels, width] -> [width, channels, *window]
             return np.ascontiguousarray(np.moveaxis(array, (-1, -2), (0, 1)))
-        return np.ascontiguousarray(matrix.T if self.kind == LINEAR else matrix)
+        return np.ascontiguousarray(matrix.swapaxes(-1, -2) if self.kind in (LINEAR, EXPERTS) else matrix)
 
     def from_torch(self, tensor: np.ndarray) -> np.ndarray:
         """A torch tensor as the parameter, without the stack; the inverse of `to_torch`."""
@@ -85,14 +85,14 @@ class Site:
             return tensor.reshape(shape)
         if self.kind == CONV:
             return np.moveaxis(tensor, (0, 1), (-1, -2))
-        matrix = tensor.T if self.kind == LINEAR else tensor
+        matrix = tensor.swapaxes(-1, -2) if self.kind in (LINEAR, EXPERTS) else tensor
         return np.asarray(self._one.from_matrix(matrix))
 
     @property
     def _one(self) -> MatrixForm:
         """The form of the kernel without the stack."""
         assert self.form is not None
-        if not self.form.axes.stack:
+        if self.index is None:
             return self.form
         axes = self.form.axes.without_stack(1)
         assert axes is not None
@@ -195,7 +195,9 @@ def base_of(params: tree.Params, *, model: Any = None, names: Names | None = Non
       ValueError: if neither is given, or the parameters are not the model's.
     """
     if names is not None:
-        return Base(params, list(_named_sites(params, names, axes)), axes=axes)
+        rename = _Renaming(names)
+        # The parameters of a module of experts are in the order of the rules.
+        return Base(params, sorted(_named_sites(params, rename, axes), key=lambda site: rename.place(site.path)), axes=axes)
     config: Any = getattr(model, "config", None)
     if getattr(config, "model_type", None) is None or not hasattr(config, "scan"):
         what = "no model was given" if model is None else f"{type(model).__name__} is none of jpeft.models"
@@ -233,12 +235,12 @@ def base_of(params: tree.Params, *, model: Any = None, names: Names | None = Non
     )
 
 
-def _named_sites(params: tree.Params, names: Names, axes: Any) -> Iterator[Site]:
+def _named_sites(params: tree.Params, rename: "_Renaming", axes: Any) -> Iterator[Site]:
     """The sites of a model whose torch names the caller gives."""
-    rename, layers = _renaming(names), layer_axes(params)
+    layers = layer_axes(params)
     seen: dict[str, str] = {}
     for path, leaf in tree.flatten(params).items():
-        name = rename(path)
+        name = rename.name(path)
         if name is None:
             continue
         shape, last = tuple(leaf.shape), path.rpartition("/")[2]
@@ -248,9 +250,11 @@ def _named_sites(params: tree.Params, names: Names, axes: Any) -> Iterator[Site]
             form = MatrixForm(shape, axes_of(path, shape, axes_rules(axes), layers=layers))
         elif stack is not None and stack != 0:
             raise ValueError(f"'{path}': its layers are stacked on axis {stack}, and names= is for stacks on the first axis.")
-        stacked = bool(form.axes.stack) if form is not None else stack is not None
-        if stacked != (ANY_LAYER in name):
-            need = f"needs {ANY_LAYER!r} for the number of the layer" if stacked else f"has {ANY_LAYER!r}, but no layers are stacked there"
+        stacks = len(form.axes.stack) if form is not None else int(stack is not None)
+        stacked = ANY_LAYER in name
+        is_experts = stacks - stacked == 1 and form is not None and not name.endswith(".weight")
+        if stacks - stacked != int(is_experts):
+            need = f"needs {ANY_LAYER!r} for the number of the layer" if stacks else f"has {ANY_LAYER!r}, but no layers are stacked there"
             raise ValueError(f"names: the torch name {name!r} of '{path}' {need}.")
         count = (form.stack[0] if form is not None else shape[0]) if stacked else 1
         for i in range(count):
@@ -258,7 +262,11 @@ def _named_sites(params: tree.Params, names: Names, axes: Any) -> Iterator[Site]
             if own in seen:
                 raise ValueError(f"names: '{seen[own]}' and '{path}' both get the torch name {own!r}.")
             seen[own] = path
-            yield _named_site(own, path, i if stacked else None, form, shape[1:] if stacked and form is None else shape)
+            index = i if stacked else None
+            if is_experts and form is not None:
+                yield Site(own, path, index, form, EXPERTS, (form.stack[-1], *form.sizes[::-1]))
+            else:
+                yield _named_site(own, path, index, form, shape[1:] if stacked and form is None else shape)
     if not seen:
         raise ValueError(f"names gives none of the parameters a torch name. They are {tree.first_few(tree.flatten(params))}.")
 
@@ -275,16 +283,31 @@ def _named_site(name: str, path: Path, index: int | None, form: MatrixForm | Non
     return Site(name, path, index, form, LINEAR, form.sizes[::-1])
 
 
-def _renaming(names: Names) -> Callable[[str], str | None]:
-    """A function from paths to torch names: the given one, or that of the rules, whose first match counts."""
-    if callable(names):
-        return names
-    rules = list(names.items()) if isinstance(names, Mapping) else list(names)
+class _Renaming:
+    """The torch names that a caller gives, by a function or by rules of which the first that matches counts."""
 
-    def rename(path: str) -> str | None:
-        for pattern, replacement in rules:
-            if (match := re.fullmatch(pattern, path)) is not None:
-                return match.expand(replacement)
+    def __init__(self, names: Names):
+        self._function = names if callable(names) else None
+        self._rules = [] if callable(names) else list(names.items() if isinstance(names, Mapping) else names)
+
+    def name(self, path: Path) -> str | None:
+        """The name of a parameter.
+
+        Raises:
+          ValueError: for a rule that is none.
+        """
+        if self._function is not None:
+            return self._function(path)
+        for pattern, replacement in self._rules:
+            try:
+                if (match := re.fullmatch(pattern, path)) is not None:
+                    return match.expand(replacement)
+            except re.error as error:
+                raise ValueError(
+                    f"names: the rule {pattern!r}: {replacement!r} is not a regular expression and a name: {error}."
+                ) from error
         return None
 
-    return rename
+    def place(self, path: Path) -> int:
+        """The number of the rule."""
+        return next((i for i, (pattern, _) in enumerate(self._rules) if re.fullmatch(pattern, path)), 0)

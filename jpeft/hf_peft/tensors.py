@@ -3,6 +3,7 @@
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
+from types import MappingProxyType
 
 import jax.numpy as jnp
 import numpy as np
@@ -66,12 +67,17 @@ class Tensors:
         )
         return max(dict.fromkeys(ways), key=lambda way: sum(fit(name, way) for name in self.names))  # of equal ones the first
 
-    def match(self, expected: Iterable[str], way: str) -> list[str]:
+    def shapes(self, way: str) -> dict[str, tuple[int, ...]]:
+        """The shapes of all tensors, by their names without a prefix."""
+        return {shifted(plain(name), way): tuple(self._open.get_slice(name).get_shape()) for name in self.names}
+
+    def match(self, expected: Iterable[str], way: str, aliases: Mapping[str, str] = MappingProxyType({})) -> list[str]:
         """Find the tensors that are expected.
 
         Args:
           expected: Their names, without a prefix.
           way: As `way` gives it.
+          aliases: Expected names by other names that the file may have for them.
 
         Returns:
           The names in the file that are not among them.
@@ -84,7 +90,8 @@ class Tensors:
         for name in self.names:
             if _ORIGINAL in name:  # of the base, as it was
                 continue
-            known = next((found for one in candidates(name) for found in (shifted(one, way), one) if found in wanted), None)
+            maybe = (aliases.get(each, each) for one in candidates(name) for each in (shifted(one, way), one))
+            known = next((found for found in maybe if found in wanted), None)
             if known is None:
                 spare.append(name)
             elif (other := self._found.setdefault(known, name)) != name and not np.array_equal(self.read_raw(other), self.read_raw(name)):

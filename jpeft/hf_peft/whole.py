@@ -71,8 +71,8 @@ def check_tied_target(sites: Sequence[Site], base: Base, what: str) -> None:
     """
     if base.tied is not None and base.word is not None and any(site.path == base.word.path for site in sites):
         raise ValueError(
-            f"{what} adapts '{base.word.module}', which is the head of the model too. HF PEFT changes its look-up alone, and here the scores "
-            "change as well, so the outputs would differ. Adapt other layers, or a base with tie_word_embeddings=false."
+            f"{what} adapts '{base.word.module}', which is the head of the model too. HF PEFT changes its look-up alone, and here the "
+            "scores change as well, so the outputs would differ. Adapt other layers, or a base with tie_word_embeddings=false."
         )
 
 

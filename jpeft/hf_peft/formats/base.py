@@ -8,10 +8,11 @@ from typing import Any, ClassVar, NamedTuple
 import numpy as np
 
 from jpeft.core.method import Method
+from jpeft.core.options import shown
 from jpeft.hf_peft import targets
 from jpeft.hf_peft.assemble import join, take_apart
 from jpeft.hf_peft.config import Config, Key
-from jpeft.hf_peft.sites import Base, Site
+from jpeft.hf_peft.sites import EXPERTS, Base, Site
 from jpeft.reparameterized.weight_method import WeightMethod
 from jpeft.tree.paths import Path
 
@@ -88,6 +89,24 @@ class Format(abc.ABC):
           ValueError: naming the key.
         """
 
+    def prepare(self, config: Config, base: Base, found: Mapping[str, tuple[int, ...]]) -> tuple[Config, dict[str, str]]:
+        """What the shapes in the file tell beside the configuration.
+
+        Args:
+          config: The configuration.
+          base: The base.
+          found: The shapes of the tensors in the file, by their names without a prefix.
+
+        Returns:
+          The configuration with further values; and for tensors that stand in the file under other names than `expected` has, the expected
+          ones by those in the file.
+        """
+        return config, {}
+
+    def aliases(self, sites: Sequence[Site]) -> dict[str, str]:
+        """The names in the file of tensors that `save` gives other names, by those."""
+        return {}
+
     def targets(self, config: Config, base: Base, rename: Callable[[str], str]) -> list[Site]:
         """The sites that the adapter changes; none for a type that chooses no modules."""
         return []
@@ -99,6 +118,10 @@ class Format(abc.ABC):
     @abc.abstractmethod
     def load(self, file: File, sites: Sequence[Site]) -> tuple[Method, Arrays]:
         """The method, and its leaves by path."""
+
+    def bias_changes(self, file: File, sites: Sequence[Site]) -> Arrays:
+        """What is added to biases of the base, by their names in torch."""
+        return {}
 
     @abc.abstractmethod
     def save(self, method: Any, leaves: Mapping[Path, Any], base: Base) -> Written:
@@ -171,6 +194,10 @@ class WeightFormat(Format):
         """
         return leaves
 
+    def complete(self, file: File, sites: Sequence[Site], leaves: dict[str, Arrays]) -> dict[str, Arrays]:
+        """The leaves with those that are made of the base, and not of the file."""
+        return leaves
+
     # --- for subclasses with tensors that all modules share -------------------------------------------------------------------------------
 
     def shared(self, config: Config, sites: Sequence[Site]) -> Shapes:
@@ -189,8 +216,11 @@ class WeightFormat(Format):
 
     def targets(self, config: Config, base: Base, rename: Callable[[str], str]) -> list[Site]:
         """The kernels that the configuration chooses."""
-        known = {rename(module): site for module, site in base.kernels.items()}
+        known = {rename(module): site for module, site in base.kernels.items() if site.kind != EXPERTS}
         found = [known[name] for name in targets.chosen(config, known, base)]
+        if not found and not config.get("target_parameters"):
+            there = ", ".join(list(known)[:6])
+            raise config.error(f"target_modules={shown(config['target_modules'])} chooses no module of the model, which has {there}, ...")
         wrong = [site for site in found if site.kind not in self.kinds]
         if wrong:
             raise config.error(
@@ -213,7 +243,7 @@ class WeightFormat(Format):
         for site in sites:
             tensors = {name: file.read(f"{site.module}.{name}") for name in self.shapes(config, site, file.rename(site.module))}
             leaves[site.module] = self.read(config, site, tensors)
-        leaves = self.adjust(config, method, named, leaves)
+        leaves = self.adjust(config, method, named, self.complete(file, sites, leaves))
         method = self.aim(method.replace(axes=base.axes, head=file.head), sites, config, base)
         joined = join(leaves, sites, base, method.leaf_axes, pads=self.pads, what=self.peft_type)
         shared = {name: file.read(name) for name in self.shared(config, sites)}
@@ -237,7 +267,9 @@ class WeightFormat(Format):
         for site in sites:
             tensors |= {f"{site.module}.{name}": tensor for name, tensor in self.write(method, site, parts[site.module]).items()}
         config = self.config(method, sites, parts) | self.choice(method, sites, base, parts)
-        return Written(tensors | self.write_shared(method, leaves), config, [site.module for site in sites])
+        aliases = self.aliases(sites)
+        named = {aliases.get(name, name): tensor for name, tensor in tensors.items()}
+        return Written(named | self.write_shared(method, leaves), config, [site.module for site in sites])
 
     def choice(self, method: Any, sites: Sequence[Site], base: Base, leaves: Mapping[str, Arrays]) -> dict[str, Any]:
         """The keys of the configuration that choose these sites."""

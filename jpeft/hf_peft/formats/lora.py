@@ -1,23 +1,23 @@
 """LORA: LoRA, rsLoRA and DoRA, of linear layers, convolutions and embeddings."""
 
 import math
-from collections.abc import Mapping, Sequence
+import warnings
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
-from jpeft.hf_peft import targets
-from jpeft.hf_peft.config import ANY, COUNT, COUNT_RULES, FLAG, POSITIVE, POSITIVE_RULES, RATE, TARGETING, Config, Key, one_of
-from jpeft.hf_peft.formats.base import Arrays, Shapes, WeightFormat
-from jpeft.hf_peft.sites import CONV, EMBEDDING, Base, Site
+from jpeft.hf_peft import experts, starts, targets
+from jpeft.hf_peft.config import ANY, COUNT, COUNT_RULES, FLAG, NAMES, POSITIVE, POSITIVE_RULES, RATE, TARGETING, Config, Key, one_of
+from jpeft.hf_peft.formats.base import Arrays, File, Shapes, WeightFormat
+from jpeft.hf_peft.sites import CONV, EMBEDDING, EXPERTS, Base, Site
 from jpeft.reparameterized.dora import DoRA
 from jpeft.reparameterized.lora import LoRA
 from jpeft.reparameterized.low_rank import scale
 from jpeft.reparameterized.weight_method import WeightMethod
 from jpeft.tree.select import first_match
 
-# Ways to begin that leave the base as it is, so that they do not matter to a trained adapter.
-_HARMLESS = (True, False, "gaussian", "eva", "orthogonal")
+BIAS = "lora_B.bias"
 
 
 class LoRAFormat(WeightFormat):
@@ -25,7 +25,7 @@ class LoRAFormat(WeightFormat):
 
     peft_type = "LORA"
     methods = ("lora", "dora")
-    kinds = ("linear", "conv1d", "conv", "embedding")
+    kinds = ("linear", "conv1d", "conv", "embedding", "experts")
     pads = True
     keys = TARGETING | {
         "r": Key(8, COUNT),
@@ -38,6 +38,8 @@ class LoRAFormat(WeightFormat):
         "alpha_pattern": Key({}, POSITIVE_RULES),
         "init_lora_weights": Key(True),
         "trainable_token_indices": Key(None),
+        "target_parameters": Key(None, NAMES),
+        "lora_bias": Key(False, FLAG),
         "ensure_weight_tying": Key(False, FLAG),
         # How an adapter begins, or is spread over devices: of no meaning once it is trained.
         "loftq_config": Key({}, ANY),
@@ -51,13 +53,45 @@ class LoRAFormat(WeightFormat):
 
     def check(self, config: Config, base: Base) -> None:
         """Refuse adapters whose base was changed when they began, in a way that the base alone does not tell."""
-        init = config["init_lora_weights"]
-        if init not in _HARMLESS:
-            raise config.error(f"init_lora_weights={init!r} is not known: it may have changed the base when the adapter began.")
+        starts.start_of(config)
+
+    def prepare(self, config: Config, base: Base, found: Mapping[str, tuple[int, ...]]) -> tuple[Config, dict[str, str]]:
+        """Where the tensors of experts stand."""
+        return experts.place(config, experts.chosen(config, base), found)
+
+    def targets(self, config: Config, base: Base, rename: Callable[[str], str]) -> list[Site]:
+        """The kernels, and the parameters of experts."""
+        found = experts.chosen(config, base)
+        if found and (config["use_dora"] or config["lora_bias"] or starts.start_of(config)):
+            raise config.error("target_parameters goes with plain LoRA alone.")
+        return [*super().targets(config, base, rename), *found]
+
+    def aliases(self, sites: Sequence[Site]) -> dict[str, str]:
+        """The tensors of experts stand beside the module."""
+        out = {}
+        for group in experts.by_parent(site for site in sites if site.kind == EXPERTS):
+            for name, prefix in experts.levels(group).items():
+                out |= {f"{name}.{tensor}": f"{prefix}.{tensor}" for tensor in (experts.A, experts.B)}
+        return out
+
+    def choice(self, method: Any, sites: Sequence[Site], base: Base, leaves: Mapping[str, Arrays]) -> dict[str, Any]:
+        """The modules, and the parameters of experts."""
+        modules, parameters = [site for site in sites if site.kind != EXPERTS], [site.name for site in sites if site.kind == EXPERTS]
+        chosen = super().choice(method, modules, base, leaves) if modules else {"target_modules": [], "fan_in_fan_out": False}
+        if not parameters:
+            return chosen
+        if getattr(method, "dropout", 0.0) or "a0" in leaves[parameters[0]] or "m" in leaves[parameters[0]]:
+            raise ValueError(
+                f"HF PEFT adapts '{parameters[0]}', stacked kernels of experts, by LoRA without dropout or another start alone."
+            )
+        names = [site.name for site in base.sites.values() if site.kind == EXPERTS]
+        return chosen | {"target_parameters": targets.names_for(parameters, names)}
 
     def shapes(self, config: Config, site: Site, name: str) -> Shapes:
         """Those of A and B, and of the magnitude."""
         r, _ = _rank_and_alpha(config, name)
+        if site.kind == EXPERTS:
+            return dict(experts.shapes(config, site, r))
         if site.kind == EMBEDDING:
             shapes: Shapes = {"lora_embedding_A": (r, site.inputs), "lora_embedding_B": (site.outputs, r)}
             magnitude: tuple[int, ...] = (site.outputs,)
@@ -68,6 +102,7 @@ class LoRAFormat(WeightFormat):
         else:
             shapes = {"lora_A.weight": (r, site.inputs), "lora_B.weight": (site.outputs, r)}
             magnitude = (site.outputs,)
+        shapes |= {BIAS: (site.outputs,)} if config["lora_bias"] else {}
         return shapes | ({"lora_magnitude_vector": magnitude} if config["use_dora"] else {})
 
     def method(self, config: Config, sites: Mapping[str, Site]) -> WeightMethod:
@@ -83,20 +118,57 @@ class LoRAFormat(WeightFormat):
             "alpha": targets.path_rules(alphas, float(config["lora_alpha"])),
             "rslora": config["use_rslora"],
         }
-        return DoRA(**options) if config["use_dora"] else LoRA(**options, dropout=config["lora_dropout"])
+        if config["use_dora"]:
+            if config["lora_dropout"]:
+                warnings.warn(
+                    f"{config.file}: jpeft.dora has no dropout, so lora_dropout={config['lora_dropout']} is left out.", stacklevel=2
+                )
+            return DoRA(**options)
+        if (kind := starts.start_of(config)) is not None:
+            starts.check_start(config, kind, list(sites.values()))
+            options["init"] = kind
+        return LoRA(**options, dropout=config["lora_dropout"])
 
     def adjust(self, config: Config, method: Any, sites: Mapping[str, Site], leaves: dict[str, Arrays]) -> dict[str, Arrays]:
         """In a stack ``b`` takes up what the scale of a layer is more than that of the stack."""
         out = dict(leaves)
         for name, site in sites.items():
             r, alpha = _rank_and_alpha(config, name)
-            own = alpha / (math.sqrt(r) if config["use_rslora"] else r)
+            own = _scale(config, r, alpha)
             if site.index is not None and own != (whole := scale(site.path, method.rank, method.alpha, method.rslora)):
-                out[site.module] = out[site.module] | {"b": out[site.module]["b"] * np.float32(own / whole)}
+                factors = {factor: leaf * np.float32(own / whole) for factor, leaf in out[site.module].items() if factor in ("b", "b0")}
+                out[site.module] = out[site.module] | factors
+        return out
+
+    def complete(self, file: File, sites: Sequence[Site], leaves: dict[str, Arrays]) -> dict[str, Arrays]:
+        """With the factors of the start, where it was in directions of the kernels."""
+        kind = starts.start_of(file.config)
+        if kind is None:
+            return leaves
+        out = dict(leaves)
+        for site in sites:
+            r, alpha = _rank_and_alpha(file.config, file.rename(site.module))
+            out[site.module] = out[site.module] | starts.factors(kind, file.base, site, r, _scale(file.config, r, alpha))
+        return out
+
+    def bias_changes(self, file: File, sites: Sequence[Site]) -> Arrays:
+        """``s`` times the biases of B."""
+        config = file.config
+        if not config["lora_bias"]:
+            return {}
+        out = {}
+        for site in sites:
+            name = f"{site.module}.bias"
+            if name not in file.base.sites:
+                raise config.error(f"lora_bias=true adds a bias to '{site.module}', which has none to add it to.")
+            scale_of = _scale(config, *_rank_and_alpha(config, file.rename(site.module)))
+            out[name] = np.float32(scale_of) * file.read(f"{site.module}.{BIAS}")
         return out
 
     def read(self, config: Config, site: Site, tensors: Arrays) -> Arrays:
         """``a`` and ``b``, and ``m``."""
+        if site.kind == EXPERTS:
+            return experts.read(config, site, tensors)
         first, second = ("lora_embedding_A", "lora_embedding_B") if site.kind == EMBEDDING else ("lora_A.weight", "lora_B.weight")
         a, b = tensors[first], tensors[second]
         if site.kind == CONV:  # [r, channels, *window] -> [*window, channels, r]
@@ -110,6 +182,11 @@ class LoRAFormat(WeightFormat):
 
     def write(self, method: Any, site: Site, leaves: Arrays) -> Arrays:
         """A and B, and the magnitude."""
+        if site.kind == EXPERTS:
+            return experts.write(leaves)
+        if "a0" in leaves:  # s (a b - a0 b0) as one product
+            a, b = np.concatenate([leaves["a"], -leaves["a0"]], -1), np.concatenate([leaves["b"], leaves["b0"]], 0)
+            leaves = {"a": a, "b": b}
         a, b = leaves["a"].T, leaves["b"].T
         window = site.shape[2:] if site.kind == CONV else ()
         if site.kind == EMBEDDING:
@@ -129,12 +206,15 @@ class LoRAFormat(WeightFormat):
         ranks, alphas = {}, {}
         for site in sites:
             full = first_match(site.path, method.rank, "rank")
-            alpha, r = first_match(site.path, method.alpha, "alpha"), leaves[site.module]["a"].shape[1]
+            alpha, own = first_match(site.path, method.alpha, "alpha"), leaves[site.module]
+            r = own["a"].shape[-1] * (2 if "a0" in own else 1)
             ranks[site.module] = r
             # Of a layer that was filled up with zeros the scale is still that of the full rank.
             alphas[site.module] = _whole(alpha * (math.sqrt(r / full) if method.rslora else r / full) if r != full else alpha)
-        r, rank_pattern = targets.patterns_for(ranks, targets.common_of(method.rank))
-        alpha, alpha_pattern = targets.patterns_for(alphas, _whole(targets.common_of(method.alpha)))
+        common = (targets.common_of(method.rank), _whole(targets.common_of(method.alpha)))
+        common = (None, None) if any("a0" in own for own in leaves.values()) else common
+        r, rank_pattern = targets.patterns_for(ranks, common[0])
+        alpha, alpha_pattern = targets.patterns_for(alphas, common[1])
         return {
             "r": r,
             "lora_alpha": alpha,
@@ -151,6 +231,11 @@ def _rank_and_alpha(config: Config, name: str) -> tuple[int, int | float]:
     """Those of a module."""
     value = lambda patterns, default: targets.pattern_value(config[patterns], name, config[default])
     return value("rank_pattern", "r"), value("alpha_pattern", "lora_alpha")
+
+
+def _scale(config: Config, r: int, alpha: int | float) -> float:
+    """``s`` of a module."""
+    return alpha / (math.sqrt(r) if config["use_rslora"] else r)
 
 
 def _whole(value: Any) -> Any:
