@@ -163,6 +163,7 @@ TWINS: dict[str, tuple[dict[str, Any], nn.Module]] = {
     "scan-mha": ({"lift": "scan", "flavour": "mha"}, Classifier(lift="scan", flavour="mha")),
     "einsum": ({"flavour": "einsum", "conv": True}, Classifier(flavour="einsum", conv=True)),
     "core": ({"flavour": "core"}, LinenWithCore()),
+    "core-remat": ({"flavour": "core", "lift": "remat"}, LinenWithCore()),
     "core-scan": ({"flavour": "core", "lift": "scan-remat"}, LinenWithCore(lift="scan")),
 }
 

@@ -1,5 +1,7 @@
 """LLaMA-Adapter: its equation, HF PEFT, the top blocks of numbered and scanned models, caches, counts, errors."""
 
+from typing import Any
+
 import chex
 import jax
 import jax.numpy as jnp
@@ -128,7 +130,13 @@ def test_gates_open_first():
 
 def test_counts():
     """``layers (l d + 1)``: the paper's 1.2 M for the 30 top blocks of LLaMA 7B; of an encoder too."""
-    sizes = {"vocab_size": 100, "hidden_size": 4096, "intermediate_size": 16, "num_attention_heads": 32, "num_hidden_layers": 32}
+    sizes: dict[str, Any] = {
+        "vocab_size": 100,
+        "hidden_size": 4096,
+        "intermediate_size": 16,
+        "num_attention_heads": 32,
+        "num_hidden_layers": 32,
+    }
     params = abstract_params(LlamaForCausalLM(LlamaConfig(**sizes, scan=True)))
     summary = jpeft.summary(jax.eval_shape(lambda p: jpeft.apply(p, method="adaption_prompt", layers=30), params))
     assert summary.trained == summary.stored == 30 * (10 * 4096 + 1) == 1_228_830

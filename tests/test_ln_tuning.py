@@ -56,13 +56,13 @@ def test_hf_peft(family):
 
 def test_counts():
     """``2 d (2 L + 1)`` with a LayerNorm behind the embeddings or behind the blocks, ``d (2 L + 1)`` with RMSNorms; scanned or not."""
-    for config, model, count in (
-        (BertConfig.bert_base_cased(), BertModel, 38_400),
-        (GPT2Config.gpt2_medium(scan=True), GPT2Model, 2 * 1024 * 49),
-        (LlamaConfig.llama_3_2_1b(scan=True), LlamaModel, 2048 * 33),
-        (LlamaConfig.qwen3_4b(scan=False, num_hidden_layers=3), LlamaModel, 2560 * 7),  # no norms of queries and keys
+    for model, count in (
+        (BertModel(BertConfig.bert_base_cased()), 38_400),
+        (GPT2Model(GPT2Config.gpt2_medium(scan=True)), 2 * 1024 * 49),
+        (LlamaModel(LlamaConfig.llama_3_2_1b(scan=True)), 2048 * 33),
+        (LlamaModel(LlamaConfig.qwen3_4b(scan=False, num_hidden_layers=3)), 2560 * 7),  # no norms of queries and keys
     ):
-        peft = jax.eval_shape(lambda p: jpeft.apply(p, method="ln_tuning"), abstract_params(model(config)))
+        peft = jax.eval_shape(lambda p: jpeft.apply(p, method="ln_tuning"), abstract_params(model))
         summary = jpeft.summary(peft)
         assert summary.trained == summary.stored == summary.changed == count
 

@@ -57,6 +57,26 @@ def test_each_matrix_has_its_own_entries(shape, axes):
     assert (make(1, None).adapter["w"]["indices"] != leaves["indices"]).any()
 
 
+def test_entries_of_a_large_kernel():
+    index = np.asarray(decode(jpeft.apply({"w": jnp.zeros((1024, 1024))}, "shira", target="w", rank=100).adapter["w"]["indices"]))
+    assert (np.diff(index) > 0).all()
+    assert (index.size, index[0] >= 0, index[-1] < 2**20) == (204_800, True, True)
+    # In each eighth as many as in any other, up to chance: 25,600 with a deviation of 135.
+    assert np.abs(np.bincount(index // 2**17) - 25_600).max() < 700
+
+
+def test_order_in_a_chain():
+    """Entries of the kernel itself come before what computes with the kernel; beside what adds to it they may stand anywhere."""
+    params, parts = {"w": jnp.ones((8, 6))}, {"shira": jpeft.shira(rank=1, target="w"), "dora": jpeft.dora(rank=1, target="w")}
+    parts |= {"lora": jpeft.lora(rank=1, target="w"), "bat": jpeft.miss(rank=2, variant="bat", target="w")}
+    for before in ("dora", "bat"):
+        chain = jpeft.chain(**{name: parts[name] for name in (before, "shira")})
+        with pytest.raises(ValueError, match=f"chain: 'shira' changes 'w' itself.* List 'shira' before '{before}'"):
+            jpeft.apply(params, chain)
+        jpeft.apply(params, jpeft.chain(**{name: parts[name] for name in ("shira", before)}))
+    jpeft.apply(params, jpeft.chain(lora=parts["lora"], shira=parts["shira"]))
+
+
 def test_errors(tmp_path):
     params = {"w": jnp.zeros((8, 6))}
     with pytest.raises(ValueError, match="shira: rank=32 asks for 448 entries of 'w', 8 x 6, which has 48"):

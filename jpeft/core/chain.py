@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+from collections.abc import Set
 from typing import Any
 
 import jax
@@ -62,14 +63,16 @@ class Chain(Method):
         """One adapter for each part. A leaf that two parts would replace, such as the task head, belongs to the first.
 
         Raises:
-          ValueError: if a part replaces a leaf that an earlier part adapts.
+          ValueError: if a part replaces a leaf that an earlier part adapts, or changes a kernel behind a part that computes with it.
         """
         out: dict[str, Any] = {}
         replaced: set[str] = set()
         adapted: dict[str, str] = {}  # path of a base leaf -> the part that adapts it
         for name, part in self.methods:
             adapter = part.init(tree.key_for(key, name), params, stats=stats)
-            own, _, _ = tree.split(params, adapter)
+            own, beside, _ = tree.split(params, adapter)
+            if not part.wraps_layers:
+                self._check_kernels(name, beside.keys(), params, out)
             for path in own.keys() & adapted.keys():
                 raise ValueError(
                     f"chain: '{name}' replaces '{path}', which '{adapted[path]}' before it adapts, so the earlier change would be lost. "
@@ -79,6 +82,21 @@ class Chain(Method):
             replaced |= own.keys()
             adapted |= dict.fromkeys(part.adapted_paths(params, adapter) - own.keys(), name)
         return out
+
+    def _check_kernels(self, name: str, changed: Set[str], params: tree.Params, earlier: tree.Adapter) -> None:
+        """Refuse a part that changes kernels in `bind`, so before all layers, behind one whose change depends on the kernel.
+
+        Raises:
+          ValueError: with the order that is meant.
+        """
+        for other, adapter in earlier.items():
+            part = dict(self.methods)[other]
+            if part.wraps_layers and not part.adds_to_kernel and part.why_no_merge is None:
+                for path in sorted(changed & part.adapted_paths(params, adapter)):
+                    raise ValueError(
+                        f"chain: '{name}' changes '{path}' itself, so '{other}' before it would compute with it, while merging would "
+                        f"add it afterwards. List '{name}' before '{other}'."
+                    )
 
     def expected(self, params: tree.Params, adapter: tree.Adapter) -> tree.Adapter:
         """The shapes of each part's adapter, without the leaves that an earlier part replaces."""

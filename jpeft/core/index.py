@@ -79,7 +79,7 @@ def rows_of(index: Float[Array, " batch"], rows: int, path: str) -> Any:
 
 
 def check_batch(method: Method, adapter: Adapter, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
-    """Compare the index with the batch of a call: the first axis of the first array among its inputs.
+    """Compare the index with the batch of a call: the first axis of the first array among its inputs, or of one that is given by name.
 
     Raises:
       ValueError: if they differ, or no index was assigned.
@@ -87,12 +87,18 @@ def check_batch(method: Method, adapter: Adapter, args: tuple[Any, ...], kwargs:
     index = method.assigned(adapter)
     if index is None:
         raise ValueError(f"{method.name} needs an index for each example of the batch: peft = jpeft.assign(peft, [0, 2, ...]).")
-    inputs = [value for name, value in kwargs.items() if name not in ("rngs", "collections", "mutable")]
-    sizes = [leaf.shape[0] for leaf in jax.tree.leaves((args, inputs)) if getattr(leaf, "shape", ())]
-    if sizes and sizes[0] != index.shape[0]:
+    sizes = _first_axes(args)[:1] or _first_axes(
+        [value for name, value in kwargs.items() if name not in ("rngs", "collections", "mutable")]
+    )
+    if sizes and index.shape[0] not in sizes:
         raise ValueError(
             f"The batch has {sizes[0]} examples and the index {index.shape[0]}: jpeft.assign(peft, index) takes a number for each example."
         )
+
+
+def _first_axes(inputs: Any) -> list[int]:
+    """The sizes of the first axes of all arrays in a tree."""
+    return [leaf.shape[0] for leaf in jax.tree.leaves(inputs) if getattr(leaf, "shape", ())]
 
 
 def _shown(index: Any) -> str:

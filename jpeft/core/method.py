@@ -65,6 +65,8 @@ class Method(metaclass=MethodType):
       stage: Name of the stage of training that the class stands for; empty for a method without stages.
       later_stages: The classes of the stages that may follow.
       why_no_merge: The reason why no weight can take up the change; None for a method that merges.
+      adds_to_kernel: True if the change of a kernel is a term that does not depend on the kernel, as LoRA's: parts of a chain that change
+        the kernel itself may then stand before or behind the method.
       reduce_grads_locally: True if the adapter's gradient is computed from a larger one, such as some entries of a full weight's gradient.
         On a mesh each device then reduces it before gradients are summed over devices (`jpeft.sharding.by_example`).
       takes_index: True if each example of a batch may be given a number of its own, by `assign`.
@@ -93,6 +95,7 @@ class Method(metaclass=MethodType):
     stage: ClassVar[str] = ""
     later_stages: ClassVar[tuple[type["Method"], ...]] = ()
     why_no_merge: ClassVar[str | None] = "this method defines no merge; keep using it through jpeft.wrap"
+    adds_to_kernel: ClassVar[bool] = False
     reduce_grads_locally: ClassVar[bool] = False
     takes_index: ClassVar[bool] = False
 

@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
+from jax.core import Tracer
 
 from jpeft import registry
 from jpeft.core.chain import chain
@@ -19,6 +20,7 @@ from jpeft.core.statistics import find
 from jpeft.hosts import registry as registry_of_hosts
 from jpeft.hosts.base import Host, innermost
 from jpeft.tree.adapters import Adapter
+from jpeft.tree.finite import not_finite
 from jpeft.tree.head import unknown_heads
 from jpeft.tree.kernels import KernelAxes
 from jpeft.tree.paths import Params, copy, first_few, flatten, like, replace, trained_dtype
@@ -289,7 +291,8 @@ def merge(peft: Peft) -> Params:
     goes into a copy of the model: ``copy = nnx.clone(model); nnx.update(copy, jpeft.merge(peft))``.
 
     Raises:
-      ValueError: with the reason, if the method adds computation that no weight can take up.
+      ValueError: with the reason, if the method adds computation that no weight can take up; or with the leaf, if the adapter holds numbers
+        that are not finite, which would spoil the base. Inside of `jax.jit` there are no numbers to look at.
 
     >>> import jax.numpy as jnp, jpeft
     >>> peft = jpeft.apply({"dense": {"kernel": jnp.ones((8, 4))}}, method="lora", rank=2)
@@ -297,6 +300,9 @@ def merge(peft: Peft) -> Params:
     (8, 4)
     """
     check_peft(peft, "merge")
+    known = {path: leaf for path, leaf in flatten(peft.adapter).items() if not isinstance(leaf, Tracer | jax.ShapeDtypeStruct)}
+    if bad := not_finite(known):
+        raise ValueError(f"Cannot merge: the adapter holds numbers that are not finite, in {first_few(bad)}.")
     # What several parts of a chain change is handed from one to the next in float32.
     counts = Counter(path for name, part in peft.method.parts for path in part.adapted_paths(peft.params, peft.adapter[name]))
     base = flatten(peft.params) if counts else {}

@@ -92,7 +92,8 @@ def einsum(equation: str | None, promote: Promote, contract: Callable[..., jax.A
 
     # Numbers for outputs stand in the kernel's order, as adapters store them. nn.Einsum stores its bias in the order of the result.
     without = lambda axes: [c for i, c in enumerate(kernel) if i not in axes]
-    sides = vectors.equation(x, *("".join(kernel[i] for i in part) for part in axes), result)
+    spelled = lambda part: "".join(kernel[i] for i in part)
+    sides = vectors.equation(x, spelled(stack), spelled(inputs), spelled(outputs), result)
     reads = set(without(outputs)) <= set(x)
     return Linear(
         "kernel",

@@ -1,5 +1,6 @@
 """The method of a pool: one of several adapters for each example of a batch."""
 
+import dataclasses
 import functools
 import re
 from collections.abc import Callable, Mapping
@@ -152,7 +153,7 @@ class Mixed(WeightMethod):
         """Each row of the batch with the leaves of its slot."""
         del rng
         linear = layer.linear
-        rows = self._rows(layer, inputs, next(iter(leaves.values()))[INDEX])
+        rows = self._rows(layer, inputs, leaves)
         if linear is not None and list(leaves) == [linear.name] and VALUE not in leaves[linear.name]:
             own = leaves[linear.name]
             if ("l_in" not in own or linear.scale_inputs is not None) and ("l_out" not in own or linear.scale_outputs is not None):
@@ -174,7 +175,7 @@ class Mixed(WeightMethod):
         """Not used: there is no one new kernel."""
         raise NotImplementedError
 
-    def _rows(self, layer: Layer, inputs: Inputs, index: Float[Array, " batch"]) -> Int[Array, " rows"]:
+    def _rows(self, layer: Layer, inputs: Inputs, leaves: Mapping[str, Leaves]) -> Int[Array, " rows"]:
         """The slot of each row of the layer's first input.
 
         Raises:
@@ -184,6 +185,9 @@ class Mixed(WeightMethod):
         if x is None or (x.ndim == 1 and not jnp.issubdtype(x.dtype, jnp.floating)):
             given = "no array" if x is None else f"an array of {x.dtype} with one axis"
             raise ValueError(f"'{layer.path}' is given {given}, so mixed adapters cannot tell the examples of the batch apart.")
+        name, own = next(iter(leaves.items()))
+        form = self._form_inside(layer, name, own)
+        index = form.leaf_to_matrix(own[INDEX], LEAF_AXES[INDEX])[(0,) * len(form.stack)]  # the same for all experts of a stack
         return rows_of(index, x.shape[0], layer.path)
 
     def _factored(self, layer: Layer, linear: Linear, inputs: Inputs, leaves: Leaves, rows: Int[Array, " rows"]) -> Any:
@@ -220,8 +224,9 @@ class Mixed(WeightMethod):
         )
 
         def one(own: dict[str, Leaves], inputs: Inputs, keywords: Mapping[str, Any]) -> Any:
-            # A copy of the parameters makes the layer a pure function of them.
-            alone = layer.with_params({name: part[VALUE] for name, part in own.items() if VALUE in part})
+            # A copy of the parameters makes the layer a pure function of them. It computes in float32 if a value is, as for one adapter.
+            values = {name: part[VALUE] for name, part in own.items() if VALUE in part}
+            alone = dataclasses.replace(layer.with_params(values), dtype=jnp.result_type(layer.dtype, *values.values()))
             for method, names in parts:
                 beside = {name: {key: part[key] for key in names if key in part} for name, part in own.items()}
                 beside = {name: part for name, part in beside.items() if part}

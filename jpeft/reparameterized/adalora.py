@@ -107,6 +107,7 @@ class AdaLoRA(WeightMethod):
     name = "adalora"
     summary = "low-rank updates whose ranks a budget gives to the kernels that need them most"
     learning_rate = 3e-3
+    adds_to_kernel = True
     leaf_axes = low_rank.LEAF_AXES | {"e": (RANK,)}
 
     def check(self) -> None:

@@ -67,6 +67,7 @@ class LoHa(WeightMethod):
     name = "loha"
     summary = "elementwise products of two low-rank updates"
     learning_rate = 3e-3
+    adds_to_kernel = True
     leaf_axes = (
         {f"w{i}_a": (RANK, OUTPUTS) for i in (1, 2)}
         | {f"w{i}_b": (INPUTS, RANK) for i in (1, 2)}

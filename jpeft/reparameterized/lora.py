@@ -88,6 +88,7 @@ class LoRA(WeightMethod):
     name = "lora"
     summary = "low-rank updates of kernels, merged for inference"
     learning_rate = 3e-3
+    adds_to_kernel = True
     leaf_axes = starts.LEAF_AXES
 
     def check(self) -> None:

@@ -65,6 +65,11 @@ class MiSS(WeightMethod):
     learning_rate = 3e-3
     leaf_axes = {"d": (RANK, OUTPUTS), "d_bat": (BLOCKS, ROWS, COLUMNS), "d_mini": (RANK, MINI)}
 
+    @property
+    def adds_to_kernel(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
+        """All but "bat", which multiplies with the kernel."""
+        return self.variant != "bat"
+
     def check(self) -> None:
         """Refuse a dropout that has no input of its own.
 

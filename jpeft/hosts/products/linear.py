@@ -62,7 +62,7 @@ def linear_of(use: Use, axes: KernelAxes) -> Linear:
     # A kernel that is rounded and then widened again moves in steps: only a layer on its new kernel does what the merged one will do.
     rounds = view.bits < jnp.finfo(use.eqn.invars[use.position].aval.dtype).bits
     closed = not any(isinstance(factor.value, Tracer) for factor in view.factors)
-    scale_outputs = scale_inputs = add = sides = None
+    scale_outputs = scale_inputs = add = map_inputs = apply_vectors = None
     if kind == "convolution":
         apply_low_rank, y_axes = _convolution(use, axes)
     elif kind == "lookup":
@@ -71,6 +71,9 @@ def linear_of(use: Use, axes: KernelAxes) -> Linear:
         apply_low_rank, x_axes, y_axes = _dot(use, axes)
         scale_inputs = _times(use, (*axes.stack, *axes.inputs), x_axes) if forward and not rounds else None
         sides = _sides(use, axes, x_axes, y_axes) if forward and not rounds else None
+        if sides is not None:
+            map_inputs = _reshaping_x(vectors.map_inputs(lambda ndim: sides), x_axes)
+            apply_vectors = _reshaping_x(vectors.apply_vectors(lambda ndim: sides), x_axes, use)
     if forward and not rounds:
         outputs = (*axes.stack, *axes.outputs)
         scale_outputs, add = _times(use, outputs, y_axes), _plus(use, outputs, y_axes)
@@ -81,8 +84,8 @@ def linear_of(use: Use, axes: KernelAxes) -> Linear:
         scale_outputs=scale_outputs,
         scale_inputs=scale_inputs,
         add_bias=add,
-        map_inputs=None if sides is None else _reshaping_x(vectors.map_inputs(lambda ndim: sides), x_axes),
-        apply_vectors=None if sides is None else _reshaping_x(vectors.apply_vectors(lambda ndim: sides), x_axes, use),
+        map_inputs=map_inputs,
+        apply_vectors=apply_vectors,
         reads_once=kind == "dot" and forward,
         views=("merged",) if rounds and closed else ("factored", "merged") if closed else ("factored",),
     )
