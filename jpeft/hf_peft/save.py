@@ -191,7 +191,8 @@ def _split_replaced(replaced: Mapping[str, Any], base: Base) -> tuple[list[str],
         for site in sites:
             trained.setdefault(site.module, set()).add(site.name)
     has = lambda module: {site.name for site in base.sites.values() if site.module == module}
-    modules = [module for module, names in trained.items() if names == has(module)]
+    # The bias of a head whose weight is the word embedding is no module.
+    modules = [module for module, names in trained.items() if names == has(module) != {f"{module}.bias"}]
     biases = [module for module, names in trained.items() if module not in modules and names == {f"{module}.bias"}]
     odd = [module for module in trained if module not in modules and module not in biases]
     if odd:
@@ -242,7 +243,7 @@ def _bias_tensors(biases: list[str], replaced: Mapping[str, Any], written: Writt
             continue  # of a module that is held whole
         name = f"{site.module}.base_layer.bias" if site.module in targets else site.name
         out[name] = site.to_torch(replaced[site.path]) if site.path in replaced else base.tensor(site)
-    return out
+    return out | {second: out[first].copy() for second, first in base.second_names.items() if first in out}
 
 
 def _add_tokens(form: Format, tokens: list[tuple[TrainableTokens, dict[str, Any]]], tensors: Arrays, base: Base) -> Any:
