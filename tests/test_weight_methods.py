@@ -299,4 +299,3 @@ def test_a_dora_step_holds_no_kernel_of_its_own():
     memory = compiled.memory_analysis()
     assert memory is not None
     assert memory.temp_size_in_bytes < 0.5 * 512 * 512 * 4
-

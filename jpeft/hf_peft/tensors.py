@@ -37,10 +37,10 @@ class Tensors:
       ValueError: if the file is missing, damaged, or no safetensors file.
     """
 
-    def __init__(self, folder: Path):
-        self.file = folder / WEIGHTS
+    def __init__(self, folder: Path, weights: str = WEIGHTS):
+        self.file = folder / weights
         if not self.file.is_file():
-            raise ValueError(f"{folder} holds no {WEIGHTS}. {_what_else(folder)}")
+            raise ValueError(f"{folder} holds no {weights}. {_what_else(folder)}")
         with explained():
             from safetensors import SafetensorError, safe_open
         try:

@@ -98,8 +98,8 @@ CASES: dict[str, tuple[type, Options]] = {
     "oft": (peft.OFTConfig, wide(r=0, oft_block_size=4)),
     "oft-cayley": (peft.OFTConfig, wide(r=2, oft_block_size=0, use_cayley_neumann=False)),
     "oft-share": (peft.OFTConfig, wide(r=0, oft_block_size=4, block_share=True, num_cayley_neumann_terms=3)),
+    # Without CUDA, HF PEFT takes one factor of several.
     "boft": (peft.BOFTConfig, attention(boft_block_size=4)),
-    "boft-butterfly": (peft.BOFTConfig, attention(boft_block_size=4, boft_n_butterfly_factor=2)),
     "hra": (peft.HRAConfig, wide(r=2)),
     "hra-gram-schmidt": (peft.HRAConfig, wide(r=2, apply_GS=True)),
     "miss": (peft.MissConfig, wide(r=4)),
