@@ -14,6 +14,7 @@ from jpeft.checkpoint.temporary import Temporary
 from jpeft.core.method import Method
 from jpeft.core.peft import Peft, check_peft
 from jpeft.core.peft import fold as fold_peft
+from jpeft.distributed import gather_to_host, on_first_process
 from jpeft.extras import explained
 from jpeft.hf_peft import training, whole
 from jpeft.hf_peft.config import CONFIG, WEIGHTS
@@ -37,7 +38,7 @@ def save_hf(
     base: str | None = None,
     overwrite: bool = False,
 ) -> None:
-    """Write an adapter as HF PEFT does: adapter_config.json and adapter_model.safetensors.
+    """Write an adapter as HF PEFT does: adapter_config.json and adapter_model.safetensors. Of several processes all call it.
 
     Whatever reads HF PEFT's adapters reads it: peft and transformers, vLLM, the converter of llama.cpp. A head that was trained along is
     in `modules_to_save`. A chain is written where one folder can hold it: one adapter with trained modules, biases and tokens.
@@ -63,10 +64,11 @@ def save_hf(
     check_peft(peft, "save_hf")
     described = base_of(peft.params, model=model, names=names, axes=_axes(peft.method))
     target = Path(folder).expanduser().absolute()
-    _check_target(target, overwrite=overwrite)
-    parts = _sort(peft)
+    on_first_process(lambda: _check_target(target, overwrite=overwrite))
+    parts = _sort(peft.replace(adapter=gather_to_host(tree.unflatten(tree.flatten(peft.adapter)))))
     form, tensors, config = _write(parts, described)
-    _write_folder(target, form, tensors, config | {"base_model_name_or_path": base}, parts, overwrite=overwrite)
+    config |= {"base_model_name_or_path": base}
+    on_first_process(lambda: _write_folder(target, form, tensors, config, parts, overwrite=overwrite))
 
 
 class _Parts(NamedTuple):
