@@ -113,7 +113,8 @@ def _timed(fn: Callable[..., Any], variables: Any, batches: list[jax.Array]) -> 
     each = variables if isinstance(variables, list) else [variables]
     program = jax.jit(fn).lower(each[0], batches[0]).compile()
     run = lambda: [program(own, batch) for own, batch in zip(each, batches, strict=True)]
-    return run, program.cost_analysis()["flops"] * len(batches)
+    cost: Any = program.cost_analysis()
+    return run, cost["flops"] * len(batches)
 
 
 def _noised(peft: jpeft.Peft, seed: int) -> jpeft.Peft:

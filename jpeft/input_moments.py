@@ -124,7 +124,7 @@ class Probe(WeightMethod):
         size = form.sizes[0]
         eye = jnp.eye(size, dtype=x.dtype)
         windows = linear.apply_low_rank(x, eye.reshape(*form.shape[:-1], size), eye)
-        seen = _observed(self, form, windows.reshape(-1, size), sums, None)
+        seen = jnp.asarray(_observed(self, form, windows.reshape(-1, size), sums, None))
         return layer(x, *rest) + 0.0 * seen.sum().astype(x.dtype)
 
     def moments(self, form: MatrixForm, path: str, sums: Mapping[str, Any]) -> Moments:

@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 from hf_twins import to_torch, twins
 from tables import DECODER_SIZES, HEADS, MODELS, base, batch, gpt2, noised
+from test_forms import stacked
 
 import jpeft
-from jpeft.checkpoint.forms import other_form
 from jpeft.models import BertConfig, BertModel, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, abstract_params, generate
 from jpeft.models.bert.encoder import SelfAttention
 
@@ -79,11 +79,6 @@ def test_hf_peft(family, scan):
         np.testing.assert_allclose(np.asarray(mine).ravel(), leaf.grad.numpy().ravel(), rtol=1e-3, atol=1e-4)
 
 
-def stacked(params):
-    _, leaves, _ = other_form(params)
-    return jpeft.unflatten({path: leaf() for path, leaf in leaves.items()})
-
-
 @pytest.mark.parametrize("options", [{}, {"project": False, "heads": HEADS}])
 def test_numbered_and_scanned_blocks_and_caches_agree(options, tmp_path):
     """The prompt of the top block is its own in either form; so is a cache, in which it has no part, and a saved adapter."""
@@ -106,7 +101,7 @@ def test_numbered_and_scanned_blocks_and_caches_agree(options, tmp_path):
 
 def test_groups_of_heads():
     """Fewer heads of keys than of queries: as if each of them stood once for each of its query heads."""
-    sizes = DECODER_SIZES | {"num_attention_heads": 4, "intermediate_size": 32}
+    sizes: dict[str, Any] = DECODER_SIZES | {"num_attention_heads": 4, "intermediate_size": 32}
     few, many = (LlamaForCausalLM(LlamaConfig(**sizes, num_key_value_heads=heads)) for heads in (2, 4))
     params = few.init(KEY, IDS)["params"]
     repeat = lambda path, leaf: (

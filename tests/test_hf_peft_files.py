@@ -166,6 +166,9 @@ BAD_CONFIGS = {
     "start": ({"init_lora_weights": "loftq"}, "init_lora_weights='loftq' may have changed the base"),
     "saved": ({"modules_to_save": ["classifier", "lm_head"]}, "modules_to_save names 'lm_head', which the model does not have"),
     "tokens": ({"trainable_token_indices": [50]}, "has the token 50, but .* has 50 rows"),
+    "pattern": ({"modules_to_save": ["a(b"]}, "which is no regular expression"),
+    "layers": ({"layers_to_transform": [0], "layers_pattern": ["(layer"]}, "which is no regular expression"),
+    "list": ({"modules_to_save": "classifier"}, "modules_to_save must be a list of names or null, not 'classifier'"),
     "none": ({"target_modules": ["q_proj"]}, "chooses no module of the model"),
 }
 

@@ -296,7 +296,7 @@ def test_a_step_costs_two_forward_passes(variant):
         ({"rank": 0}, "lora: rank=0 must be a whole number of at least 1"),
         ({"rank": {"query": 2}}, "No rank rule matches 'up/kernel'"),
         ({"dropout": 1.0}, r"dropout=1.0 must be a number of at least 0 and below 1"),
-        ({"init": "pissa"}, "init='pissa' must be one of 'kaiming', 'gaussian'"),
+        ({"init": "svd"}, "init='svd' must be one of 'kaiming', 'gaussian'"),
         ({"view": "dense"}, "view='dense' must be one of 'auto'"),
         ({"target": "qurey/kernel"}, r"target='qurey/kernel' matches none.*Did you mean 'query/kernel'"),
         ({"target": ["query", "vaule"]}, r"target='vaule' matches none"),

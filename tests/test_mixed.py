@@ -255,6 +255,21 @@ def test_one_adapter_replaces_what_another_updates():
     chex.assert_trees_all_close(out, jnp.stack([plain[0][0], plain[1][1], plain[2][2]]), atol=1e-6)
 
 
+def test_other_starts_and_adalora():
+    """What has factors of twice the rank, or triplets, stands in a pool with its whole change."""
+    model, x = nn.Dense(3), jnp.ones((3, 4))
+    params = model.init(jax.random.key(0), x)["params"]
+    options = {"head": None, "rank": 2}
+    methods = (jpeft.lora(init="pissa", **options), jpeft.adalora(target_rank=2, **options), jpeft.lora(init="olora", **options))
+    own = [adapter(params, method, seed) for seed, method in enumerate(methods)]
+    out = jpeft.wrap(model.apply)(jpeft.assign(jpeft.mix(params, own), [2, 0, 1]), x)
+    plain = [model.apply({"params": jpeft.merge(peft)}, x) for peft in own]
+    chex.assert_trees_all_close(out, jnp.stack([plain[2][0], plain[0][1], plain[1][2]]), atol=1e-5)
+    both = jpeft.combine(own, [0.5, 1.0, -1.0])
+    total = sum(w * (jpeft.merge(peft)["kernel"] - params["kernel"]) for w, peft in zip([0.5, 1.0, -1.0], own))
+    chex.assert_trees_all_close(jpeft.merge(both)["kernel"] - params["kernel"], total, atol=1e-5)
+
+
 def refused(message):
     return pytest.raises(ValueError, match=message)
 
@@ -277,7 +292,7 @@ def test_what_is_refused():
         jpeft.swap(mixed, -1, lora())
     with refused("The adapter changes 'out/kernel', for which the pool has no leaves"):
         jpeft.swap(mixed, 0, lora(target="out"))
-    with refused("jpeft.swap takes a pool, as jpeft.mix makes it, and was given a Peft of lora"):
+    with refused(r"swap\(\) takes a pool, as jpeft.mix makes it, and was given a Peft of lora"):
         jpeft.swap(lora(), 0, lora())
     other = jpeft.apply({**params, "dense": {**params["dense"], "bias": jnp.ones(3)}}, jpeft.lora(rank=2, target=["dense"], head=None))
     with refused("The adapter is for another base: 'dense/bias' has other values there"):

@@ -8,6 +8,7 @@ import pytest
 from hf_twins import to_torch, twins
 from nnx_models import linen, linen_params, nnx_model
 from tables import base, batch, encoder, noised
+from tiny_text import make_model, make_rows, write_csv
 
 import jpeft
 from jpeft.models import BertConfig, BertModel, abstract_params, generate
@@ -158,6 +159,15 @@ def test_saves_and_loads_with_and_without_an_index(tmp_path):
 def test_errors(call, message):
     with pytest.raises(ValueError, match=message):
         call()
+
+
+def test_the_trainer_has_one_task(tmp_path, fails):
+    make_model(tmp_path / "model")
+    write_csv(tmp_path / "data.csv", make_rows(30))
+    sources = ("--model", tmp_path / "model", "--data", tmp_path / "data.csv", "--output", tmp_path / "run")
+    line = fails("train", *sources, "--max-length", 8, "--method", "multitask_prompt_tuning", "tasks=2")
+    assert "needs an index for each example, and the trainer gives none" in line
+    assert not (tmp_path / "run").exists()
 
 
 def test_errors_of_a_call():

@@ -36,7 +36,7 @@ def _is_mirrored(name: str) -> bool:
     return method.family == "reparameterized" or isinstance(method, ADDITIVE) or method.name in SELECTIVE
 
 
-NAMES = [name for name in ROWS if _is_mirrored(name)]
+NAMES = list({ROWS[name].method.name: name for name in reversed(ROWS) if _is_mirrored(name)}.values())[::-1]  # a row for each method
 MERGING = [name for name in NAMES if name not in MERGES]
 CELLS = [(name, host) for name in NAMES for host in HOSTS]
 each_cell = pytest.mark.parametrize(("name", "host"), CELLS, ids=["-".join(cell) for cell in CELLS])

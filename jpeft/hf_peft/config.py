@@ -64,7 +64,7 @@ POSITIVE = Kind("a number above 0", lambda value: _is_number(value) and value > 
 RATE = Kind("a number from 0 to below 1", lambda value: _is_number(value) and 0 <= value < 1)
 TEXT = Kind("a text or null", lambda value: value is None or isinstance(value, str))
 NAMES = Kind("a list of names or null", lambda value: value is None or is_names(value))
-TARGETS = Kind("a list of names, a regular expression or null", lambda value: value is None or is_names(value) or _is_regex(value))
+TARGETS = Kind("a list of names, a regular expression or null", lambda value: value in (None, "") or is_names(value) or _is_regex(value))
 LAYERS = Kind("a whole number, a list of them or null", lambda value: value is None or _is_whole(value) or _is_indices(value))
 INDICES = Kind("a list of whole numbers", _is_indices)
 COUNT_RULES = Kind("an object of names and whole numbers of at least 1", _is_rules(COUNT.fits))
@@ -182,4 +182,4 @@ def _is_unset(value: Any) -> bool:
 
 def names_in(value: Sequence[str] | str | None) -> list[str]:
     """A list of names, or one name, as a list."""
-    return [] if value is None else [value] if isinstance(value, str) else list(value)
+    return [] if not value else [value] if isinstance(value, str) else list(value)

@@ -87,7 +87,7 @@ def _load(form: Format, config: Config, base: Base, tensors: Tensors) -> Peft:
     expected |= {site.name: site.shape for site in [*saved, *biases]}
     expected |= {tied: base.word.shape} if tied is not None and base.word is not None else {}
     expected |= {name: (len(ids), site.outputs) for name, (site, ids) in tokens.items()}
-    spare = [name for name in tensors.match(expected, way, aliases) if not _is_of_base(name, tensors, base, way)]
+    spare = [name for name in tensors.match(expected, way, aliases | dict(base.second_names)) if not _is_of_base(name, tensors, base, way)]
     check_tensors(tensors, expected, spare)
     if tied is not None and base.word is not None and not np.array_equal(tensors.read(tied), tensors.read(base.word.name)):
         raise config.error(f"modules_to_save holds '{base.word.name}' and '{tied}' with different numbers, and the model ties the two.")

@@ -14,6 +14,7 @@ from jpeft.checkpoint.temporary import Temporary
 from jpeft.core.method import Method
 from jpeft.core.peft import Peft, check_peft
 from jpeft.core.peft import fold as fold_peft
+from jpeft.distributed import gather_to_host, on_first_process
 from jpeft.extras import explained
 from jpeft.hf_peft import training, whole
 from jpeft.hf_peft.config import CONFIG, WEIGHTS
@@ -37,7 +38,7 @@ def save_hf(
     base: str | None = None,
     overwrite: bool = False,
 ) -> None:
-    """Write an adapter as HF PEFT does: adapter_config.json and adapter_model.safetensors.
+    """Write an adapter as HF PEFT does: adapter_config.json and adapter_model.safetensors. Of several processes all call it.
 
     Whatever reads HF PEFT's adapters reads it: peft and transformers, vLLM, the converter of llama.cpp. A head that was trained along is
     in `modules_to_save`. A chain is written where one folder can hold it: one adapter with trained modules, biases and tokens.
@@ -63,10 +64,11 @@ def save_hf(
     check_peft(peft, "save_hf")
     described = base_of(peft.params, model=model, names=names, axes=_axes(peft.method))
     target = Path(folder).expanduser().absolute()
-    _check_target(target, overwrite=overwrite)
-    parts = _sort(peft)
+    on_first_process(lambda: _check_target(target, overwrite=overwrite))
+    parts = _sort(peft.replace(adapter=gather_to_host(tree.unflatten(tree.flatten(peft.adapter)))))
     form, tensors, config = _write(parts, described)
-    _write_folder(target, form, tensors, config | {"base_model_name_or_path": base}, parts, overwrite=overwrite)
+    config |= {"base_model_name_or_path": base}
+    on_first_process(lambda: _write_folder(target, form, tensors, config, parts, overwrite=overwrite))
 
 
 class _Parts(NamedTuple):
@@ -191,7 +193,8 @@ def _split_replaced(replaced: Mapping[str, Any], base: Base) -> tuple[list[str],
         for site in sites:
             trained.setdefault(site.module, set()).add(site.name)
     has = lambda module: {site.name for site in base.sites.values() if site.module == module}
-    modules = [module for module, names in trained.items() if names == has(module)]
+    # The bias of a head whose weight is the word embedding is no module.
+    modules = [module for module, names in trained.items() if names == has(module) != {f"{module}.bias"}]
     biases = [module for module, names in trained.items() if module not in modules and names == {f"{module}.bias"}]
     odd = [module for module in trained if module not in modules and module not in biases]
     if odd:
@@ -242,7 +245,7 @@ def _bias_tensors(biases: list[str], replaced: Mapping[str, Any], written: Writt
             continue  # of a module that is held whole
         name = f"{site.module}.base_layer.bias" if site.module in targets else site.name
         out[name] = site.to_torch(replaced[site.path]) if site.path in replaced else base.tensor(site)
-    return out
+    return out | {second: out[first].copy() for second, first in base.second_names.items() if first in out}
 
 
 def _add_tokens(form: Format, tokens: list[tuple[TrainableTokens, dict[str, Any]]], tensors: Arrays, base: Base) -> Any:

@@ -8,6 +8,7 @@ import dataclasses
 import functools
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -117,6 +118,7 @@ class Base:
       axes: Geometry of kernels, for the option of that name.
       config: The model's configuration; None for a model that is not jpeft's.
       tied: The torch module of a head that is the word embedding; None if there is none.
+      second_names: Names of tensors by second names that torch has for them.
     """
 
     def __init__(
@@ -130,10 +132,12 @@ class Base:
         axes: Any = None,
         config: Any = None,
         tied: str | None = None,
+        second_names: Mapping[str, str] = MappingProxyType({}),
     ):
         self.params, self.leaves = params, tree.flatten(params)
         self.sites = {site.name: site for site in sites}
         self.body, self.model_type, self.task, self.axes, self.config, self.tied = body, model_type, task, axes, config, tied
+        self.second_names = second_names
 
     @property
     def kernels(self) -> dict[str, Site]:
@@ -232,6 +236,9 @@ def base_of(params: tree.Params, *, model: Any = None, names: Names | None = Non
         task=_TASKS.get(task),
         config=config,
         tied=tied if has_head else None,
+        second_names={
+            re.sub(old, new, site.name): site.name for old, new in family.names.second_names for site in sites if re.search(old, site.name)
+        },
     )
 
 

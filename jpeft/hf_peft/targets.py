@@ -62,7 +62,7 @@ def chosen(config: Config, names: Iterable[str], base: Base) -> list[str]:
     targets = config["target_modules"]
     if targets is None and config.get("target_parameters"):
         return []
-    if targets is None:
+    if targets is None or targets == "":
         targets = default_targets(config["peft_type"], base.model_type)
         if targets is None:
             raise config.error(
@@ -70,7 +70,12 @@ def chosen(config: Config, names: Iterable[str], base: Base) -> list[str]:
             )
     if isinstance(targets, str) and targets.lower() == ALL_LINEAR:
         targets = _all_linear(base, str(config["task_type"]))
-    return [name for name in names if _is_chosen(config, targets, name)]
+    try:
+        return [name for name in names if _is_chosen(config, targets, name)]
+    except re.error as error:  # HF PEFT takes names in some of these lists for regular expressions
+        raise config.error(
+            f"modules_to_save or layers_pattern holds {error.pattern!r}, which is no regular expression: {error}."
+        ) from error
 
 
 def _is_chosen(config: Config, targets: Sequence[str] | str, name: str) -> bool:

@@ -8,7 +8,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Int
 
 from jpeft import tree
 from jpeft.core.index import as_leaf, rows_of
@@ -116,8 +116,8 @@ class Mixed(WeightMethod):
                 forms[path] = MatrixForm(shape, axes_of(path, shape, rules, layers=layers))
         return forms
 
-    def of_slots(self, form: MatrixForm, value: Float[Array, "*stack numbers"]) -> Float[Array, "..."]:
-        """A value of a leaf, the same in each slot."""
+    def of_slots(self, form: MatrixForm, value: Any) -> Any:
+        """A value of a leaf, [*stack, numbers], the same in each slot."""
         at = len(form.stack)
         every = jnp.broadcast_to(jnp.expand_dims(value, at), (*value.shape[:at], self.slots, *value.shape[at:]))
         return form.leaf_from_matrix(every, LEAF_AXES[VALUE])

@@ -89,7 +89,7 @@ def swap(peft: Peft, slot: SupportsIndex, adapter: Peft | None) -> Peft:
     """
     check_peft(peft, "swap")
     if not isinstance(peft.method, Mixed):
-        raise ValueError(f"jpeft.swap takes a pool, as jpeft.mix makes it, and was given a Peft of {peft.method.name}.")
+        raise ValueError(f"swap() takes a pool, as jpeft.mix makes it, and was given a Peft of {peft.method.name}.")
     if not _whole(slot) or not 0 <= int(slot) < peft.method.slots:
         raise ValueError(f"slot={slot!r}: the pool has the slots 0 to {peft.method.slots - 1}.")
     what = "The adapter"

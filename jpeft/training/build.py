@@ -116,9 +116,13 @@ def attach(
       steps: Number of updates of the run, for a method that spreads something over them. None where nothing is trained.
 
     Raises:
-      ValueError: if the method requires statistics and they cannot be made.
+      ValueError: if the method requires statistics and they cannot be made, or if it needs an index for each example.
     """
     method = make_method(config, loaded, recorded)
+    if method.takes_index:
+        raise ValueError(
+            f"{method!r} needs an index for each example, and the trainer gives none: train it in a loop of your own, with jpeft.assign."
+        )
     method = method if steps is None else method.for_steps(steps)
     stats = None
     if method.requires_stats:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import itertools
 from collections.abc import Callable
 from typing import Any
 
@@ -114,7 +115,7 @@ def make_input_moments(source: Source) -> InputMoments:
     parts = [part for _, part in source.method.parts] or [source.method] if source.method else []
     count = min(INPUT_EXAMPLES, len(next(iter(arrays.values()))))
     ds = data.batches(arrays, config.batch_size, seed=keys(config.seed).data)
-    batches = [source.task.loss_inputs(ds[index]) for index in range(-(-count // config.batch_size))]
+    batches = [source.task.loss_inputs(batch) for batch in itertools.islice(iter(ds), -(-count // config.batch_size))]
     run = functools.partial(source.loaded.model.apply, deterministic=True)
     found = [stats.input_moments(run, source.params, batches, method=part) for part in parts if InputMoments in part.requires_stats]
     return InputMoments({path: moments for each in found for path, moments in each.values.items()})

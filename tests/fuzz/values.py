@@ -63,8 +63,11 @@ VALUES: dict[str, dict[str, Any]] = {
 
 # What each kind of option may be; more exact ranges are the methods' business.
 _COUNT = ["rank", "size", "reduction", "division", "length", "mlp", "hidden", "width", "sample", "top", "refresh"]
+_COUNT += ["target_rank", "total_steps", "interval"]
 _NUMBER = ["alpha", "dropout", "std", "sparsity", "l0", "gate_rate", "weight_rate", "mask_share", "retention", "priming_share", "scale"]
+_NUMBER += ["t_init", "t_final", "beta1", "beta2", "orthogonal", "rho", "b_lr_scale"]
 _FLAG = ["structured", "draw", "train_norms", "plus_plus", "own_norm", "shift", "rslora", "causal"]
+_FLAG += ["freeze_a"]
 _CHOICE = ["activation", "init", "view", "encoder", "stage"]
 _SELECTION = ["output", "hidden_state", "target", "feedforward", "also", "layers", "head", "embedding", "body", "subset"]
 _LIST = ["tokens", "labels", "template", "edges", "axes"]

@@ -118,7 +118,10 @@ class LoRAFormat(WeightFormat):
             "alpha": targets.path_rules(alphas, float(config["lora_alpha"])),
             "rslora": config["use_rslora"],
         }
+        if config["init_lora_weights"] in ("gaussian", "orthogonal"):
+            options["init"] = config["init_lora_weights"]
         if config["use_dora"]:
+            options["init"] = "gaussian" if options.get("init") == "gaussian" else "kaiming"
             if config["lora_dropout"]:
                 warnings.warn(
                     f"{config.file}: jpeft.dora has no dropout, so lora_dropout={config['lora_dropout']} is left out.", stacklevel=2
@@ -223,7 +226,7 @@ class LoRAFormat(WeightFormat):
             "use_rslora": method.rslora,
             "use_dora": isinstance(method, DoRA),
             "lora_dropout": getattr(method, "dropout", 0.0),
-            "init_lora_weights": True,
+            "init_lora_weights": method.initializer if method.initializer in ("gaussian", "orthogonal") else True,
         }
 
 

@@ -1,5 +1,6 @@
 """PREFIX_TUNING: keys and values in front of those of every layer."""
 
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -34,6 +35,7 @@ class PrefixTuningFormat(Format):
     def check(self, config: Config, base: Base) -> None:
         """Refuse prefixes that jpeft's models cannot have."""
         prompts.check_prompt(config, base)
+        _say_of_windows(base)
 
     def expected(self, config: Config, base: Base, sites: Sequence[Site], rename: Callable[[str], str]) -> Shapes:
         """The prefix."""
@@ -52,6 +54,7 @@ class PrefixTuningFormat(Format):
 
     def save(self, method: Any, leaves: Mapping[Path, Any], base: Base) -> Written:
         """The prefix."""
+        _say_of_windows(base)
         prompts.require_task(base, "prefixes")
         if base.model_type in _WITHOUT_CACHE:
             raise ValueError(f"HF PEFT gives no prefix to models of the type {base.model_type}, because they take no cache.")
@@ -63,3 +66,14 @@ class PrefixTuningFormat(Format):
         heads = getattr(base.config, "num_key_value_heads", None) or getattr(base.config, "num_attention_heads", None)
         config = prompts.sizes(base, sites[0].width, method.rows, heads)
         return Written({prompts.TENSOR: rows}, config | {"prefix_projection": False, "encoder_hidden_size": sites[0].width})
+
+
+def _say_of_windows(base: Base) -> None:
+    """Say that a window of attention moves away from the prefix in HF PEFT."""
+    window = getattr(base.config, "sliding_window", None)
+    if window is not None:
+        warnings.warn(
+            f"The attention of this model has a window of {window} tokens. In HF PEFT the prefix is in it like other tokens, here every "
+            f"token sees the prefix: the outputs differ where a text and its prefix are longer than {window}.",
+            stacklevel=2,
+        )
