@@ -56,6 +56,8 @@ from jpeft.tree.paths import unflatten as unflatten
 __version__: str
 
 if _TYPE_CHECKING:
+    from jpeft.adapterhub.load import load_adapterhub as load_adapterhub
+    from jpeft.adapterhub.save import save_adapterhub as save_adapterhub
     from jpeft.estimation.estimate import estimate as estimate
     from jpeft.hf_peft.load import load_hf as load_hf
     from jpeft.hf_peft.save import save_hf as save_hf
@@ -84,6 +86,14 @@ else:
             from jpeft.hf_peft.save import save_hf
 
             return save_hf
+        if name == "load_adapterhub":
+            from jpeft.adapterhub.load import load_adapterhub
+
+            return load_adapterhub
+        if name == "save_adapterhub":
+            from jpeft.adapterhub.save import save_adapterhub
+
+            return save_adapterhub
         if name == "estimate":
             from jpeft.estimation.estimate import estimate
 
@@ -100,4 +110,4 @@ else:
 
     def __dir__() -> list[str]:
         """All public names, those of `__getattr__` among them."""
-        return sorted({*globals(), "check", "estimate", "load_hf", "load_run", "save_hf"})
+        return sorted({*globals(), "check", "estimate", "load_adapterhub", "load_hf", "load_run", "save_adapterhub", "save_hf"})

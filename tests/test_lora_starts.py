@@ -79,9 +79,10 @@ def test_a_start_in_the_kernel_is_hf_pefts(mlp, init):
         for leaf, weight in (("a", layer.lora_A), ("b", layer.lora_B)):
             np.testing.assert_allclose(grads[name]["kernel"][leaf], weight["default"].weight.grad.numpy().T, atol=1e-4, rtol=1e-4)
         assert not any(grads[name]["kernel"][leaf].any() for leaf in ("a0", "b0"))
-    as_lora = jpeft.to_lora(peft) if hasattr(jpeft, "to_lora") else None
-    if as_lora is not None:  # HF's own conversion: plain LoRA of twice the rank
-        np.testing.assert_allclose(jpeft.merge(as_lora)["up"]["kernel"], jpeft.merge(peft)["up"]["kernel"], atol=1e-5)
+    # HF PEFT's own conversion: plain LoRA of twice the rank.
+    a, b = peft.method.as_low_rank(peft.adapter["up"]["kernel"], "up/kernel")
+    assert a.shape == (8, 6)
+    np.testing.assert_allclose(params["up"]["kernel"] + a @ b, jpeft.merge(peft)["up"]["kernel"], atol=1e-5)
 
 
 def test_starts_are_their_decompositions():
