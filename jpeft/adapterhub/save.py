@@ -61,9 +61,11 @@ def save_adapterhub(
     tensors, config, replaced = _write(peft, described, name)
     about = {"hidden_size": described.config.hidden_size, "model_class": _class_of(model), "model_name": base or ""}
     about |= {"model_type": described.model_type, "version": VERSION}
-    _write_folder(
-        target, tensors, {"config": config, "name": name, **about}, heads.head_of(name, replaced, described, labels) if replaced else None
-    )
+    head = None
+    if replaced:
+        parts, own = heads.head_of(name, replaced, described, labels)
+        head = (parts, about | {"model_class": _class_of(model, flexible=own["config"] is not None)} | own)
+    _write_folder(target, tensors, {"config": config, "name": name, **about}, head)
 
 
 def _write(peft: Peft, base: Base, name: str) -> tuple[dict[str, np.ndarray], dict[str, Any], dict[str, Any]]:
@@ -98,9 +100,10 @@ def _write(peft: Peft, base: Base, name: str) -> tuple[dict[str, np.ndarray], di
     return tensors, config, {path: leaf for path, leaf in replaced.items() if path not in norms}
 
 
-def _class_of(model: Any) -> str:
+def _class_of(model: Any, *, flexible: bool = False) -> str:
+    """The class of the torch model: that of transformers, or the library's own, whose heads are layers by number."""
     family = families.family_of(model.config.model_type)
-    return family.hf_classes[model.config.model_type] + family.task_model(model).hf_suffix
+    return family.hf_classes[model.config.model_type] + ("AdapterModel" if flexible else family.task_model(model).hf_suffix)
 
 
 def _write_folder(target: Path, tensors: dict[str, np.ndarray], about: dict[str, Any], head: Any) -> None:
@@ -115,7 +118,7 @@ def _write_folder(target: Path, tensors: dict[str, np.ndarray], about: dict[str,
         if head is not None:
             parts, config = head
             save_file(parts, partial / heads.WEIGHTS)
-            write_json(partial / heads.CONFIG, {key: value for key, value in about.items() if key not in ("config", "name")} | config)
+            write_json(partial / heads.CONFIG, config)
         use_umask(partial)
         replace_folder(partial, target, overwrite=True)
     finally:
