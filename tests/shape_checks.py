@@ -40,7 +40,9 @@ def checked(defined: Any) -> Any:
     if isinstance(defined, property):
         return property(*(function and checked(function) for function in (defined.fget, defined.fset, defined.fdel)))
     if inspect.isclass(defined):
-        return jaxtyping.jaxtyped(defined, typechecker=beartype.beartype) if dataclasses.is_dataclass(defined) else defined
+        # An `__init__` that a decorator has wrapped may take other arguments than its signature says.
+        is_plain = dataclasses.is_dataclass(defined) and not hasattr(defined.__init__, "__wrapped__")
+        return jaxtyping.jaxtyped(defined, typechecker=beartype.beartype) if is_plain else defined
     if not isinstance(defined, FunctionType) or getattr(defined, "__no_type_check__", False):
         return defined
     hints = [_resolved(hint, defined) for hint in defined.__annotations__.values()]

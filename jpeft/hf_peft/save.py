@@ -209,6 +209,8 @@ def _names_to_save(modules: list[str], base: Base, task: str | None) -> list[str
     heads = list(whole.HEADS.get(str(task), ()))
     by_task = [module for module in base.modules if any(module.endswith(head) for head in heads)]
     rest = [module for module in modules if not any(f"{module}.".startswith(f"{head}.") for head in by_task)]
+    if not rest:
+        return heads
     inside = lambda module: {site.module for site in base.sites.values() if f"{site.module}.".startswith(f"{module}.")}
     whole_ones = [module for module in base.modules if inside(module) <= set(rest)]
     outer = [module for module in whole_ones if not any(module.startswith(f"{other}.") for other in whole_ones)]
