@@ -100,7 +100,10 @@ def test_a_new_head_is_trained_along(world, tmp_path):
     bare = jpeft.Peft(run.peft.params, jpeft.unflatten(own), run.peft.method.replace(head=None))
     jpeft.save_hf(tmp_path / "bare", bare, model=run.model)
     places = {"model": str(world / "model"), "data": str(world / "data.csv"), "output": "", "adapter": str(tmp_path / "bare")}
-    peft = prepare(TrainConfig(**places, max_length=8, fresh_head=True)).peft
+    setup = prepare(TrainConfig(**places, max_length=8, fresh_head=True))
+    peft = setup.peft
+    assert "classifier/kernel" in setup.new
+    assert prepare(TrainConfig(**places | {"adapter": str(world / "peft")}, max_length=8)).new == frozenset()
     leaves = jpeft.flatten(peft.adapter)
     assert leaves.keys() == jpeft.flatten(run.peft.adapter).keys()
     for path, leaf in own.items():

@@ -97,6 +97,12 @@ def attach_adapter(config: TrainConfig, loaded: models.Loaded, steps: int) -> Pe
     return Peft(peft.params, peft.adapter, method)
 
 
+def held_by(path: str | os.PathLike[str], loaded: models.Loaded) -> frozenset[str]:
+    """The parameters of a base that an adapter replaces whole, such as a head that was trained with it."""
+    peft = open_adapter(path, loaded)
+    return replaced_paths(peft.params, peft.adapter, peft.method)
+
+
 def _with_new(method: Method, peft: Peft, left: Sequence[str], config: TrainConfig) -> tuple[Method, Any]:
     """The method and the adapter with parameters that the checkpoint lacks, trained whole as a head is."""
     own: Any = method
