@@ -124,6 +124,8 @@ def test_a_new_head_is_trained_along(world, tmp_path):
         (("predict", "--adapter", "PEFT", "--model", "MODEL", "--text", "a", "--labels", "x", "y"), "classifier"),
         (("export", "RUN", "MODEL"), "is in use"),
         (("export", "RUN", "OUT", "--task", "generation"), "--task is for an adapter without a run"),
+        (("export", "RUN", "OUT", "--format", "adapters"), "this is dora: write it for HF PEFT"),
+        (("export", "RUN", "OUT", "--max-shard-size", "1 GiB"), "--max-shard-size must be a number of bytes above 0"),
         (("export", "PEFT", "OUT"), "is not the folder of a training run"),
     ],
 )

@@ -22,7 +22,7 @@ class MultitaskPromptTuningFormat(PromptTuningFormat):
     peft_type = "MULTITASK_PROMPT_TUNING"
     methods = ("multitask_prompt_tuning",)
     bare = tuple(_TENSORS.values())
-    keys = PromptTuningFormat.keys | {
+    keys = dict(PromptTuningFormat.keys) | {
         "num_tasks": Key(1, COUNT),
         "num_ranks": Key(1, COUNT),
         "prompt_tuning_init_state_dict_path": Key(None, ANY),
