@@ -38,7 +38,7 @@ class MultitaskPromptTuningFormat(PromptTuningFormat):
 
     def load(self, file: File, sites: Sequence[Site]) -> tuple[Method, Arrays]:
         """`jpeft.multitask_prompt_tuning`."""
-        prompt = self._method(file.config, file.base, file.head)
+        prompt: Any = self._method(file.config, file.base, file.head)
         about = {"tasks": file.config["num_tasks"], "rank": file.config["num_ranks"]}
         method = MultitaskPromptTuning(length=prompt.length, edges=prompt.edges, body=prompt.body, head=prompt.head, **about)
         module = method.site(file.base.params).module
