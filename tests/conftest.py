@@ -40,12 +40,17 @@ def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("filterwarnings", "ignore:Error (reading|writing) persistent compilation cache:UserWarning")
 
 
-@pytest.fixture(scope="module", autouse=True)
-def programs() -> Iterator[None]:
-    """Forget a file's compiled programs after it: a process may not map more than so many pieces of memory (`vm.max_map_count`)."""
-    yield
+def forget_programs() -> None:
+    """Let go of compiled programs: a process may not map more than so many pieces of memory (`vm.max_map_count`)."""
     jax.clear_caches()
     gc.collect()
+
+
+@pytest.fixture(scope="module", autouse=True)
+def programs() -> Iterator[None]:
+    """Forget a file's compiled programs after it."""
+    yield
+    forget_programs()
 
 
 @pytest.fixture

@@ -4,24 +4,31 @@ What runs a model forward, merges or differentiates does so under strict dtype p
 (Training steps do not: optax multiplies integer counts by floats.)
 """
 
+import itertools
+from collections.abc import Iterator
+
 import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from conftest import forget_programs
 from tables import DECODERS, ENCODERS, MERGES, METHODS, ROWS, Case, base_logits, batch, case, noised
 
 import jpeft
 
 CELLS = [(method, model) for method, row in ROWS.items() for model in row.models]
+SEEN = itertools.count(1)
 # One model for each method, scanned where there is one: for what takes a program of its own and depends on the method, not on the layers.
 ONE_EACH = [(method, max(row.models, key=lambda model: "scan" in model)) for method, row in ROWS.items()]
 
 
 @pytest.fixture(params=CELLS, ids=lambda cell: "-".join(cell), scope="module")
-def cell(request) -> Case:
-    return case(*request.param)
+def cell(request) -> Iterator[Case]:
+    yield case(*request.param)
+    if next(SEEN) % 16 == 0:  # programs of other cells are of no use, and a process may not hold any number of them
+        forget_programs()
 
 
 @pytest.mark.parametrize("method", METHODS)
