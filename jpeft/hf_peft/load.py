@@ -81,7 +81,7 @@ def _load(form: Format, config: Config, base: Base, tensors: Tensors) -> Peft:
     biases = whole.bias_sites(config, base, targets, saved)
     tokens = whole.token_sites(config, base)
     tied = whole.tied_copy(config, base, saved)
-    if not form.follows_ties:
+    if not (form.follows_ties or form.splits_ties):
         whole.check_tied_target(targets, base, str(config.file))
     expected = form.expected(config, base, targets, rename)
     expected |= {site.name: site.shape for site in [*saved, *biases]}

@@ -86,7 +86,7 @@ def _write(parts: _Parts, base: Base) -> tuple[Format, Arrays, dict[str, Any]]:
     """The format of an adapter, its tensors, and the configuration."""
     form = format_for(parts.original.name)
     assert form is not None
-    if not form.follows_ties:
+    if not (form.follows_ties or getattr(parts.method, "tied", None) == "lookup"):
         whole.check_tied_target([site for path in parts.own for site in base.at(path.rpartition("/")[0])], base, parts.method.name)
     written = form.save(parts.method, parts.own, base)
     modules, biases = _split_replaced(parts.replaced, base)

@@ -1,14 +1,16 @@
 """DoRA: LoRA that learns the size of each output's weights apart from their direction."""
 
+from collections.abc import Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from jpeft import tree
 from jpeft.core.layer import Layer, Linear
 from jpeft.core.options import Count, PerPath, Positive, option
-from jpeft.reparameterized import low_rank, two_view
+from jpeft.reparameterized import low_rank, tied_tables, two_view
 from jpeft.reparameterized.matrix_form import OUTPUTS, MatrixForm
 from jpeft.reparameterized.weight_method import Inputs, Key, Leaves, Matrix, WeightMethod
 from jpeft.tree.select import first_match
@@ -29,6 +31,8 @@ class DoRA(WeightMethod):
       target: Which kernels: a regex for whole paths, or a list of names; by default every kernel but the head's.
       axes: Geometry of kernels with more than two axes, e.g. from `jpeft.kernel_axes`.
       head: Task head to train along: "auto", a regex, or None.
+      tied: Of a table of embeddings that is the head, too: "both" changes look-ups and scores, "lookup" the look-ups alone, and does not
+        merge; as in `jpeft.lora`.
 
     Returns:
       A mergeable `Method`.
@@ -51,6 +55,7 @@ class DoRA(WeightMethod):
     alpha: PerPath[Positive] = 16.0
     rslora: bool = False
     initializer: low_rank.Initializer = option(default="kaiming", alias="init")
+    tied: tied_tables.Tied = "both"
 
     name = "dora"
     summary = "low-rank updates of the direction of kernels, and a trained magnitude for each output"
@@ -67,8 +72,23 @@ class DoRA(WeightMethod):
         direction = low_rank.update(kernel, leaves, self._scale(path))
         return direction * (leaves["m"] / _norms(direction))[None]
 
+    def merge(self, params: tree.Params, adapter: tree.Adapter) -> tree.Params:
+        """The new kernels.
+
+        Raises:
+          ValueError: for a change of the look-ups of a table alone.
+        """
+        tied_tables.check_merge(self.tied, tree.split(params, adapter)[1], self.name)
+        return super().merge(params, adapter)
+
+    def merge_layer(self, layer: Layer, leaves: Leaves) -> Mapping[str, Any] | None:
+        """The layer's parameters with the new kernel; as they are where the scores of a table stay."""
+        return layer.merged(layer.params) if self.tied == "lookup" and layer.method == "attend" else super().merge_layer(layer, leaves)
+
     def call_linear(self, layer: Layer, linear: Linear, inputs: Inputs, leaves: Leaves, path: str, rng: Key | None) -> Any:
         """``g * (x V) + bias`` with ``g = m / ||V||``: the product as in LoRA, its outputs scaled."""
+        if tied_tables.scores(self.tied, path, inputs[0]):
+            return layer(*inputs)
         kernel = self.kernel_inside(layer, linear)
         if kernel is None or linear.scale_outputs is None or linear.add_bias is None:
             return super().call_linear(layer, linear, inputs, leaves, path, rng)

@@ -14,7 +14,7 @@ from jpeft.core.limits import Range
 from jpeft.core.method import FREEZE, with_head
 from jpeft.core.options import Count, Names, PerPath, Positive, Probability, option
 from jpeft.core.statistics import InputMoments, Statistic, find
-from jpeft.reparameterized import low_rank, starts, two_view
+from jpeft.reparameterized import low_rank, starts, tied_tables, two_view
 from jpeft.reparameterized.matrix_form import MatrixForm
 from jpeft.reparameterized.weight_method import Inputs, Key, Leaves, Matrix, WeightMethod
 from jpeft.tree.select import first_match
@@ -54,6 +54,8 @@ class LoRA(WeightMethod):
         (`jpeft.reparameterized.joined`); "auto" takes the cheaper one of the first two for each layer's shape and dtypes.
       axes: Geometry of kernels with more than two axes, ``((regex, KernelAxes), ...)``, e.g. from `jpeft.kernel_axes`.
       head: Task head to train along: "auto", a regex, or None.
+      tied: Of a target that is a table of embeddings and the head, too: "both" changes its look-ups and the scores that it gives; "lookup"
+        the look-ups alone, as HF PEFT does. No one table can hold that, so the latter does not merge.
 
     Returns:
       A mergeable `Method`.
@@ -84,6 +86,7 @@ class LoRA(WeightMethod):
     freeze_a: bool = False
     b_lr_scale: Positive = 1.0
     view: Literal["auto", "two-view", "factored", "joined"] = "auto"
+    tied: tied_tables.Tied = "both"
 
     name = "lora"
     summary = "low-rank updates of kernels, merged for inference"
@@ -174,14 +177,31 @@ class LoRA(WeightMethod):
         frozen = {"a0", "b0"} | ({self._random_factor(path)} if self.freeze_a else set())
         return {name: jax.lax.stop_gradient(leaf) if name in frozen else leaf for name, leaf in leaves.items()}
 
+    # --- a table that is the head, too --------------------------------------------------------------------------------------------------
+
+    def merge(self, params: tree.Params, adapter: tree.Adapter) -> tree.Params:
+        """The new kernels.
+
+        Raises:
+          ValueError: for a change of the look-ups of a table alone.
+        """
+        tied_tables.check_merge(self.tied, tree.split(params, adapter)[1], self.name)
+        return super().merge(params, adapter)
+
+    def merge_layer(self, layer: Layer, leaves: Leaves) -> Mapping[str, Any] | None:
+        """The layer's parameters with the new kernel; as they are where the scores of a table stay."""
+        return layer.merged(layer.params) if self.tied == "lookup" and layer.method == "attend" else super().merge_layer(layer, leaves)
+
     # --- one kernel -------------------------------------------------------------------------------------------------------------------
 
     def new_kernel(self, kernel: Matrix, leaves: Leaves, path: str) -> Matrix:
         """``W + s a b``, or ``W + s (a b - a0 b0)``."""
         return low_rank.update(kernel, self._held(leaves, path), self.scale(path))
 
-    def as_low_rank(self, leaves: Leaves, path: str) -> tuple[Array, Array]:
-        """``s a`` and ``b``; with the factors of the start, ``s [a, -a0]`` and ``[b; b0]``."""
+    def as_low_rank(self, leaves: Leaves, path: str) -> tuple[Array, Array] | None:
+        """``s a`` and ``b``; with the factors of the start, ``s [a, -a0]`` and ``[b; b0]``. None for a change of look-ups alone."""
+        if self.tied == "lookup" and tied_tables.is_table(path):
+            return None
         if "a0" not in leaves:
             return self.scale(path) * leaves["a"], leaves["b"]
         a, b = jnp.concatenate([leaves["a"], -leaves["a0"]], -1), jnp.concatenate([leaves["b"], leaves["b0"]], -2)
@@ -189,6 +209,8 @@ class LoRA(WeightMethod):
 
     def call_linear(self, layer: Layer, linear: Linear, inputs: Inputs, leaves: Leaves, path: str, rng: Key | None) -> Any:
         """One of the views, whichever is cheaper for the layer's shape."""
+        if tied_tables.scores(self.tied, path, inputs[0]):
+            return layer(*inputs)
         held, s = self._held(leaves, path), self.scale(path)
         start = (held["a0"], held["b0"]) if "a0" in held else None
         # With a frozen `a` the factored view keeps `x a` for the backward pass, and not x.

@@ -69,6 +69,7 @@ class Format(abc.ABC):
       saves_modules: Whether the type holds whole modules, such as a head, too.
       needs_head: Whether HF PEFT opens no classifier without its head in the file.
       follows_ties: Whether a change of a word embedding changes a head that is tied to it.
+      splits_ties: Whether the method can change the look-ups of such an embedding alone, by its option ``tied``.
       replaces: Whether the method's own leaves replace parameters of the base.
     """
 
@@ -80,6 +81,7 @@ class Format(abc.ABC):
     saves_modules: ClassVar[bool] = True
     needs_head: ClassVar[bool] = False
     follows_ties: ClassVar[bool] = False
+    splits_ties: ClassVar[bool] = False
     replaces: ClassVar[bool] = False
 
     def check(self, config: Config, base: Base) -> None:  # noqa: B027

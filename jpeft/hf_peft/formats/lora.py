@@ -27,6 +27,7 @@ class LoRAFormat(WeightFormat):
     methods = ("lora", "dora")
     kinds = ("linear", "conv1d", "conv", "embedding", "experts")
     pads = True
+    splits_ties = True
     keys = TARGETING | {
         "r": Key(8, COUNT),
         "lora_alpha": Key(8, POSITIVE),
@@ -131,6 +132,17 @@ class LoRAFormat(WeightFormat):
             starts.check_start(config, kind, list(sites.values()))
             options["init"] = kind
         return LoRA(**options, dropout=config["lora_dropout"])
+
+    def aim(self, method: Any, sites: Sequence[Site], config: Config, base: Base) -> Any:
+        """A table that is the head too is changed in its look-ups alone."""
+        table = base.word if base.tied is not None else None
+        if table is None or all(site.path != table.path for site in sites):
+            return super().aim(method, sites, config, base)
+        if config["ensure_weight_tying"]:
+            raise config.error(
+                f"ensure_weight_tying=true adapts '{table.module}' and '{base.tied}' by one pair of factors, which jpeft does not read."
+            )
+        return super().aim(method.replace(tied="lookup"), sites, config, base)
 
     def adjust(self, config: Config, method: Any, sites: Mapping[str, Site], leaves: dict[str, Arrays]) -> dict[str, Arrays]:
         """In a stack ``b`` takes up what the scale of a layer is more than that of the stack."""
