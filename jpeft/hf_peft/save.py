@@ -128,6 +128,8 @@ def _sort(peft: Peft) -> _Parts:
     named = lambda method: dict(method.parts) or {method.name: method}
     originals, parts = named(peft.method), dict(zip(named(peft.method), named(folded.method).values(), strict=True))
     trained, adapters = _collections(peft), dict(zip(originals, _collections(folded).values(), strict=True))
+    for name in [name for name, method in originals.items() if (form := format_for(method.name)) is not None and not form.folds]:
+        parts[name], adapters[name] = originals[name], trained[name]
     base = tree.flatten(peft.params)
     replaced: dict[str, Any] = {}
     own: dict[str, dict[str, Any]] = {}
