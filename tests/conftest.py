@@ -45,6 +45,7 @@ def programs() -> Iterator[None]:
     """Forget a file's compiled programs after it: a process may not map more than so many pieces of memory (`vm.max_map_count`)."""
     yield
     jax.clear_caches()
+    gc.collect()
 
 
 @pytest.fixture

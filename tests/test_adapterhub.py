@@ -13,7 +13,7 @@ from goldens.golden import HERE, base
 from safetensors.numpy import load_file, save_file
 
 import jpeft
-from jpeft.training.adapter_folder import adapter_labels
+from jpeft.training.adapter_folder import adapter_labels, open_adapter
 
 
 @functools.cache
@@ -68,6 +68,8 @@ def test_golden(tmp_path, key):
     assert {name: new[name] for name in ("hidden_size", "model_type", "name", "version")} == {
         name: old[name] for name in ("hidden_size", "model_type", "name", "version")
     }
+    for path, leaf in jpeft.flatten(open_adapter(tmp_path / "out", loaded).adapter).items():
+        np.testing.assert_array_equal(leaf, jpeft.flatten(peft.adapter)[path])
     if key == "bert|flex-head":
         assert labels == ("no", "perhaps", "yes")
 

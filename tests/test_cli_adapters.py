@@ -100,7 +100,10 @@ def test_a_new_head_is_trained_along(world, tmp_path):
     bare = jpeft.Peft(run.peft.params, jpeft.unflatten(own), run.peft.method.replace(head=None))
     jpeft.save_hf(tmp_path / "bare", bare, model=run.model)
     places = {"model": str(world / "model"), "data": str(world / "data.csv"), "output": "", "adapter": str(tmp_path / "bare")}
-    peft = prepare(TrainConfig(**places, max_length=8, fresh_head=True)).peft
+    setup = prepare(TrainConfig(**places, max_length=8, fresh_head=True))
+    peft = setup.peft
+    assert "classifier/kernel" in setup.new
+    assert prepare(TrainConfig(**places | {"adapter": str(world / "peft")}, max_length=8)).new == frozenset()
     leaves = jpeft.flatten(peft.adapter)
     assert leaves.keys() == jpeft.flatten(run.peft.adapter).keys()
     for path, leaf in own.items():
@@ -124,6 +127,8 @@ def test_a_new_head_is_trained_along(world, tmp_path):
         (("predict", "--adapter", "PEFT", "--model", "MODEL", "--text", "a", "--labels", "x", "y"), "classifier"),
         (("export", "RUN", "MODEL"), "is in use"),
         (("export", "RUN", "OUT", "--task", "generation"), "--task is for an adapter without a run"),
+        (("export", "RUN", "OUT", "--format", "adapters"), "this is dora: write it for HF PEFT"),
+        (("export", "RUN", "OUT", "--max-shard-size", "1 GiB"), "--max-shard-size must be a number of bytes above 0"),
         (("export", "PEFT", "OUT"), "is not the folder of a training run"),
     ],
 )

@@ -106,8 +106,8 @@ def assert_same_file(one, other, scaled=False):
     ours, theirs = read(other), read(one)
     spelled = {"target_modules", "exclude_modules", "alpha_pattern", "rank_pattern", "base_model_name_or_path"}
     spelled |= {"qalora_group_size", "megatron_core", "prefix_projection"}  # of no meaning here
-    if theirs["peft_type"] == "P_TUNING":  # without its network a prompt like any other
-        spelled |= {"peft_type", "encoder_hidden_size", "encoder_num_layers", "encoder_reparameterization_type"}
+    if theirs["peft_type"] == "P_TUNING":  # the network that made the prompt is in no file
+        spelled |= {"encoder_hidden_size", "encoder_num_layers", "encoder_reparameterization_type"}
     if "encoder_hidden_size" in theirs and theirs.get("prefix_projection"):
         spelled |= {"encoder_hidden_size"}
     for key, value in theirs.items():

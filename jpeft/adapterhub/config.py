@@ -101,7 +101,7 @@ def method_of(file: Path, content: Mapping[str, Any], base: Base) -> BottleneckM
         _require(file, config, output_adapter=True)
         about: dict[str, Any] = {"division": config["phm_dim"], "rank": config["phm_rank"], "plus_plus": not attention}
         return Compacter(size=size, activation=activation, train_norms=False, head=None, **about)
-    only = {} if attention and output else {"target": "@attention_out" if attention else "@ffn_out"}
+    only: dict[str, Any] = {} if attention and output else {"target": "@attention_out" if attention else "@ffn_out"}
     return HoulsbyAdapter(size=size, activation=activation, train_norms=False, head=None, **only)
 
 

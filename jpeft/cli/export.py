@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import os
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import tyro
 
@@ -67,7 +67,7 @@ def _open(args: ExportArgs) -> Run:
         if args.task is not None:
             raise ValueError(f"--task is for an adapter without a run; {args.run} is a run, which has its own.")
         return load_run(args.run, model=args.model)
-    settings = {} if args.task is None else {"task": args.task}
+    settings: dict[str, Any] = {} if args.task is None else {"task": args.task}
     return load_adapter(args.run, model=args.model, **settings)
 
 

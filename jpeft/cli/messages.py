@@ -38,7 +38,8 @@ def as_typed(message: str, args: type, names: Mapping[str, str | None]) -> str:
             message = re.sub(rf"(?<![\w/.\\'\"`-]){name}(?![\w/'\"`(]|=\S* in Python)", flag, message)
         elif name not in options:
             message = re.sub(rf"^{name}(?==| must )", flag, message)
-            message = re.sub(rf"(?<=[:,] ){name}(?= \([^()]* before)", flag, message)
+        # What differs from the configuration of a run is a setting, even if options of methods have the name, too.
+        message = re.sub(rf"(?<=[:,] ){name}(?= \([^()]* before)", flag, message)
         if name in names:
             message = message.replace(f"{name}=None", f"{flag} none")
     return message

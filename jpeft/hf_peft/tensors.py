@@ -14,6 +14,8 @@ from jpeft.models.checkpoints.foreign import PICKLES
 
 # safetensors' names of the types that are read -> how they are read.
 _FLOATS = {"F64": np.dtype(np.float64), "F32": np.dtype(np.float32), "F16": np.dtype(np.float16), "BF16": np.dtype(jnp.bfloat16)}
+# Tensors of whole numbers: places of entries.
+_PLACES = "_indices"
 _WHOLE = ("I8", "I16", "I32", "I64", "U8", "U16", "U32", "U64", "BOOL")
 
 # What stands in front of names: HF PEFT's own wrappers, and those of training on several devices and of compilation.
@@ -123,6 +125,8 @@ class Tensors:
         """A tensor by its name in the file; otherwise as `read`."""
         kind = self._open.get_slice(name).get_dtype()
         if kind in _WHOLE:
+            if not name.endswith(_PLACES):
+                raise ValueError(f"{self.file}: '{name:.200}' holds whole numbers of the type {kind}, and weights are no whole numbers.")
             return self._open.get_tensor(name)
         if kind not in _FLOATS:
             raise ValueError(f"{self.file}: '{name}' holds numbers of the type {kind}, which are no plain weights but quantised ones.")
@@ -222,7 +226,7 @@ def check_tensors(tensors: Tensors, expected: Mapping[str, tuple[int, ...]], spa
 
 
 def _few(names: list[str]) -> str:
-    return ", ".join(names[:6]) + (", ..." if len(names) > 6 else "")
+    return ", ".join(name if len(name) < 200 else f"{name[:200]}..." for name in names[:6]) + (", ..." if len(names) > 6 else "")
 
 
 def _what_else(folder: Path) -> str:

@@ -29,7 +29,7 @@ CONFIG, RECORD = "adapter_config.json", "jpeft.json"
 # The names of the labels: where the library adapters has them. HF PEFT has no place for them, and does not read the file.
 HEAD_CONFIG = "head_config.json"
 
-_DEFAULTS = {field.name: field.default for field in dataclasses.fields(TrainConfig)}
+_DEFAULTS: dict[str, Any] = {field.name: field.default for field in dataclasses.fields(TrainConfig)}
 _DEFAULT_METHOD, _MAX_LENGTH = _DEFAULTS["method"], _DEFAULTS["max_length"]
 
 # The last layer of a head with labels, as HF PEFT's files and jpeft's name it; its size is the number of labels.
@@ -95,6 +95,12 @@ def attach_adapter(config: TrainConfig, loaded: models.Loaded, steps: int) -> Pe
         method, adapter = _with_new(method, peft, sorted(left), config)
         return Peft(peft.params, adapter, method)
     return Peft(peft.params, peft.adapter, method)
+
+
+def held_by(path: str | os.PathLike[str], loaded: models.Loaded) -> frozenset[str]:
+    """The parameters of a base that an adapter replaces whole, such as a head that was trained with it."""
+    peft = open_adapter(path, loaded)
+    return replaced_paths(peft.params, peft.adapter, peft.method)
 
 
 def _with_new(method: Method, peft: Peft, left: Sequence[str], config: TrainConfig) -> tuple[Method, Any]:
@@ -202,7 +208,8 @@ def load_adapter(
     Raises:
       ValueError: if base or adapter are not there or do not fit, or the model has a head that nobody has trained.
     """
-    config = TrainConfig(model=os.fspath(model), data="", output="", adapter=os.fspath(path), **{"max_length": 1} | settings)
+    about: dict[str, Any] = {"max_length": 1, **settings}
+    config = TrainConfig(model=os.fspath(model), data="", output="", adapter=os.fspath(path), **about)
     task, found = task_of(config), find(path)
     names = tuple(labels)
     if "label" in task.columns or "tags" in task.columns:

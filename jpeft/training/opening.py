@@ -14,7 +14,8 @@ def opening(setup: Setup, remat: str) -> str:
       remat: How activations are recomputed, and why; empty if there was nothing to choose by.
     """
     lines = {
-        "method": " ".join([setup.config.method, *setup.config.options]),
+        "method": " ".join([setup.config.method, *setup.config.options])
+        + (f", from {adapter}" if (adapter := setup.config.adapter) else ""),
         "device": _device(setup),
         "rows": ", ".join(f"{name} {len(next(iter(arrays.values()))):,}" for name, arrays in setup.splits.items()),
         "steps": _steps(setup),
@@ -25,8 +26,19 @@ def opening(setup: Setup, remat: str) -> str:
         lines["remat"] = remat
     if setup.labels:
         names = ", ".join(setup.labels[:8]) + (f", ... ({len(setup.labels)} in all)" if len(setup.labels) > 8 else "")
-        lines["labels"] = f"{names}; the head for them is {'new' if setup.loaded.initialised else 'of the checkpoint'}"
+        lines["labels"] = f"{names}; the head for them is {_whose_head(setup)}"
     return "\n".join(f"{name:<8} {text}" for name, text in lines.items())
+
+
+def _method(setup: Setup) -> str:
+    begun = f", from {setup.config.adapter}" if setup.config.adapter is not None else ""
+    return " ".join([setup.config.method, *setup.config.options]) + begun
+
+
+def _whose_head(setup: Setup) -> str:
+    if setup.new:
+        return "new"
+    return "of the checkpoint" if setup.config.adapter is None else "of the adapter, or of the checkpoint"
 
 
 def _device(setup: Setup) -> str:
@@ -47,7 +59,7 @@ def _steps(setup: Setup) -> str:
 
 def _rate(setup: Setup) -> str:
     config, own = setup.config, " (the method's default)" if setup.config.learning_rate is None else ""
-    head = f", {setup.head_learning_rate:g} for the new head" if setup.loaded.initialised else ""
+    head = f", {setup.head_learning_rate:g} for the new head" if setup.new else ""
     return f"{setup.learning_rate:g}{own}{head}; {config.schedule}, with {100 * config.warmup:g} % warmup"
 
 

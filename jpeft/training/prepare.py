@@ -18,7 +18,7 @@ from jpeft.core.stages import Segment, plan
 from jpeft.extras import explained
 from jpeft.models.checkpoints.notes import unsaid
 from jpeft.tasks.task import Arrays, Task, task_of
-from jpeft.training.adapter_folder import attach_adapter, method_name, order_labels
+from jpeft.training.adapter_folder import attach_adapter, held_by, method_name, order_labels
 from jpeft.training.added_tokens import warn_of_absent
 from jpeft.training.base_files import base_files
 from jpeft.training.build import attach, load_base, read_columns
@@ -44,6 +44,7 @@ class Setup:
       splits: The encoded data: train and, if there are such rows, validation and test.
       loaded: The pretrained model.
       peft: The base with the adapter that training begins with.
+      new: Paths of parameters that neither the checkpoint nor an adapter to train on has, such as a new head.
       learning_rate: Peak learning rate, the configured one or the method's default.
       head_lr_scale: Learning rate of a new head as a multiple of that.
       steps: Optimizer steps of the run.
@@ -59,6 +60,7 @@ class Setup:
     splits: dict[str, Arrays]
     loaded: models.Loaded
     peft: Peft
+    new: frozenset[str]
     learning_rate: float
     head_lr_scale: float
     steps: int
@@ -141,8 +143,9 @@ def prepare(config: TrainConfig, recorded: dict[str, Any] | None = None) -> Setu
     splits = encode_splits(config, task, tables, labels, loaded)
     warn_of_absent(loaded, splits["train"])
     peft = _attach(config, task, labels, splits["train"], loaded, recorded)
+    new = loaded.initialised
     if config.adapter is not None:
-        config = dataclasses.replace(config, method=method_name(peft))
+        config, new = dataclasses.replace(config, method=method_name(peft)), new - held_by(config.adapter, loaded)
     # A frozen base without a head has nothing to train and is evaluated as it is.
     steps = count_steps(config, splits["train"]) if jax.tree.leaves(peft.adapter) else 0
     defaults = registry.methods()[config.method]
@@ -154,6 +157,7 @@ def prepare(config: TrainConfig, recorded: dict[str, Any] | None = None) -> Setu
         splits=splits,
         loaded=loaded,
         peft=peft,
+        new=new,
         learning_rate=config.learning_rate or defaults.learning_rate,
         head_lr_scale=config.head_lr_scale or defaults.head_lr_scale,
         steps=steps,

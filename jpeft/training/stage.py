@@ -99,7 +99,7 @@ def begin_stage(setup: Setup, peft: Peft, stage: int) -> StageState:
     config, devices, segment = setup.config, setup.devices, setup.segments[stage]
     peft = devices.put(peft)
     schedule = _schedule(setup, segment)
-    tx = make_optimizer(config, peft, schedule, setup.loaded.initialised, setup.head_lr_scale)
+    tx = make_optimizer(config, peft, schedule, setup.new, setup.head_lr_scale)
     forward = devices.forward(jpeft.wrap(setup.loaded.model.apply, peft.method))
     # A copy, because the step overwrites its arguments, and the caller still needs its own adapter.
     adapter = jax.tree.map(jnp.copy, peft.adapter)

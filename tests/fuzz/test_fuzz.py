@@ -19,7 +19,7 @@ from fuzz.table import write
 from fuzz.verdict import judge
 from fuzz.watch import Seen, watch
 
-SHARE = 20  # mutations of folders, data and options
+SHARE = 12  # mutations of folders, data and options
 # What failed once: the target, the operation, the file, the kind of damage and its seed.
 FOUND = (
     ("tokenizer", "encode", "tokenizer.json", "cut", 0),

@@ -24,7 +24,8 @@ class PTuning(PromptMethod):
 
     Args:
       length: Pseudo tokens l at the start of the text, without a template; 20 by default.
-      encoder: "lstm" is a bidirectional LSTM of two layers followed by an MLP of two; "mlp" is the MLP alone, which is faster.
+      encoder: "lstm" is a bidirectional LSTM of two layers followed by an MLP of two; "mlp" is the MLP alone, which is faster. "none"
+        has no network and P itself is trained, which is all that HF PEFT saves.
       hidden: Width of the LSTM in each direction. None is d/2, as in the authors' LAMA code; their few-shot code takes d.
       template: Blocks of tokens, as pairs of a place and tokens. Places are "start" and "end" of the text, and ("before", id) and
         ("after", id) the first token with that id; in a text without that id the block stands at the end. Tokens are a number of pseudo
@@ -57,7 +58,7 @@ class PTuning(PromptMethod):
     """
 
     length: Length | None = None
-    encoder: Literal["lstm", "mlp"] = "lstm"
+    encoder: Literal["lstm", "mlp", "none"] = "lstm"
     hidden: Count | None = None
 
     name = "p_tuning"
@@ -66,8 +67,8 @@ class PTuning(PromptMethod):
 
     def check(self) -> None:
         """Refuse a width of the LSTM without an LSTM, and a template that does not fit the length."""
-        if self.hidden is not None and self.encoder == "mlp":
-            raise ValueError(f"p_tuning: hidden={self.hidden} is the width of the LSTM; it must be None for encoder='mlp'.")
+        if self.hidden is not None and self.encoder != "lstm":
+            raise ValueError(f"p_tuning: hidden={self.hidden} is the width of the LSTM; it must be None for encoder={self.encoder!r}.")
         super().check()
 
     @property
@@ -77,13 +78,13 @@ class PTuning(PromptMethod):
 
     def prompt(self, adapter: tree.Adapter, site: PromptSite) -> Float[Array, "rows width"]:
         """P, computed by the network, which stands at the root of the adapter."""
-        del site
-        return compute_prompt(adapter[tree.ADDED])
+        return compute_prompt(adapter[tree.ADDED]) if self.folds else tree.flatten(adapter)[site.prompt_path]
 
     def init(self, key: jax.Array, params: tree.Params, *, stats: Any = None) -> tree.Adapter:
         """The network and its embedding at the root, and the task head."""
-        del stats
         site = self.site(params)
+        if not self.folds:
+            return self._without_network(site.rows).init(key, params, stats=stats)
         hidden = (self.hidden or max(site.width // 2, 1)) if self.encoder == "lstm" else None
         leaves = init_encoder(key, site.rows, site.width, hidden)
         return with_head({f"{tree.ADDED}/{path}": leaf for path, leaf in leaves.items()}, params, self.head)
@@ -91,14 +92,20 @@ class PTuning(PromptMethod):
     @property
     def folds(self) -> bool:
         """Only training needs the network."""
-        return True
+        return self.encoder != "none"
 
     def fold(self, params: tree.Params, adapter: tree.Adapter) -> tuple[Method, tree.Adapter]:
         """Prompt tuning with the computed prompt."""
+        if not self.folds:
+            return self, adapter
         site = self.site(params)
         rest = {path: leaf for path, leaf in tree.flatten(adapter).items() if not path.startswith(f"{tree.ADDED}/")}
-        method = prompt_tuning(
-            length=site.rows if self.template is None else None,
+        return self._without_network(site.rows), tree.unflatten(rest | {site.prompt_path: self.prompt(adapter, site)})
+
+    def _without_network(self, rows: int) -> Method:
+        """Prompt tuning with rows at the same places."""
+        return prompt_tuning(
+            length=rows if self.template is None else None,
             template=self.template,
             edges=self.edges,
             causal=self.causal,
@@ -106,7 +113,6 @@ class PTuning(PromptMethod):
             body=self.body,
             head=self.head,
         )
-        return method, tree.unflatten(rest | {site.prompt_path: self.prompt(adapter, site)})
 
 
 p_tuning = PTuning

@@ -35,9 +35,9 @@ def format_of(peft_type: object, where: object) -> Format:
       ValueError: for a type that is not read.
     """
     known = formats()
-    if peft_type not in known:
+    if not isinstance(peft_type, str) or peft_type not in known:
         raise ValueError(f"{where}: peft_type {shown(peft_type)} is not one that jpeft reads: {', '.join(sorted(known))}.")
-    return known[str(peft_type)]
+    return known[peft_type]
 
 
 def format_for(method: str) -> Format | None:

@@ -22,7 +22,7 @@ class MultitaskPromptTuningFormat(PromptTuningFormat):
     peft_type = "MULTITASK_PROMPT_TUNING"
     methods = ("multitask_prompt_tuning",)
     bare = tuple(_TENSORS.values())
-    keys = PromptTuningFormat.keys | {
+    keys = dict(PromptTuningFormat.keys) | {
         "num_tasks": Key(1, COUNT),
         "num_ranks": Key(1, COUNT),
         "prompt_tuning_init_state_dict_path": Key(None, ANY),
@@ -38,7 +38,7 @@ class MultitaskPromptTuningFormat(PromptTuningFormat):
 
     def load(self, file: File, sites: Sequence[Site]) -> tuple[Method, Arrays]:
         """`jpeft.multitask_prompt_tuning`."""
-        prompt = self._method(file.config, file.base, file.head)
+        prompt: Any = self._method(file.config, file.base, file.head)
         about = {"tasks": file.config["num_tasks"], "rank": file.config["num_ranks"]}
         method = MultitaskPromptTuning(length=prompt.length, edges=prompt.edges, body=prompt.body, head=prompt.head, **about)
         module = method.site(file.base.params).module

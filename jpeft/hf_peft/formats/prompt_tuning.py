@@ -3,6 +3,8 @@
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from jpeft.additive.prompts.p_tuning import PTuning
+from jpeft.additive.prompts.prompt_method import PromptMethod
 from jpeft.additive.prompts.prompt_tuning import PromptTuning
 from jpeft.core.method import Method
 from jpeft.hf_peft import prompts
@@ -35,14 +37,18 @@ class PromptTuningFormat(Format):
         return {prompts.TENSOR: (config["num_virtual_tokens"], self._method(config, base, None).site(base.params).width)}
 
     def load(self, file: File, sites: Sequence[Site]) -> tuple[Method, Arrays]:
-        """`jpeft.prompt_tuning`."""
+        """The method, and its prompt."""
         method = self._method(file.config, file.base, file.head)
         return method, {method.site(file.base.params).prompt_path: file.read(prompts.TENSOR)}
 
-    def _method(self, config: Config, base: Base, head: str | None) -> PromptTuning:
+    def _method(self, config: Config, base: Base, head: str | None) -> PromptMethod:
         # A classifier that pools outside of the body would read [CLS].
         body = "" if base.task == "SEQ_CLS" else None
-        return PromptTuning(length=config["num_virtual_tokens"], edges=(0, 0), body=body, head=head)
+        return self.made(length=config["num_virtual_tokens"], edges=(0, 0), body=body, head=head)
+
+    def made(self, **options: Any) -> PromptMethod:
+        """`jpeft.prompt_tuning`."""
+        return PromptTuning(**options)
 
     def save(self, method: Any, leaves: Mapping[Path, Any], base: Base) -> Written:
         """The prompt."""
@@ -74,6 +80,10 @@ class PTuningFormat(PromptTuningFormat):
     peft_type = "P_TUNING"
     methods = ("p_tuning",)
     keys = prompts.keys("encoder_reparameterization_type", "encoder_hidden_size", "encoder_num_layers", "encoder_dropout")
+
+    def made(self, **options: Any) -> PromptMethod:
+        """`jpeft.p_tuning` without the network."""
+        return PTuning(encoder="none", **options)
 
     def details(self, method: Any, base: Base) -> dict[str, Any]:
         """The kind of network; HF PEFT makes it only to train."""

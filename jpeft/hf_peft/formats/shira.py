@@ -60,7 +60,10 @@ class SHiRAFormat(WeightFormat):
 
     def _read_one(self, file: File, site: Site) -> tuple[np.ndarray, np.ndarray]:
         """The places of a module's entries in its parameter, and their values."""
-        rows, columns = file.read(f"{site.module}.{_INDICES}").astype(np.int64)
+        found = file.read(f"{site.module}.{_INDICES}")
+        if (found != np.rint(found)).any():
+            raise file.config.error(f"'{site.module}.{_INDICES}' holds places that are no whole numbers.")
+        rows, columns = found.astype(np.int64)
         if min(rows.min(), columns.min()) < 0 or rows.max() >= site.outputs or columns.max() >= site.inputs:
             raise file.config.error(f"'{site.module}.{_INDICES}' holds places outside of the kernel, {site.outputs} x {site.inputs}.")
         places = _places(site, file.base)[rows, columns]
