@@ -42,7 +42,10 @@ def test_a_whole_update():
     chex.assert_trees_all_close(drawn, base, atol=1e-6)
 
 
-@pytest.mark.parametrize("method", [jpeft.vera(rank=4, dropout=0.5), jpeft.miss(rank=3, dropout=0.5)], ids=["vera", "miss"])
+THINNED = {name: jpeft.make({"method": name, "rank": 3, "dropout": 0.5}) for name in ("vera", "miss", "dora")}
+
+
+@pytest.mark.parametrize("method", THINNED.values(), ids=THINNED)
 def test_inputs_of_an_update(method):
     """The change is that of inputs of which each is zero or twice itself."""
     params, peft, base, _, drawn = outputs(method)

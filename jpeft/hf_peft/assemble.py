@@ -47,7 +47,9 @@ def join(
             else:
                 layers = [leaves[own[i].module][name] if i in own else None for i in range(count)]
                 shapes = {layer.shape if layer is not None else None for layer in layers}
-                if len(shapes) > 1 and not pads:
+                # A leaf without a rank, such as a magnitude or a bias, has no number that stands for none.
+                has_rank = any(axis not in (INPUTS, OUTPUTS) for axis in leaf_axes[name])
+                if len(shapes) > 1 and not (pads and has_rank):
                     raise ValueError(
                         f"The layers of '{path}' are stacked, and the adapter has {what} for some of them, or of different sizes, which no "
                         "number stands for: load the base with scan=False (--scan False)."

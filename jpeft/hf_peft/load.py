@@ -81,7 +81,7 @@ def _load(form: Format, config: Config, base: Base, tensors: Tensors) -> Peft:
     biases = whole.bias_sites(config, base, targets, saved)
     tokens = whole.token_sites(config, base)
     tied = whole.tied_copy(config, base, saved)
-    if not form.follows_ties:
+    if not (form.follows_ties or form.splits_ties):
         whole.check_tied_target(targets, base, str(config.file))
     expected = form.expected(config, base, targets, rename)
     expected |= {site.name: site.shape for site in [*saved, *biases]}
@@ -100,8 +100,6 @@ def _load(form: Format, config: Config, base: Base, tensors: Tensors) -> Peft:
     leaves = leaves | whole.leaves_of(saved, tensors.read)
     parts: dict[str, tuple[Method, Mapping[str, Any]]] = {method.name: (method, leaves)}
     values = {site.name: tensors.read(site.name) for site in biases}
-    for name, change in form.bias_changes(file, targets).items():
-        values[name] = values.get(name, base.tensor(base.sites[name])) + change
     if values:
         changed = [base.sites[name] for name in values]
         parts["bitfit"] = (whole.bias_part(changed, base, config.get("bias", "none")), whole.leaves_of(changed, values.__getitem__))

@@ -86,7 +86,7 @@ def _write(parts: _Parts, base: Base) -> tuple[Format, Arrays, dict[str, Any]]:
     """The format of an adapter, its tensors, and the configuration."""
     form = format_for(parts.original.name)
     assert form is not None
-    if not form.follows_ties:
+    if not (form.follows_ties or getattr(parts.method, "tied", None) == "lookup"):
         whole.check_tied_target([site for path in parts.own for site in base.at(path.rpartition("/")[0])], base, parts.method.name)
     written = form.save(parts.method, parts.own, base)
     modules, biases = _split_replaced(parts.replaced, base)
@@ -128,6 +128,8 @@ def _sort(peft: Peft) -> _Parts:
     named = lambda method: dict(method.parts) or {method.name: method}
     originals, parts = named(peft.method), dict(zip(named(peft.method), named(folded.method).values(), strict=True))
     trained, adapters = _collections(peft), dict(zip(originals, _collections(folded).values(), strict=True))
+    for name in [name for name, method in originals.items() if (form := format_for(method.name)) is not None and not form.folds]:
+        parts[name], adapters[name] = originals[name], trained[name]
     base = tree.flatten(peft.params)
     replaced: dict[str, Any] = {}
     own: dict[str, dict[str, Any]] = {}

@@ -72,7 +72,8 @@ def check_tied_target(sites: Sequence[Site], base: Base, what: str) -> None:
     if base.tied is not None and base.word is not None and any(site.path == base.word.path for site in sites):
         raise ValueError(
             f"{what} adapts '{base.word.module}', which is the head of the model too. HF PEFT changes its look-up alone, and here the "
-            "scores change as well, so the outputs would differ. Adapt other layers, or a base with tie_word_embeddings=false."
+            "scores change as well, so the outputs would differ. Adapt other layers, or a base with tie_word_embeddings=false; or change "
+            "the look-up alone, by the option tied='lookup' of lora and dora."
         )
 
 

@@ -1,14 +1,17 @@
 """DoRA: LoRA that learns the size of each output's weights apart from their direction."""
 
+from collections.abc import Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from jpeft import tree
+from jpeft.core.dropout import inverted_dropout
 from jpeft.core.layer import Layer, Linear
-from jpeft.core.options import Count, PerPath, Positive, option
-from jpeft.reparameterized import low_rank, two_view
+from jpeft.core.options import Count, PerPath, Positive, Probability, option
+from jpeft.reparameterized import low_rank, tied_tables, two_view
 from jpeft.reparameterized.matrix_form import OUTPUTS, MatrixForm
 from jpeft.reparameterized.weight_method import Inputs, Key, Leaves, Matrix, WeightMethod
 from jpeft.tree.select import first_match
@@ -25,10 +28,14 @@ class DoRA(WeightMethod):
       rank: r; or rules ``{regex or name: r}``, first match wins: with ``{"query": 16, ".*": 4}`` the queries have 16. Each rule must match.
       alpha: Scale before the division by r; or rules. ``s = alpha / r``.
       rslora: ``s = alpha / sqrt(r)``.
+      dropout: Rate on the inputs of the change ``x (W' - W)``, as in HF PEFT; active when the model is given a ``dropout`` rng. It costs
+        another product of the layer.
       init: How ``a`` begins: "kaiming" or "gaussian", as in `jpeft.lora`.
       target: Which kernels: a regex for whole paths, or a list of names; by default every kernel but the head's.
       axes: Geometry of kernels with more than two axes, e.g. from `jpeft.kernel_axes`.
       head: Task head to train along: "auto", a regex, or None.
+      tied: Of a table of embeddings that is the head, too: "both" changes look-ups and scores, "lookup" the look-ups alone, and does not
+        merge; as in `jpeft.lora`.
 
     Returns:
       A mergeable `Method`.
@@ -51,6 +58,8 @@ class DoRA(WeightMethod):
     alpha: PerPath[Positive] = 16.0
     rslora: bool = False
     initializer: low_rank.Initializer = option(default="kaiming", alias="init")
+    dropout: Probability = 0.0
+    tied: tied_tables.Tied = "both"
 
     name = "dora"
     summary = "low-rank updates of the direction of kernels, and a trained magnitude for each output"
@@ -67,11 +76,34 @@ class DoRA(WeightMethod):
         direction = low_rank.update(kernel, leaves, self._scale(path))
         return direction * (leaves["m"] / _norms(direction))[None]
 
+    def merge(self, params: tree.Params, adapter: tree.Adapter) -> tree.Params:
+        """The new kernels.
+
+        Raises:
+          ValueError: for a change of the look-ups of a table alone.
+        """
+        tied_tables.check_merge(self.tied, tree.split(params, adapter)[1], self.name)
+        return super().merge(params, adapter)
+
+    def merge_layer(self, layer: Layer, leaves: Leaves) -> Mapping[str, Any] | None:
+        """The layer's parameters with the new kernel; as they are where the scores of a table stay."""
+        return layer.merged(layer.params) if self.tied == "lookup" and layer.method == "attend" else super().merge_layer(layer, leaves)
+
     def call_linear(self, layer: Layer, linear: Linear, inputs: Inputs, leaves: Leaves, path: str, rng: Key | None) -> Any:
         """``g * (x V) + bias`` with ``g = m / ||V||``: the product as in LoRA, its outputs scaled."""
+        if tied_tables.scores(self.tied, path, inputs[0]):
+            return layer(*inputs)
+        if not self.dropout or rng is None or not jnp.issubdtype(jnp.result_type(inputs[0]), jnp.floating):
+            return self._run(layer, linear, inputs, leaves, path)
+        # layer(x) + x_d (W' - W), with the thinned x_d: the bias is added once, and what the layer does without the change is not thinned.
+        thinned, bare = (inverted_dropout(rng, inputs[0], self.dropout), *inputs[1:]), layer.without_bias()
+        return layer(*inputs) + (self._run(bare, linear, thinned, leaves, path) - bare(*thinned))
+
+    def _run(self, layer: Layer, linear: Linear, inputs: Inputs, leaves: Leaves, path: str) -> Any:
+        """The layer on its new kernel."""
         kernel = self.kernel_inside(layer, linear)
         if kernel is None or linear.scale_outputs is None or linear.add_bias is None:
-            return super().call_linear(layer, linear, inputs, leaves, path, rng)
+            return super().call_linear(layer, linear, inputs, leaves, path, None)
         form, s = MatrixForm(layer.params[linear.name].shape, linear.axes), self._scale(path)
         norms = _norms(low_rank.update(kernel, self.to_matrices(form, leaves), s))  # [*stack, outputs]
         y = two_view.low_rank(layer.without_bias(), linear, s, inputs, leaves["a"], leaves["b"])

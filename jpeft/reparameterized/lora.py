@@ -14,12 +14,14 @@ from jpeft.core.limits import Range
 from jpeft.core.method import FREEZE, with_head
 from jpeft.core.options import Count, Names, PerPath, Positive, Probability, option
 from jpeft.core.statistics import InputMoments, Statistic, find
-from jpeft.reparameterized import low_rank, starts, two_view
-from jpeft.reparameterized.matrix_form import MatrixForm
-from jpeft.reparameterized.weight_method import Inputs, Key, Leaves, Matrix, WeightMethod
+from jpeft.reparameterized import low_rank, starts, tied_tables, two_view
+from jpeft.reparameterized.matrix_form import OUTPUTS, MatrixForm
+from jpeft.reparameterized.weight_method import Inputs, Key, Leaves, Matrix, Vector, WeightMethod
+from jpeft.tree.kernels import KernelAxes
 from jpeft.tree.select import first_match
 
 FASTER = "b"  # label of the factor with a learning rate of its own
+BIAS = "bias"  # leaf of LoRA's own bias
 
 
 class LoRA(WeightMethod):
@@ -48,12 +50,16 @@ class LoRA(WeightMethod):
         embedding ``a`` is trained alone.
       b_lr_scale: LoRA+: the learning rate of ``b`` as a multiple of that of ``a``, 16 say (https://arxiv.org/abs/2402.12354). An embedding
         keeps one rate for both.
+      lora_bias: Train a bias of LoRA's own too, ``y += s (x a b + bias)``, zero at the start. A layer that has a bias takes it up when
+        it is merged; without one, it does not merge.
       view: How training computes it. "two-view" takes forward and dX from the merged kernel and da, db from the factors
         (`jpeft.reparameterized.two_view`); "factored" is the equation above, and the one for forward-mode derivatives; "joined" adds
         the update inside the layer's product, which spares bfloat16 a trip of the outputs and a rounding for copies of inputs and kernel
         (`jpeft.reparameterized.joined`); "auto" takes the cheaper one of the first two for each layer's shape and dtypes.
       axes: Geometry of kernels with more than two axes, ``((regex, KernelAxes), ...)``, e.g. from `jpeft.kernel_axes`.
       head: Task head to train along: "auto", a regex, or None.
+      tied: Of a target that is a table of embeddings and the head, too: "both" changes its look-ups and the scores that it gives; "lookup"
+        the look-ups alone, as HF PEFT does. No one table can hold that, so the latter does not merge.
 
     Returns:
       A mergeable `Method`.
@@ -83,13 +89,15 @@ class LoRA(WeightMethod):
     rho: Annotated[float, Range(1)] = 1.0
     freeze_a: bool = False
     b_lr_scale: Positive = 1.0
+    lora_bias: bool = False
     view: Literal["auto", "two-view", "factored", "joined"] = "auto"
+    tied: tied_tables.Tied = "both"
 
     name = "lora"
     summary = "low-rank updates of kernels, merged for inference"
     learning_rate = 3e-3
     adds_to_kernel = True
-    leaf_axes = starts.LEAF_AXES
+    leaf_axes = starts.LEAF_AXES | {BIAS: (OUTPUTS,)}
 
     def check(self) -> None:
         """Refuse a redistribution of ranks where there is nothing to go by."""
@@ -124,6 +132,9 @@ class LoRA(WeightMethod):
         ranks = {path: first_match(path, self.rank, "rank") for path in forms}
         scales = {path: self.scale(path) for path in forms}
         leaves = starts.by_inputs(self.initializer, key, tree.flatten(params), forms, moments.values, ranks, scales, self.rho)
+        for path, form in forms.items():
+            if f"{path}/a" in leaves:
+                leaves |= {f"{path}/{name}": leaf for name, leaf in self._own_bias(form, path).items()}
         return with_head(leaves, params, self.head)
 
     def init_kernel(self, key: Key, kernel: Matrix, path: str) -> Leaves:
@@ -133,8 +144,18 @@ class LoRA(WeightMethod):
     def init_leaves(self, key: Key, kernel: Any, form: MatrixForm, path: str) -> Leaves:
         """The random start is drawn for all kernels of a stack at once: only the shape of the kernel is needed."""
         if self.initializer in ("kaiming", "gaussian"):
-            return low_rank.factors(key, path, form.shape, form.axes, first_match(path, self.rank, "rank"), self.initializer)
-        return super().init_leaves(key, kernel, form, path)
+            leaves = low_rank.factors(key, path, form.shape, form.axes, first_match(path, self.rank, "rank"), self.initializer)
+        else:
+            leaves = super().init_leaves(key, kernel, form, path)
+        return leaves | self._own_bias(form, path)
+
+    def _own_bias(self, form: MatrixForm, path: str) -> dict[str, Any]:
+        """LoRA's own bias, if there is one: zeros."""
+        if not self.lora_bias:
+            return {}
+        if tied_tables.is_table(path):
+            raise ValueError(f"lora: lora_bias=True gives each output a bias, and '{path}' is a table of embeddings. Choose other kernels.")
+        return {BIAS: jnp.zeros(form.leaf_shape((OUTPUTS,), {}))}
 
     def expected(self, params: tree.Params, adapter: tree.Adapter) -> tree.Adapter:
         """The shapes do not depend on statistics, unless ranks may be moved between kernels: then they are those that the adapter has."""
@@ -174,14 +195,48 @@ class LoRA(WeightMethod):
         frozen = {"a0", "b0"} | ({self._random_factor(path)} if self.freeze_a else set())
         return {name: jax.lax.stop_gradient(leaf) if name in frozen else leaf for name, leaf in leaves.items()}
 
+    # --- merging ----------------------------------------------------------------------------------------------------------------------
+
+    def merge(self, params: tree.Params, adapter: tree.Adapter) -> tree.Params:
+        """The new kernels.
+
+        Raises:
+          ValueError: for a change of the look-ups of a table alone; for a bias of LoRA's own where the layer has none.
+        """
+        base, beside = tree.flatten(params), tree.split(params, adapter)[1]
+        tied_tables.check_merge(self.tied, beside, self.name)
+        for module in (path.rpartition("/")[0] for path, leaves in beside.items() if BIAS in leaves):
+            if (f"{module}/bias" if module else "bias") not in base:
+                raise ValueError(
+                    f"Cannot merge: lora has a bias of its own for '{module}' (lora_bias=True), and that layer has none to take it up. "
+                    "Keep using it through jpeft.wrap."
+                )
+        return super().merge(params, adapter)
+
+    def merge_layer(self, layer: Layer, leaves: Leaves) -> Mapping[str, Any] | None:
+        """The layer's parameters with the new kernel; as they are where the scores of a table stay, and None where a bias has no place."""
+        if self.tied == "lookup" and layer.method == "attend":
+            return layer.merged(layer.params)
+        without_place = any(BIAS in part for part in leaves.values()) and "bias" not in layer.params
+        return None if without_place else super().merge_layer(layer, leaves)
+
     # --- one kernel -------------------------------------------------------------------------------------------------------------------
 
     def new_kernel(self, kernel: Matrix, leaves: Leaves, path: str) -> Matrix:
         """``W + s a b``, or ``W + s (a b - a0 b0)``."""
         return low_rank.update(kernel, self._held(leaves, path), self.scale(path))
 
-    def as_low_rank(self, leaves: Leaves, path: str) -> tuple[Array, Array]:
-        """``s a`` and ``b``; with the factors of the start, ``s [a, -a0]`` and ``[b; b0]``."""
+    def new_bias(self, bias: Vector, leaves: Leaves, path: str) -> Vector:
+        """``bias + s c``, with LoRA's own c."""
+        return bias + self.scale(path) * leaves[BIAS]
+
+    def as_low_rank(self, leaves: Leaves, path: str) -> tuple[Array, Array] | None:
+        """``s a`` and ``b``; with the factors of the start, ``s [a, -a0]`` and ``[b; b0]``.
+
+        None for a change of the look-ups of a table alone, or of a bias.
+        """
+        if (self.tied == "lookup" and tied_tables.is_table(path)) or BIAS in leaves:
+            return None
         if "a0" not in leaves:
             return self.scale(path) * leaves["a"], leaves["b"]
         a, b = jnp.concatenate([leaves["a"], -leaves["a0"]], -1), jnp.concatenate([leaves["b"], leaves["b0"]], -2)
@@ -189,11 +244,37 @@ class LoRA(WeightMethod):
 
     def call_linear(self, layer: Layer, linear: Linear, inputs: Inputs, leaves: Leaves, path: str, rng: Key | None) -> Any:
         """One of the views, whichever is cheaper for the layer's shape."""
+        if tied_tables.scores(self.tied, path, inputs[0]):
+            return layer(*inputs)
         held, s = self._held(leaves, path), self.scale(path)
         start = (held["a0"], held["b0"]) if "a0" in held else None
         # With a frozen `a` the factored view keeps `x a` for the backward pass, and not x.
         view = "factored" if self.view == "auto" and self.freeze_a else self.view
-        return two_view.low_rank(layer, linear, s, inputs, held["a"], held["b"], view=view, dropout=self.dropout, rng=rng, start=start)
+        y = two_view.low_rank(layer, linear, s, inputs, held["a"], held["b"], view=view, dropout=self.dropout, rng=rng, start=start)
+        if BIAS not in held:
+            return y
+        if linear.add_bias is None:
+            raise ValueError(f"'{path}': lora_bias=True adds a bias to the layer's outputs, and this layer's have no axes for one.")
+        return linear.add_bias(y, (s * held[BIAS]).astype(y.dtype))
+
+    def _call_unknown(
+        self, layer: Layer, inputs: Inputs, leaves: Mapping[str, Any], axes: Mapping[str, KernelAxes], rng: Key | None
+    ) -> Any:
+        """Products of a layer of an unknown class; where that layer has a bias, it takes up LoRA's own, once for all of them."""
+        if "bias" in layer.params and any(BIAS in part for part in leaves.values()):
+            new = self._new_params(layer.params, leaves, axes, layer.path)["bias"]
+            if new is not layer.params["bias"]:
+                layer = layer.with_params({"bias": new})
+                leaves = {name: {key: leaf for key, leaf in part.items() if key != BIAS} for name, part in leaves.items()}
+        return super()._call_unknown(layer, inputs, leaves, axes, rng)
+
+    def _run_on_new_params(self, layer: Layer, inputs: Inputs, leaves: Mapping[str, Any], axes: Mapping[str, KernelAxes]) -> Any:
+        """A layer whose products are not seen, on its new parameters, where these are all that changes."""
+        has_bias = any(BIAS in part for part in leaves.values()) and "bias" not in layer.params
+        if has_bias or (self.tied == "lookup" and any(map(tied_tables.is_table, leaves))):
+            option = "lora_bias=True" if has_bias else "tied='lookup'"
+            raise ValueError(f"lora: '{layer.path}' uses {', '.join(leaves)} in a way that {option} cannot be brought into; leave it out.")
+        return super()._run_on_new_params(layer, inputs, leaves, axes)
 
 
 lora = LoRA

@@ -72,7 +72,11 @@ def stored_ranks(
     out = dict(shapes)
     for path, form in forms.items() if held else ():
         own = {name: axes for name, axes in leaf_axes.items() if f"{path}/{name}" in shapes}
-        found = [held[f"{path}/{name}"].shape[form.stored_axes(axes).index(RANK)] for name, axes in own.items() if f"{path}/{name}" in held]
+        found = [
+            held[f"{path}/{name}"].shape[form.stored_axes(axes).index(RANK)]
+            for name, axes in own.items()
+            if RANK in axes and f"{path}/{name}" in held
+        ]
         rank = found[0] if found else 0
         if rank > most(path):
             raise ValueError(f"The factors at '{path}' have rank {rank}, and the method's options allow {most(path)}.")

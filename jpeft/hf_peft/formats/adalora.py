@@ -10,7 +10,7 @@ from jpeft.hf_peft.config import ANY, COUNT, FLAG, NUMBER, RATE, TARGETING, WHOL
 from jpeft.hf_peft.formats.base import Arrays, Shapes, WeightFormat
 from jpeft.hf_peft.ranks import whole
 from jpeft.hf_peft.sites import Base, Site
-from jpeft.reparameterized.adalora import AdaLoRA
+from jpeft.reparameterized.adalora import RANK, AdaLoRA
 from jpeft.reparameterized.weight_method import WeightMethod
 from jpeft.tree.paths import Path
 
@@ -21,6 +21,7 @@ def _is_kept(value: Any) -> bool:
     return value is None or (isinstance(value, dict) and all(flags(each) for each in value.values()))
 
 
+KEPT = "kept"  # beside the leaves of a kernel: which triplets are written
 _KEPT = Kind("an object of names and lists of true and false", _is_kept)
 _STEPS = Kind("a whole number of at least 0", lambda value: WHOLE.fits(value) and 0 <= value <= 10**9)
 _STEPS_OR_NULL = Kind("a whole number of at least 1, or null", lambda value: value is None or COUNT.fits(value))
@@ -34,6 +35,7 @@ class AdaLoRAFormat(WeightFormat):
     methods = ("adalora",)
     kinds = ("linear", "conv1d")
     pads = True
+    folds = False  # the places of triplets that are gone are written
     keys = TARGETING | {
         "init_r": Key(12, COUNT),
         "target_r": Key(8, COUNT),
@@ -93,37 +95,43 @@ class AdaLoRAFormat(WeightFormat):
         )
 
     def read(self, config: Config, site: Site, tensors: Arrays) -> Arrays:
-        """``a``, ``e`` and ``b``; of a module without ranks a triplet of zeros, which `jpeft.fold` leaves out."""
-        a, e, b = tensors["lora_A"].T, tensors["lora_E"][:, 0], tensors["lora_B"].T
-        if not len(e):
-            return {"a": np.zeros((site.inputs, 1), a.dtype), "e": np.zeros(1, a.dtype), "b": np.zeros((1, site.outputs), a.dtype)}
-        return {"a": a, "e": e, "b": b}
+        """``a``, ``e`` and ``b``."""
+        return {"a": tensors["lora_A"].T, "e": tensors["lora_E"][:, 0], "b": tensors["lora_B"].T}
+
+    def adjust(self, config: Config, method: Any, sites: Mapping[str, Site], leaves: dict[str, Arrays]) -> dict[str, Arrays]:
+        """With zeros at the places of triplets that are gone, which `jpeft.fold` leaves out."""
+        out = dict(leaves)
+        for name, site in sites.items():
+            kept = (config["rank_pattern"] or {}).get(f"{name}.lora_E")
+            if kept is not None:
+                place = {leaf: AdaLoRA.leaf_axes[leaf].index(RANK) for leaf in leaves[site.module]}
+                out[site.module] = {leaf: _spread(leaves[site.module][leaf], np.array(kept), axis) for leaf, axis in place.items()}
+        return out
 
     # --- writing --------------------------------------------------------------------------------------------------------------------------
 
     def parts(self, method: Any, leaves: Mapping[Path, Any], base: Base) -> tuple[dict[str, Arrays], list[Site]]:
         """The leaves of each site. A kernel that was chosen and has no triplets left has empty leaves."""
         parts, sites = take_apart(leaves, base, method.leaf_axes, pads=True)
+        begins = all((own["e"] == 0).all() for own in parts.values())  # an adapter that has not been trained has all of them
+        parts = {module: own | {KEPT: (own["e"] != 0) | begins} for module, own in parts.items()}
         there = {site.name for site in sites}
         for site in (site for path in method.kernels(base.params) for site in base.at(path) if site.name not in there):
-            dtype = next(iter(parts.values()))["a"].dtype
-            parts[site.module] = {
-                "a": np.zeros((site.inputs, 0), dtype),
-                "e": np.zeros(0, dtype),
-                "b": np.zeros((0, site.outputs), dtype),
-            }
+            parts[site.module] = _none(site, next(iter(parts.values()))["a"].dtype)
             sites.append(site)
         order = {name: i for i, name in enumerate(base.sites)}
         return parts, sorted(sites, key=lambda site: order[site.name])
 
     def write(self, method: Any, site: Site, leaves: Arrays) -> Arrays:
-        """A, E and B."""
-        return {"lora_A": leaves["a"].T, "lora_E": leaves["e"][:, None], "lora_B": leaves["b"].T}
+        """A, E and B of the triplets that are left."""
+        kept = leaves[KEPT]
+        return {"lora_A": leaves["a"][:, kept].T, "lora_E": leaves["e"][kept, None], "lora_B": leaves["b"][kept].T}
 
     def config(self, method: Any, sites: Sequence[Site], leaves: Mapping[str, Arrays]) -> dict[str, Any]:
         """The budget, and which ranks are kept where some are gone."""
-        ranks = {site.module: len(leaves[site.module]["e"]) for site in sites}
-        kept = {f"{module}.lora_E": [True] * r + [False] * (method.rank - r) for module, r in ranks.items()}
+        flags = {site.module: leaves[site.module][KEPT].tolist() for site in sites}
+        # Of triplets that were left out already the places are not known: they come last.
+        kept = {f"{module}.lora_E": own + [False] * (method.rank - len(own)) for module, own in flags.items()}
         # HF PEFT refuses an adapter of which it does not know the number of steps.
         steps = method.total_steps or 1
         begin, end = (at if isinstance(at, int) else round(at * steps) for at in (method.t_init, method.t_final))
@@ -141,5 +149,18 @@ class AdaLoRAFormat(WeightFormat):
             "beta2": method.beta2,
             "orth_reg_weight": method.orthogonal,
             "total_step": steps,
-            "rank_pattern": None if all(r == method.rank for r in ranks.values()) else kept,
+            "rank_pattern": None if all(all(own) for own in kept.values()) else kept,
         }
+
+
+def _none(site: Site, dtype: Any) -> Arrays:
+    """The leaves of a kernel that has no triplets left."""
+    a, b = np.zeros((site.inputs, 0), dtype), np.zeros((0, site.outputs), dtype)
+    return {"a": a, "e": np.zeros(0, dtype), "b": b, KEPT: np.zeros(0, bool)}
+
+
+def _spread(leaf: np.ndarray, kept: np.ndarray, axis: int) -> np.ndarray:
+    """A leaf with zeros at the places along an axis that are not kept."""
+    out = np.zeros((*leaf.shape[:axis], len(kept), *leaf.shape[axis + 1 :]), leaf.dtype)
+    out[(*[slice(None)] * axis, kept)] = leaf
+    return out

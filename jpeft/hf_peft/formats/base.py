@@ -69,6 +69,8 @@ class Format(abc.ABC):
       saves_modules: Whether the type holds whole modules, such as a head, too.
       needs_head: Whether HF PEFT opens no classifier without its head in the file.
       follows_ties: Whether a change of a word embedding changes a head that is tied to it.
+      folds: Whether the adapter is written as `jpeft.fold` leaves it.
+      splits_ties: Whether the method can change the look-ups of such an embedding alone, by its option ``tied``.
       replaces: Whether the method's own leaves replace parameters of the base.
     """
 
@@ -80,6 +82,8 @@ class Format(abc.ABC):
     saves_modules: ClassVar[bool] = True
     needs_head: ClassVar[bool] = False
     follows_ties: ClassVar[bool] = False
+    folds: ClassVar[bool] = True
+    splits_ties: ClassVar[bool] = False
     replaces: ClassVar[bool] = False
 
     def check(self, config: Config, base: Base) -> None:  # noqa: B027
@@ -118,10 +122,6 @@ class Format(abc.ABC):
     @abc.abstractmethod
     def load(self, file: File, sites: Sequence[Site]) -> tuple[Method, Arrays]:
         """The method, and its leaves by path."""
-
-    def bias_changes(self, file: File, sites: Sequence[Site]) -> Arrays:
-        """What is added to biases of the base, by their names in torch."""
-        return {}
 
     @abc.abstractmethod
     def save(self, method: Any, leaves: Mapping[Path, Any], base: Base) -> Written:

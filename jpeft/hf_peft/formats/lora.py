@@ -1,7 +1,6 @@
 """LORA: LoRA, rsLoRA and DoRA, of linear layers, convolutions and embeddings."""
 
 import math
-import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -27,6 +26,7 @@ class LoRAFormat(WeightFormat):
     methods = ("lora", "dora")
     kinds = ("linear", "conv1d", "conv", "embedding", "experts")
     pads = True
+    splits_ties = True
     keys = TARGETING | {
         "r": Key(8, COUNT),
         "lora_alpha": Key(8, POSITIVE),
@@ -54,6 +54,8 @@ class LoRAFormat(WeightFormat):
     def check(self, config: Config, base: Base) -> None:
         """Refuse adapters whose base was changed when they began, in a way that the base alone does not tell."""
         starts.start_of(config)
+        if config["use_dora"] and config["lora_bias"]:
+            raise config.error("use_dora=true and lora_bias=true do not go together.")
 
     def prepare(self, config: Config, base: Base, found: Mapping[str, tuple[int, ...]]) -> tuple[Config, dict[str, str]]:
         """Where the tensors of experts stand."""
@@ -122,15 +124,22 @@ class LoRAFormat(WeightFormat):
             options["init"] = config["init_lora_weights"]
         if config["use_dora"]:
             options["init"] = "gaussian" if options.get("init") == "gaussian" else "kaiming"
-            if config["lora_dropout"]:
-                warnings.warn(
-                    f"{config.file}: jpeft.dora has no dropout, so lora_dropout={config['lora_dropout']} is left out.", stacklevel=2
-                )
-            return DoRA(**options)
+            return DoRA(**options, dropout=config["lora_dropout"])
         if (kind := starts.start_of(config)) is not None:
             starts.check_start(config, kind, list(sites.values()))
             options["init"] = kind
-        return LoRA(**options, dropout=config["lora_dropout"])
+        return LoRA(**options, dropout=config["lora_dropout"], lora_bias=config["lora_bias"])
+
+    def aim(self, method: Any, sites: Sequence[Site], config: Config, base: Base) -> Any:
+        """A table that is the head too is changed in its look-ups alone."""
+        table = base.word if base.tied is not None else None
+        if table is None or all(site.path != table.path for site in sites):
+            return super().aim(method, sites, config, base)
+        if config["ensure_weight_tying"]:
+            raise config.error(
+                f"ensure_weight_tying=true adapts '{table.module}' and '{base.tied}' by one pair of factors, which jpeft does not read."
+            )
+        return super().aim(method.replace(tied="lookup"), sites, config, base)
 
     def adjust(self, config: Config, method: Any, sites: Mapping[str, Site], leaves: dict[str, Arrays]) -> dict[str, Arrays]:
         """In a stack ``b`` takes up what the scale of a layer is more than that of the stack."""
@@ -154,20 +163,6 @@ class LoRAFormat(WeightFormat):
             out[site.module] = out[site.module] | starts.factors(kind, file.base, site, r, _scale(file.config, r, alpha))
         return out
 
-    def bias_changes(self, file: File, sites: Sequence[Site]) -> Arrays:
-        """``s`` times the biases of B."""
-        config = file.config
-        if not config["lora_bias"]:
-            return {}
-        out = {}
-        for site in sites:
-            name = f"{site.module}.bias"
-            if name not in file.base.sites:
-                raise config.error(f"lora_bias=true adds a bias to '{site.module}', which has none to add it to.")
-            scale_of = _scale(config, *_rank_and_alpha(config, file.rename(site.module)))
-            out[name] = np.float32(scale_of) * file.read(f"{site.module}.{BIAS}")
-        return out
-
     def read(self, config: Config, site: Site, tensors: Arrays) -> Arrays:
         """``a`` and ``b``, and ``m``."""
         if site.kind == EXPERTS:
@@ -179,6 +174,7 @@ class LoRAFormat(WeightFormat):
             leaves = {"a": a, "b": b.reshape(len(b), -1).T}
         else:
             leaves = {"a": a.T, "b": b.T}
+        leaves |= {"bias": tensors[BIAS]} if config["lora_bias"] else {}
         return leaves | ({"m": tensors["lora_magnitude_vector"].reshape(-1)} if config["use_dora"] else {})
 
     # --- writing --------------------------------------------------------------------------------------------------------------------------
@@ -189,7 +185,7 @@ class LoRAFormat(WeightFormat):
             return experts.write(leaves)
         if "a0" in leaves:  # s (a b - a0 b0) as one product
             a, b = np.concatenate([leaves["a"], -leaves["a0"]], -1), np.concatenate([leaves["b"], leaves["b0"]], 0)
-            leaves = {"a": a, "b": b}
+            leaves = leaves | {"a": a, "b": b}
         a, b = leaves["a"].T, leaves["b"].T
         window = site.shape[2:] if site.kind == CONV else ()
         if site.kind == EMBEDDING:
@@ -199,6 +195,7 @@ class LoRAFormat(WeightFormat):
             tensors = {"lora_A.weight": a, "lora_B.weight": b.reshape(*b.shape, *(1 for _ in window))}
         else:
             tensors = {"lora_A.weight": a, "lora_B.weight": b}
+        tensors |= {BIAS: leaves["bias"]} if "bias" in leaves else {}
         if "m" in leaves:
             shape = (1, site.outputs, *(1 for _ in window)) if site.kind == CONV else (site.outputs,)
             tensors["lora_magnitude_vector"] = leaves["m"].reshape(shape)
@@ -218,6 +215,8 @@ class LoRAFormat(WeightFormat):
         common = (None, None) if any("a0" in own for own in leaves.values()) else common
         r, rank_pattern = targets.patterns_for(ranks, common[0])
         alpha, alpha_pattern = targets.patterns_for(alphas, common[1])
+        # HF PEFT opens no adapter with a bias of its own and another start.
+        named = method.initializer in ("gaussian", "orthogonal") and not getattr(method, "lora_bias", False)
         return {
             "r": r,
             "lora_alpha": alpha,
@@ -225,8 +224,9 @@ class LoRAFormat(WeightFormat):
             "alpha_pattern": alpha_pattern,
             "use_rslora": method.rslora,
             "use_dora": isinstance(method, DoRA),
-            "lora_dropout": getattr(method, "dropout", 0.0),
-            "init_lora_weights": method.initializer if method.initializer in ("gaussian", "orthogonal") else True,
+            "lora_dropout": method.dropout,
+            "lora_bias": getattr(method, "lora_bias", False),
+            "init_lora_weights": method.initializer if named else True,
         }
 
 
