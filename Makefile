@@ -71,6 +71,6 @@ clean: ## remove .venv, caches, builds and demo-out/ (compare-out/ is hours of w
 # The dev extra contains the demo extra, so this satisfies `make demo` as well.
 .venv/.dev: pyproject.toml requirements-demo.txt | .venv/bin/python
 	@echo "installing jpeft with everything for development into .venv (a few minutes the first time)"
-	@$(PIP) install -e ".[dev]"
+	@$(PIP) install --no-compile -e ".[dev]"
 	@$(PIP) install --no-deps --require-hashes -r requirements-demo.txt
 	@touch .venv/.demo $@
