@@ -16,6 +16,7 @@ from jpeft.core.method import Method
 from jpeft.core.peft import Peft
 from jpeft.hf_peft.folder import find_adapter
 from jpeft.models.checkpoints.folder import read_json
+from jpeft.models.checkpoints.notes import unsaid
 from jpeft.tasks.task import task_of
 from jpeft.training.build import load_base
 from jpeft.training.config import TrainConfig
@@ -216,7 +217,8 @@ def load_adapter(
         names = names or adapter_labels(found) or _labels_for(config, count_labels(found))
     elif names:
         raise ValueError(f"The task {task.name} has no labels: leave out labels={', '.join(names)}.")
-    loaded = load_base(config, names)
+    with unsaid():  # what the base lacks is the adapter's, or an error
+        loaded = load_base(config, names)
     if "max_length" not in settings:
         config = dataclasses.replace(config, max_length=min(_MAX_LENGTH, loaded.config.max_length))
     peft = jpeft.fold(open_adapter(found, loaded))

@@ -164,7 +164,8 @@ def _run(setup: Setup, about: dict[str, Any], folder: RunFolder, lock: RunLock, 
         on_first_process(lambda: folder.rewind(progress.step, logged=progress.step - len(progress.losses)))
         loop = Loop(setup, folder, snapshots, state, progress, report)
         report.message(opening(setup, state.remat))
-        say(setup.loaded.note)
+        if setup.new or not setup.loaded.initialised:  # else the adapter that training begins with holds what the checkpoint lacks
+            say(setup.loaded.note)
         report.start(setup.steps, progress.step)
         try:
             loop.run(signals)
