@@ -20,6 +20,8 @@ import beartype
 import jaxtyping
 
 _NAME = "__check_signature__"
+# As those of jaxtyping, its errors are TypeErrors, which is what a wrong argument is without the checks.
+_checked = beartype.beartype(conf=beartype.BeartypeConf(violation_type=TypeError))
 
 
 def install(package: str) -> None:
@@ -48,7 +50,7 @@ def checked(defined: Any) -> Any:
     hints = [_resolved(hint, defined) for hint in defined.__annotations__.values()]
     if any(map(_has_shape, hints)) or Unknown in hints:
         return jaxtyping.jaxtyped(defined, typechecker=beartype.beartype)
-    return beartype.beartype(defined) if hints else defined
+    return _checked(defined) if hints else defined
 
 
 class Unknown:

@@ -86,7 +86,7 @@ def test_the_type_of_computation_follows_device_and_base():
     assert default_dtype("float16", "cuda") == default_dtype("float32", "cuda") == default_dtype("bfloat16", "cpu") == jnp.float32
 
 
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("name", [name for name in METHODS if name != "lora-eva"])  # the leaves of lora; it looks at inputs
 def test_what_is_trained_is_float32(name):
     params = half(base("bert"))
 

@@ -218,7 +218,13 @@ def test_dropout_and_seed_matter(config, tmp_path):
 
 
 # Half a percent of a model this small is less than its head.
-TINY = {"trainable_tokens": ("tokens=[5]",), "fish_mask": ("sparsity=0.1",), "diff_pruning": ("sparsity=0.1", "l0=1e-5")}
+TINY = {
+    "trainable_tokens": ("tokens=[5]",),
+    "fish_mask": ("sparsity=0.1",),
+    "diff_pruning": ("sparsity=0.1", "l0=1e-5"),
+    "miss": ("rank=2",),
+    "shira": ("rank=1",),
+}
 
 
 @pytest.mark.parametrize("method", ["lora", "bitfit", "adapter", "freeze", "fish_mask", "diff_pruning", "far"])

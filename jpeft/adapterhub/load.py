@@ -37,6 +37,15 @@ def load_adapterhub(folder: str | os.PathLike[str], params: tree.Params, *, mode
 
     Raises:
       ValueError: if there is no such adapter, it is of another kind or base, tensors are missing, left over, misshapen or not finite.
+
+    >>> import tempfile, jax, jax.numpy as jnp, jpeft
+    >>> from jpeft.models import BertConfig, BertModel
+    >>> model = BertModel(BertConfig(vocab_size=9, hidden_size=8, num_hidden_layers=1, num_attention_heads=2, intermediate_size=8))
+    >>> params = model.init(jax.random.key(0), jnp.ones((1, 4), int))["params"]
+    >>> folder = tempfile.mkdtemp() + "/out"
+    >>> jpeft.save_adapterhub(folder, jpeft.apply(params, method="pfeiffer", size=2), model=model)
+    >>> jpeft.load_adapterhub(folder, params, model=model).method.name
+    'pfeiffer'
     """
     source = Path(folder).expanduser()
     if not source.is_dir():

@@ -86,4 +86,4 @@ def _holds_training(run: Run, source: str) -> bool:
     return not changed_splits(run, {"train": tables["train"]})
 
 
-COMMAND = Command("eval", EvalArgs, _run, names=dict.fromkeys(("text", "pair", "label", "target", "tags")))
+COMMAND = Command("eval", EvalArgs, _run, names={**dict.fromkeys(("text", "pair", "label", "target", "tags")), "max_length": "max_length"})

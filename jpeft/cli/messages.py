@@ -36,8 +36,8 @@ def as_typed(message: str, args: type, names: Mapping[str, str | None]) -> str:
         message = re.sub(rf"`{name}(=True)?`", flag, message)
         if "_" in name and name not in options and not is_row:
             message = re.sub(rf"(?<![\w/.\\'\"`-]){name}(?![\w/'\"`(]|=\S* in Python)", flag, message)
-        elif name not in options:
-            message = re.sub(rf"^{name}(?==| must )", flag, message)
+        else:  # an option's own message begins with the name of its method
+            message = re.sub(rf"^{name}(?= must )" if name in options else rf"^{name}(?==| must )", flag, message)
         # What differs from the configuration of a run is a setting, even if options of methods have the name, too.
         message = re.sub(rf"(?<=[:,] ){name}(?= \([^()]* before)", flag, message)
         if name in names:

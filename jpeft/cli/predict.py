@@ -85,4 +85,4 @@ def _read(args: PredictArgs, run: Run) -> data.Table:
     return read_split(source, args.split or "test", **read_columns(run.config, run.task))
 
 
-COMMAND = Command("predict", PredictArgs, _run, names={"text": None, "pair": None, "key": "--seed"})
+COMMAND = Command("predict", PredictArgs, _run, names={"text": None, "pair": None, "key": "--seed", "max_length": "max_length"})

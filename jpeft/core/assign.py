@@ -17,6 +17,12 @@ def assign(peft: Peft, index: Any) -> Peft:
 
     Raises:
       ValueError: for a method that takes none, anything else than one axis of whole numbers, or a number that the method does not know.
+
+    >>> import jax.numpy as jnp, jpeft
+    >>> params = {"dense": {"kernel": jnp.ones((8, 4))}}
+    >>> pool = jpeft.mix(params, [jpeft.apply(params, method="lora", rank=2)], slots=4)
+    >>> jpeft.assign(pool, [0, -1, 0]).adapter["+"]["index"].shape
+    (3,)
     """
     check_peft(peft, "assign")
     return peft.replace(adapter=peft.method.assign(peft.adapter, index))

@@ -86,6 +86,13 @@ def swap(peft: Peft, slot: SupportsIndex, adapter: Peft | None) -> Peft:
     Raises:
       ValueError: if there is no such slot, or the adapter does not fit the pool: another base, a method that cannot be mixed, a rank above
         the pool's, or a change of what the pool holds no leaves for.
+
+    >>> import jax.numpy as jnp, jpeft
+    >>> params = {"dense": {"kernel": jnp.ones((8, 4))}}
+    >>> one, two = (jpeft.apply(params, method="lora", rank=rank) for rank in (2, 1))
+    >>> pool = jpeft.swap(jpeft.mix(params, [one], slots=4), 1, two)
+    >>> pool.adapter["dense"]["kernel"]["a"].shape
+    (4, 8, 2)
     """
     check_peft(peft, "swap")
     if not isinstance(peft.method, Mixed):

@@ -50,7 +50,8 @@ class LoKr(WeightMethod):
       decompose_factor: The number of parts, m and l, where it divides the size, else the nearest below that does; -1 for the square root.
       effective_conv: Factorise the window of convolutions. HF PEFT calls it ``use_effective_conv2d``.
       rank_dropout: Probability that a step leaves out an output of the update, where the update is a product of its own; active when the
-        model is given a ``dropout`` rng. The others are divided by their share with `rank_dropout_scale`.
+        model is given a ``dropout`` rng.
+      rank_dropout_scale: Whether the outputs that `rank_dropout` keeps are divided by their share.
       module_dropout: Probability that a step leaves out the whole update of a layer, likewise.
       target: Which kernels: a regex for whole paths, or a list of names; by default every kernel but the head's.
       axes: Geometry of kernels with more than two axes, e.g. from `jpeft.kernel_axes`.

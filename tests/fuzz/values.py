@@ -63,13 +63,14 @@ VALUES: dict[str, dict[str, Any]] = {
 
 # What each kind of option may be; more exact ranges are the methods' business.
 _COUNT = ["rank", "size", "reduction", "division", "length", "mlp", "hidden", "width", "sample", "top", "refresh"]
-_COUNT += ["target_rank", "total_steps", "interval"]
+_COUNT += ["target_rank", "total_steps", "interval", "seed", "heads", "tasks", "block_size", "block_num", "mini_rank", "terms"]
 _NUMBER = ["alpha", "dropout", "std", "sparsity", "l0", "gate_rate", "weight_rate", "mask_share", "retention", "priming_share", "scale"]
+_NUMBER += ["block_dropout", "rank_dropout", "module_dropout", "eps", "d_initial"]
 _NUMBER += ["t_init", "t_final", "beta1", "beta2", "orthogonal", "rho", "b_lr_scale"]
 _FLAG = ["structured", "draw", "train_norms", "plus_plus", "own_norm", "shift", "rslora", "causal"]
-_FLAG += ["freeze_a"]
-_CHOICE = ["activation", "init", "view", "encoder", "stage"]
-_SELECTION = ["output", "hidden_state", "target", "feedforward", "also", "layers", "head", "embedding", "body", "subset"]
+_FLAG += ["freeze_a", "project", "apply_gs", "effective_conv", "decompose_both", "rank_dropout_scale", "lora_bias", "block_share", "coft"]
+_CHOICE = ["activation", "init", "view", "encoder", "stage", "tied", "variant"]
+_SELECTION = ["value", "output", "hidden_state", "target", "feedforward", "also", "layers", "head", "embedding", "body", "subset"]
 _LIST = ["tokens", "labels", "template", "edges", "axes"]
 
 
@@ -80,10 +81,12 @@ NEEDED: dict[str, dict[str, Any]] = {"trainable_tokens": {"tokens": [3, 4]}}
 def fits(option: str, value: Any, default: Any) -> bool:
     """Whether a value is of the kind that an option's name promises."""
     if value is None:
-        return default is None or option in ("head", "target", "also", "feedforward", "mlp")
+        return default is None or option in ("head", "target", "also", "feedforward", "mlp", "terms")
     number = isinstance(value, numbers.Real) and not isinstance(value, (bool, np.bool_)) and math.isfinite(value)
     if option in ("rank", "alpha") and isinstance(value, dict):
         return bool(value) and all(isinstance(path, str) and fits(option, one, default) for path, one in value.items())
+    if option in ("n_butterfly_factor", "decompose_factor"):  # -1 for decompose_factor is as near the root as can be
+        return number and isinstance(value, numbers.Integral)
     if option in _COUNT:
         return number and isinstance(value, numbers.Integral) and value >= 0
     if option in _NUMBER:

@@ -10,6 +10,7 @@ import flax.linen as nn
 
 from jpeft.checkpoint.files import replace_folder, use_umask
 from jpeft.checkpoint.temporary import Temporary
+from jpeft.extras import explained
 from jpeft.models import families
 from jpeft.models.checkpoints.folder import config_class
 from jpeft.models.checkpoints.layout import Entry, checkpoint_layout
@@ -46,6 +47,9 @@ def save(
       ValueError: if `params` are not those of `model`, the number of labels is not that of the head's outputs, `folder` exists, or
         `max_shard_size` is no size.
     """
+    with explained():  # said before anything else
+        import safetensors  # noqa: F401
+
     folder = Path(folder).expanduser().absolute()
     if folder.exists() and not overwrite:
         raise ValueError(f"{folder} exists; pass overwrite=True to replace it.")
