@@ -438,7 +438,8 @@ def check_sent(many: Run, needed: Run, sizes: tuple[int, int, int]) -> None:
     got, base_needs = sent(many.compiled), sent(needed.compiled)
     # Activations are longer by the table's three virtual tokens.
     largest = max(part.bytes for part in base_needs) * (1 + 3 / LENGTH if name in PROMPTS else 1)
-    assert max(part.bytes for part in got) <= adapter + largest, got
+    # A rotation is a square; of its leaf only the half above the diagonal is stored.
+    assert max(part.bytes for part in got) <= adapter * (2 if name == "oft" else 1) + largest, got
     if sizes == (8, 1, 1):
         assert sum(part.bytes for part in got) <= adapter + 64, got
     if sizes[2] == 1:

@@ -61,6 +61,7 @@ class BOFT(WeightMethod):
     name = "boft"
     summary = "products of sparse rotations of the inputs of kernels, and a scale for each output"
     learning_rate = 1e-3
+    reduce_grads_locally = True
     leaf_axes = {"r": (FACTORS, BLOCKS, ROWS, COLUMNS), "s": (OUTPUTS,)}
 
     def init_kernel(self, key: Key, kernel: Matrix, path: str) -> Leaves:

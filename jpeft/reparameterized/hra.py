@@ -60,6 +60,7 @@ class HRA(WeightMethod):
     name = "hra"
     summary = "Householder reflections of the inputs of kernels"
     learning_rate = 3e-3
+    reduce_grads_locally = True
     leaf_axes = {"u": (INPUTS, RANK)}
 
     @property

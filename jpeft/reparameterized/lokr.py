@@ -87,6 +87,7 @@ class LoKr(WeightMethod):
     name = "lokr"
     summary = "Kronecker products of two small matrices, one of them of low rank"
     learning_rate = 3e-3
+    reduce_grads_locally = True
     adds_to_kernel = True
     leaf_axes = {
         "w1": (L, M), "w1_a": (L, RANK), "w1_b": (RANK, M), "w2": (K, N), "w2_a": (K, RANK), "w2_b": (RANK, N),

@@ -75,6 +75,7 @@ class OFT(WeightMethod):
     name = "oft"
     summary = "rotations of the inputs of kernels, in blocks"
     learning_rate = 1e-3
+    reduce_grads_locally = True
     leaf_axes = {"q": (BLOCKS, ENTRIES)}
 
     def check_base(self, params: tree.Params) -> None:

@@ -63,6 +63,7 @@ class VeRA(WeightMethod):
     name = "vera"
     summary = "vectors that scale random matrices, which all kernels share"
     learning_rate = 1e-2
+    reduce_grads_locally = True
     adds_to_kernel = True
     leaf_axes = {"d": (RANK,), "b": (OUTPUTS,), A: (INPUTS, RANK), B: (RANK, OUTPUTS)}
 
