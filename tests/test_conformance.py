@@ -22,6 +22,7 @@ CELLS = [(method, model) for method, row in ROWS.items() for model in row.models
 SEEN = itertools.count(1)
 # One model for each method, scanned where there is one: for what takes a program of its own and depends on the method, not on the layers.
 ONE_EACH = [(method, max(row.models, key=lambda model: "scan" in model)) for method, row in ROWS.items()]
+TWO_EACH = list(dict.fromkeys([cell for method, model in ONE_EACH for cell in ((method, ROWS[method].models[0]), (method, model))]))
 
 
 @pytest.fixture(params=CELLS, ids=lambda cell: "-".join(cell), scope="module")
@@ -51,6 +52,7 @@ def test_noise_reaches_the_output(cell):
     assert jnp.abs(logits - base_logits(cell.model_name)).max() > 1e-2
 
 
+@pytest.mark.parametrize("cell", TWO_EACH, ids=lambda cell: "-".join(cell), indirect=True, scope="module")
 def test_trains_and_leaves_the_base_alone(cell):
     """Loss falls; with weight decay on, the base is bit-equal after 20 steps; the step is traced once."""
     before = jax.tree.map(np.array, cell.params)
