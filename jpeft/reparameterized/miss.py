@@ -62,7 +62,7 @@ class MiSS(WeightMethod):
 
     name = "miss"
     summary = "one small block that is added to all parts of a kernel (MiSS, Bone)"
-    learning_rate = 3e-3
+    learning_rate = 5e-4
     leaf_axes = {"d": (RANK, OUTPUTS), "d_bat": (BLOCKS, ROWS, COLUMNS), "d_mini": (RANK, MINI)}
 
     @property
