@@ -97,3 +97,16 @@ def whole(value: Any) -> Any:
     (16, 0.5, None)
     """
     return int(value) if isinstance(value, float) and value.is_integer() else value
+
+
+def one_rank(ranks: Mapping[str, int], peft_type: str) -> int:
+    """The rank of all modules.
+
+    Raises:
+      ValueError: if they have several.
+    """
+    if len(set(ranks.values())) > 1:
+        modules = {rank: module for module, rank in ranks.items()}
+        shown = ", ".join(f"{rank} in '{module}'" for rank, module in sorted(modules.items()))
+        raise ValueError(f"HF PEFT's {peft_type} has one rank for all modules, and the adapter has several: {shown}.")
+    return next(iter(ranks.values()))

@@ -132,19 +132,14 @@ class Format(abc.ABC):
         """
 
 
-class WeightFormat(Format):
-    """A type of adapter that changes kernels one by one, as a `WeightMethod` does.
-
-    A subclass says what stands beside one kernel. Where layers are stacked, a layer without an adapter, or with one of a lower rank, is
-    filled up with zeros, if `pads` says that this changes nothing.
+class TargetFormat(Format):
+    """A type of adapter that puts tensors beside the kernels of the modules that its configuration chooses.
 
     Attributes:
       kinds: The kinds of sites that it knows.
-      pads: Whether a layer whose leaves are all zero is as if it had none, and trains none.
     """
 
     kinds: ClassVar[tuple[str, ...]] = ("linear", "conv1d")
-    pads: ClassVar[bool] = False
 
     @abc.abstractmethod
     def shapes(self, config: Config, site: Site, name: str) -> Shapes:
@@ -155,6 +150,50 @@ class WeightFormat(Format):
           site: The site.
           name: Its module as the file names it, for `targets.pattern_value`.
         """
+
+    def targets(self, config: Config, base: Base, rename: Callable[[str], str]) -> list[Site]:
+        """The kernels that the configuration chooses."""
+        known = {rename(module): site for module, site in base.kernels.items() if site.kind != EXPERTS}
+        found = [known[name] for name in targets.chosen(config, known, base)]
+        if not found and not config.get("target_parameters"):
+            there = ", ".join(list(known)[:6])
+            raise config.error(f"target_modules={shown(config['target_modules'])} chooses no module of the model, which has {there}, ...")
+        wrong = [site for site in found if site.kind not in self.kinds]
+        if wrong:
+            raise config.error(
+                f"target_modules chooses '{wrong[0].module}', which is of the kind {wrong[0].kind!r}; jpeft reads {self.peft_type} for "
+                f"{', '.join(self.kinds)}."
+            )
+        return found
+
+    def expected(self, config: Config, base: Base, sites: Sequence[Site], rename: Callable[[str], str]) -> Shapes:
+        """The tensors of all sites."""
+        return {f"{site.module}.{name}": shape for site in sites for name, shape in self.shapes(config, site, rename(site.module)).items()}
+
+    def choice(self, method: Any, sites: Sequence[Site], base: Base, leaves: Mapping[str, Arrays]) -> dict[str, Any]:
+        """The keys of the configuration that choose these sites."""
+        names, layers = targets.layered_names_for([site.module for site in sites], base.modules)
+        chosen: dict[str, Any] = {"target_modules": names}
+        if "layers_to_transform" in self.keys and layers is not None:
+            chosen["layers_to_transform"] = layers
+        elif layers is not None:
+            chosen["target_modules"] = targets.names_for([site.module for site in sites], base.modules)
+        if "fan_in_fan_out" in self.keys:
+            chosen["fan_in_fan_out"] = any(site.kind == "conv1d" for site in sites)
+        return chosen
+
+
+class WeightFormat(TargetFormat):
+    """A type of adapter that changes kernels one by one, as a `WeightMethod` does.
+
+    A subclass says what stands beside one kernel. Where layers are stacked, a layer without an adapter, or with one of a lower rank, is
+    filled up with zeros, if `pads` says that this changes nothing.
+
+    Attributes:
+      pads: Whether a layer whose leaves are all zero is as if it had none, and trains none.
+    """
+
+    pads: ClassVar[bool] = False
 
     @abc.abstractmethod
     def method(self, config: Config, sites: Mapping[str, Site]) -> WeightMethod:
@@ -214,25 +253,9 @@ class WeightFormat(Format):
 
     # --- what follows ---------------------------------------------------------------------------------------------------------------------
 
-    def targets(self, config: Config, base: Base, rename: Callable[[str], str]) -> list[Site]:
-        """The kernels that the configuration chooses."""
-        known = {rename(module): site for module, site in base.kernels.items() if site.kind != EXPERTS}
-        found = [known[name] for name in targets.chosen(config, known, base)]
-        if not found and not config.get("target_parameters"):
-            there = ", ".join(list(known)[:6])
-            raise config.error(f"target_modules={shown(config['target_modules'])} chooses no module of the model, which has {there}, ...")
-        wrong = [site for site in found if site.kind not in self.kinds]
-        if wrong:
-            raise config.error(
-                f"target_modules chooses '{wrong[0].module}', which is of the kind {wrong[0].kind!r}; jpeft reads {self.peft_type} for "
-                f"{', '.join(self.kinds)}."
-            )
-        return found
-
     def expected(self, config: Config, base: Base, sites: Sequence[Site], rename: Callable[[str], str]) -> Shapes:
         """The tensors of all sites."""
-        own = {f"{site.module}.{name}": shape for site in sites for name, shape in self.shapes(config, site, rename(site.module)).items()}
-        return own | self.shared(config, sites)
+        return super().expected(config, base, sites, rename) | self.shared(config, sites)
 
     def load(self, file: File, sites: Sequence[Site]) -> tuple[Method, Arrays]:
         """The method, and the leaves of all kernels."""
@@ -270,15 +293,3 @@ class WeightFormat(Format):
         aliases = self.aliases(sites)
         named = {aliases.get(name, name): tensor for name, tensor in tensors.items()}
         return Written(named | self.write_shared(method, leaves), config, [site.module for site in sites])
-
-    def choice(self, method: Any, sites: Sequence[Site], base: Base, leaves: Mapping[str, Arrays]) -> dict[str, Any]:
-        """The keys of the configuration that choose these sites."""
-        names, layers = targets.layered_names_for([site.module for site in sites], base.modules)
-        chosen: dict[str, Any] = {"target_modules": names}
-        if "layers_to_transform" in self.keys and layers is not None:
-            chosen["layers_to_transform"] = layers
-        elif layers is not None:
-            chosen["target_modules"] = targets.names_for([site.module for site in sites], base.modules)
-        if "fan_in_fan_out" in self.keys:
-            chosen["fan_in_fan_out"] = any(site.kind == "conv1d" for site in sites)
-        return chosen

@@ -5,6 +5,7 @@ from typing import Any
 
 from jpeft.hf_peft.config import COUNT, FLAG, TARGETING, Config, Key, one_of
 from jpeft.hf_peft.formats.base import Arrays, Shapes, WeightFormat
+from jpeft.hf_peft.ranks import one_rank
 from jpeft.hf_peft.sites import Site
 from jpeft.reparameterized.hra import HRA
 
@@ -41,16 +42,3 @@ class HRAFormat(WeightFormat):
         """The rank, which all modules have in common."""
         r = one_rank({module: leaf["u"].shape[1] for module, leaf in leaves.items()}, self.peft_type)
         return {"r": r, "apply_GS": method.apply_gs, "init_weights": True}
-
-
-def one_rank(ranks: Mapping[str, int], peft_type: str) -> int:
-    """The rank of all modules.
-
-    Raises:
-      ValueError: if they have several.
-    """
-    if len(set(ranks.values())) > 1:
-        modules = {rank: module for module, rank in ranks.items()}
-        shown = ", ".join(f"{rank} in '{module}'" for rank, module in sorted(modules.items()))
-        raise ValueError(f"HF PEFT's {peft_type} has one rank for all modules, and the adapter has several: {shown}.")
-    return next(iter(ranks.values()))

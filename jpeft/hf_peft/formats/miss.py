@@ -5,7 +5,7 @@ from typing import Any
 
 from jpeft.hf_peft.config import COUNT, RATE, TARGETING, Config, Key, one_of
 from jpeft.hf_peft.formats.base import Arrays, Shapes, WeightFormat
-from jpeft.hf_peft.formats.hra import one_rank
+from jpeft.hf_peft.ranks import one_rank
 from jpeft.hf_peft.sites import Site
 from jpeft.reparameterized.miss import MiSS
 from jpeft.tree.select import first_match

@@ -8,8 +8,8 @@ import numpy as np
 from jpeft.core.method import Method
 from jpeft.hf_peft import targets
 from jpeft.hf_peft.config import ANY, COUNT, TARGETING, Config, Key
-from jpeft.hf_peft.formats.base import Arrays, File, Shapes, WeightFormat, Written
-from jpeft.hf_peft.formats.hra import one_rank
+from jpeft.hf_peft.formats.base import Arrays, File, Shapes, TargetFormat, Written
+from jpeft.hf_peft.ranks import one_rank
 from jpeft.hf_peft.sites import Base, Site
 from jpeft.selective.indices import decode, encode
 from jpeft.selective.shira import SHiRA
@@ -19,7 +19,7 @@ from jpeft.tree.paths import Path
 _WEIGHT, _INDICES = "shira_weight", "shira_indices"
 
 
-class SHiRAFormat(WeightFormat):
+class SHiRAFormat(TargetFormat):
     """``shira_weight`` are the values, at the rows and columns ``shira_indices`` of torch's matrix."""
 
     peft_type = "SHIRA"
@@ -95,24 +95,6 @@ class SHiRAFormat(WeightFormat):
             tensors |= {f"{site.module}.{_WEIGHT}": values[here][by_row], f"{site.module}.{_INDICES}": indices}
         config = {"r": one_rank(ranks, self.peft_type), "mask_type": "random", "random_seed": method.seed or None, "init_weights": True}
         return Written(tensors, config | self.choice(method, sites, base, {}), [site.module for site in sites])
-
-    # --- of one kernel: `load` and `save` go over all of them ---------------------------------------------------------------
-
-    def method(self, config: Config, sites: Mapping[str, Site]) -> Any:
-        """Made by `load`."""
-        raise NotImplementedError
-
-    def read(self, config: Config, site: Site, tensors: Arrays) -> Arrays:
-        """Done by `load`."""
-        raise NotImplementedError
-
-    def write(self, method: Any, site: Site, leaves: Arrays) -> Arrays:
-        """Done by `save`."""
-        raise NotImplementedError
-
-    def config(self, method: Any, sites: Sequence[Site], leaves: Mapping[str, Arrays]) -> dict[str, Any]:
-        """Made by `save`."""
-        raise NotImplementedError
 
 
 def _places(site: Site, base: Base) -> np.ndarray:
