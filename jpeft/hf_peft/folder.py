@@ -1,12 +1,10 @@
 """The folder of an adapter: local, a folder inside it, or from the hub."""
 
 import os
-import re
 from pathlib import Path
-from typing import Any
 
-from jpeft.extras import explained
 from jpeft.hf_peft.config import CONFIG
+from jpeft.models.checkpoints.folder import fetch_folder
 
 _FILES = ("adapter_config.json", "adapter_model*.safetensors", "adapter_model.bin", "jpeft_training.safetensors")
 
@@ -26,7 +24,7 @@ def find_adapter(path: str | os.PathLike[str], *, name: str | None = None, revis
     """
     if name is not None and (not name or Path(name).name != name or name in (".", "..")):
         raise ValueError(f"name={name!r} is no name of an adapter: it must be the name of a folder inside {path}.")
-    folder = _local(path, name, revision)
+    folder = fetch_folder(path, revision, files=[*_FILES, *(f"{name or '*'}/{file}" for file in _FILES)], needed=CONFIG)
     if name is not None:
         if not (folder / name / CONFIG).is_file():
             raise ValueError(f"{folder} holds no adapter {name!r}: there is no {name}/{CONFIG}.{_there_are(folder)}")
@@ -42,26 +40,3 @@ def find_adapter(path: str | os.PathLike[str], *, name: str | None = None, revis
 def _there_are(folder: Path) -> str:
     names = sorted(below.parent.name for below in folder.glob(f"*/{CONFIG}"))
     return f" There are {', '.join(names)}." if names else ""
-
-
-def _local(path: str | os.PathLike[str], name: str | None, revision: str | None) -> Path:
-    folder = Path(path).expanduser()
-    if folder.is_dir():
-        if revision is not None:
-            raise ValueError(f"{path} is a local folder, which has no revision {revision!r}: revision= is for hub ids.")
-        return folder
-    if folder.exists():
-        raise ValueError(f"{path} is a file; give the folder that holds {CONFIG}.")
-    if not re.fullmatch(r"[\w-][\w.-]*(/[\w.-]+)?", str(path)):
-        raise ValueError(f"There is no folder {path}, and it does not look like a hub id ('name' or 'owner/name').")
-    if revision is not None and (not isinstance(revision, str) or not revision.strip()):
-        raise ValueError(f"revision must be the name of a branch or tag, or a commit, not {revision!r}.")
-    with explained():
-        from huggingface_hub import snapshot_download
-    which: dict[str, Any] = {} if revision is None else {"revision": revision}
-    files = [*_FILES, *(f"{name or '*'}/{file}" for file in _FILES)]
-    try:
-        return Path(snapshot_download(str(path), allow_patterns=files, **which))
-    except (OSError, ValueError) as error:  # the errors of huggingface_hub are subclasses of these
-        asked = f" (revision {revision})" if revision else ""
-        raise ValueError(f"There is no folder {path}, and the hub did not give it{asked} either: {error}") from error

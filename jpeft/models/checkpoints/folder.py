@@ -3,7 +3,7 @@
 import json
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -28,10 +28,11 @@ _SIGNS = ["adapter_config.json", "modules.json", "quantize_config.json", "quant_
 _LARGEST_JSON = 200_000_000  # bytes
 _MOST_LABELS = 1_000_000
 _MOST_BLOCKS = 10_000
+_NEEDED = "config.json and model.safetensors"
 
 
 def find_folder(path: str | os.PathLike[str], revision: str | None = None) -> Path:
-    """Return the local folder: `path` itself, or a download of the files that a model needs from the hub.
+    """Return the local folder of a model: `path` itself, or a download of the files that a model needs from the hub.
 
     Args:
       path: The folder, or a hub id.
@@ -40,14 +41,31 @@ def find_folder(path: str | os.PathLike[str], revision: str | None = None) -> Pa
     Raises:
       ValueError: if there is neither such a folder nor such a repository, or a revision of a local folder is asked for.
     """
+    if Path(path).suffix == ".gguf" and Path(path).expanduser().is_file():
+        kind = "a GGUF file (quantised weights of llama.cpp), which jpeft does not read"
+        raise ValueError(f"{path} is {kind}; give the folder that holds {_NEEDED}.")
+    return fetch_folder(path, revision, files=[*_WEIGHTS, *_TOKENIZER, *_SIGNS], needed=_NEEDED)
+
+
+def fetch_folder(path: str | os.PathLike[str], revision: str | None, *, files: Sequence[str], needed: str) -> Path:
+    """Return a local folder: `path` itself, or a download from the hub.
+
+    Args:
+      path: The folder, or a hub id.
+      revision: As in `find_folder`.
+      files: Names of the files that are downloaded, with ``*`` for any letters.
+      needed: What a folder must hold, for the message.
+
+    Raises:
+      ValueError: as `find_folder`.
+    """
     folder = Path(path).expanduser()
     if folder.is_dir():
         if revision is not None:
             raise ValueError(f"{path} is a local folder, which has no revision {revision!r}: revision= is for hub ids.")
         return folder
     if folder.exists():
-        kind = "a GGUF file (quantised weights of llama.cpp), which jpeft does not read" if folder.suffix == ".gguf" else "a file"
-        raise ValueError(f"{path} is {kind}; give the folder that holds config.json and model.safetensors.")
+        raise ValueError(f"{path} is a file; give the folder that holds {needed}.")
     if not re.fullmatch(r"[\w-][\w.-]*(/[\w.-]+)?", str(path)):
         raise ValueError(f"There is no folder {path}, and it does not look like a hub id ('name' or 'owner/name').")
     if revision is not None and (not isinstance(revision, str) or not revision.strip()):
@@ -58,7 +76,7 @@ def find_folder(path: str | os.PathLike[str], revision: str | None = None) -> Pa
     # Only what was asked for: the hub's main branch is its own default.
     which: dict[str, Any] = {} if revision is None else {"revision": revision}
     try:
-        return Path(snapshot_download(str(path), allow_patterns=[*_WEIGHTS, *_TOKENIZER, *_SIGNS], **which))
+        return Path(snapshot_download(str(path), allow_patterns=list(files), **which))
     except (OSError, ValueError) as error:  # the errors of huggingface_hub are subclasses of these
         asked = f" (revision {revision})" if revision else ""
         raise ValueError(f"There is no folder {path}, and the hub did not give it{asked} either: {error}") from error
