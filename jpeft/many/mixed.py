@@ -13,15 +13,16 @@ from jaxtyping import Array, Int
 from jpeft import tree
 from jpeft.core.index import as_leaf, rows_of
 from jpeft.core.layer import Layer, Linear
-from jpeft.core.method import FREEZE, TRAIN
-from jpeft.core.options import Count, Names, Pattern, PerPath
+from jpeft.core.method import FREEZE, TRAIN, Method
+from jpeft.core.options import Axes, Count, Pattern, PerPath
 from jpeft.core.residuals import changed
 from jpeft.layouts import layer_axes
 from jpeft.many.by_row import by_row, pick, pick_rows
 from jpeft.reparameterized.ia3 import IA3
+from jpeft.reparameterized.leaf_geometry import axes_in_layer, misfit
 from jpeft.reparameterized.lora import LoRA
 from jpeft.reparameterized.matrix_form import INPUTS, OUTPUTS, MatrixForm
-from jpeft.reparameterized.weight_method import Inputs, Key, Leaves, Matrix, WeightMethod
+from jpeft.reparameterized.weight_method import Inputs, Key, Leaves
 from jpeft.tree.adapters import ADDED
 from jpeft.tree.kernels import KernelAxes, axes_of, axes_rules
 from jpeft.tree.select import first_match
@@ -40,7 +41,7 @@ LEAF_AXES = {
 ALONE = {"a": (INPUTS, "rank"), "b": ("rank", OUTPUTS), "l_in": (INPUTS,), "l_out": (OUTPUTS,)}
 
 
-class Mixed(WeightMethod):
+class Mixed(Method):
     r"""Several adapters side by side: ``y_i = l_out * layer(l_in * x_i) + (x_i a) b`` for example i, with the leaves of slot ``index_i``.
 
     A slot holds an adapter of LoRA, whose scale is in ``a``, or of (IA)³; in a slot of the one kind the leaves of the other are zero or
@@ -52,28 +53,26 @@ class Mixed(WeightMethod):
     Args:
       slots: Number of adapters.
       rank: The highest rank of each kernel; or rules.
-      target: Not used: the four options below name the leaves of the base.
       low_rank: The kernels that have factors, as a regex of their paths; None for none.
       outputs: The kernels whose outputs are scaled.
       inputs: The kernels whose inputs are scaled.
       replaced: The leaves that each slot has its own value of.
       axes: Geometry of kernels with more than two axes.
-      head: Not used: a trained head is among `replaced`.
     """
 
     slots: Count = 1
     rank: PerPath[Count] = 8
-    target: Names = ".*"
     low_rank: Pattern | None = None
     outputs: Pattern | None = None
     inputs: Pattern | None = None
     replaced: Pattern | None = None
-    head: Pattern | None = None
+    axes: Axes | None = None
 
     name = "mixed"
+    family = "reparameterized"
+    begins_within = 0.0
     summary = "one of several adapters for each example of a batch"
     takes_index = True
-    leaf_axes = LEAF_AXES
     why_no_merge = "each example has an adapter of its own; merge the one that you want, jpeft.merge(adapter)"
 
     # --- the leaves -------------------------------------------------------------------------------------------------------------------
@@ -160,21 +159,6 @@ class Mixed(WeightMethod):
                 return self._factored(layer, linear, inputs, own, rows)
         return self._by_example(layer, inputs, leaves, rows)
 
-    def merge(self, params: tree.Params, adapter: tree.Adapter) -> tree.Params:
-        """Refuse to merge."""
-        raise ValueError(f"Cannot merge: {self.why_no_merge}.")
-
-    def merge_layer(self, layer: Layer, leaves: Leaves) -> None:
-        """No parameter can hold a change that differs between the examples."""
-
-    def init_kernel(self, key: Key, kernel: Matrix, path: str) -> Leaves:
-        """Not used: `init` makes the leaves of all slots."""
-        raise NotImplementedError
-
-    def new_kernel(self, kernel: Matrix, leaves: Leaves, path: str) -> Matrix:
-        """Not used: there is no one new kernel."""
-        raise NotImplementedError
-
     def _rows(self, layer: Layer, inputs: Inputs, leaves: Mapping[str, Leaves]) -> Int[Array, " rows"]:
         """The slot of each row of the layer's first input.
 
@@ -194,7 +178,8 @@ class Mixed(WeightMethod):
         """The layer as it is, its inputs and outputs scaled, and the product of each row with the factors of its slot."""
         x, *others = inputs
         form = MatrixForm(tuple(layer.params[linear.name].shape), linear.axes)
-        self.check_geometry("/".join(filter(None, (layer.path, linear.name))), form, leaves)
+        if not _fits(form, leaves):
+            raise misfit("/".join(filter(None, (layer.path, linear.name))), form, leaves, LEAF_AXES)
         table = leaves.get("a") if jnp.issubdtype(x.dtype, jnp.integer) else None  # of which each token takes a row
         own = self._picked(form, {name: leaf for name, leaf in leaves.items() if leaf is not table}, rows)
 
@@ -256,20 +241,22 @@ class Mixed(WeightMethod):
         if VALUE in leaves:
             return whole_form(shape, tuple(range(leaves[VALUE].ndim - 2)))
         known = layer.linear if layer.linear is not None and layer.linear.name == name else None
-        return MatrixForm(shape, known.axes if known else self._axes_inside(layer, name, leaves))
-
-    def _fits(self, form: MatrixForm, leaves: Mapping[str, Any]) -> bool:
-        ins, outs = form.sizes
-        ends = {"a": (ins, None), "b": (None, outs), "l_in": (ins,), "l_out": (outs,)}
-
-        def fits(name: str, shape: tuple[int, ...]) -> bool:
-            at = len(form.stack)
-            sizes = zip(shape[at + 1 :], ends[name], strict=False)
-            return len(shape) == at + 1 + len(ends[name]) and shape[:at] == form.stack and all(n in (size, None) for size, n in sizes)
-
-        return all(fits(name, tuple(leaf.shape)) for name, leaf in leaves.items() if name in ends)
+        return MatrixForm(shape, known.axes if known else axes_in_layer(layer, name, self.axes, lambda form: _fits(form, leaves)))
 
 
 def whole_form(shape: tuple[int, ...], stack: tuple[int, ...]) -> MatrixForm:
     """Any leaf of a base as a matrix [*stack, numbers, 1]."""
     return MatrixForm(shape, KernelAxes(stack, tuple(i for i in range(len(shape)) if i not in stack), ()))
+
+
+def _fits(form: MatrixForm, leaves: Mapping[str, Any]) -> bool:
+    """Whether the leaves of a pool have the sizes of a kernel."""
+    ins, outs = form.sizes
+    ends = {"a": (ins, None), "b": (None, outs), "l_in": (ins,), "l_out": (outs,)}
+
+    def fits(name: str, shape: tuple[int, ...]) -> bool:
+        at = len(form.stack)
+        sizes = zip(shape[at + 1 :], ends[name], strict=False)
+        return len(shape) == at + 1 + len(ends[name]) and shape[:at] == form.stack and all(n in (size, None) for size, n in sizes)
+
+    return all(fits(name, tuple(leaf.shape)) for name, leaf in leaves.items() if name in ends)

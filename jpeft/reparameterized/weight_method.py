@@ -19,9 +19,10 @@ from jpeft.core.layer import Change, Layer, Linear, NoProductError
 from jpeft.core.method import Method, with_head
 from jpeft.core.options import Axes, Names, Pattern, per_path
 from jpeft.layouts import layer_axes
+from jpeft.reparameterized.leaf_geometry import axes_in_layer, fits, misfit
 from jpeft.reparameterized.matrix_form import OUTPUTS, LeafAxes, MatrixForm
 from jpeft.tree.head import not_head
-from jpeft.tree.kernels import KernelAxes, axes_inside, axes_of, axes_rules
+from jpeft.tree.kernels import KernelAxes, axes_of, axes_rules
 from jpeft.tree.select import check_rules, select
 
 Matrix = Float[Array, "inputs outputs"]  # one kernel
@@ -257,22 +258,8 @@ class WeightMethod(Method):
         return new
 
     def _axes_inside(self, layer: Layer, name: str, leaves: Mapping[str, Any]) -> KernelAxes:
-        """The geometry of a kernel inside a layer of an unknown class, where a scan may have sliced its stack axes away."""
-        path, shape = "/".join(filter(None, (layer.path, name))), tuple(layer.params[name].shape)
-        # A name may fit several geometries, with and without a stack axis. The shapes of the leaves, which a scan slices along with the
-        # kernel, show which of them is meant.
-        fitting = [axes for axes in axes_inside(path, shape, axes_rules(self.axes)) if self._fits(MatrixForm(shape, axes), leaves)]
-        return fitting[0] if fitting else axes_of(path, shape, axes_rules(self.axes))
-
-    def _fits(self, form: MatrixForm, leaves: Mapping[str, Any]) -> bool:
-        return all(leaf.shape == self._expected_shape(form, name, leaf) for name, leaf in leaves.items())
-
-    def _expected_shape(self, form: MatrixForm, name: str, leaf: Any) -> tuple[int, ...] | None:
-        """The shape of a leaf on a kernel of this geometry, with the leaf's own sizes on the axes that the kernel does not have."""
-        stored = form.stored_axes(self.leaf_axes[name])  # numbers are axes of the kernel, names are axes of the leaf alone
-        if len(stored) != leaf.ndim:
-            return None
-        return tuple(form.shape[axis] if isinstance(axis, int) else size for axis, size in zip(stored, leaf.shape, strict=True))
+        """The geometry of a kernel inside a layer of an unknown class."""
+        return axes_in_layer(layer, name, self.axes, lambda form: fits(form, leaves, self.leaf_axes))
 
     def check_geometry(self, path: str, form: MatrixForm, leaves: Mapping[str, Any]) -> None:
         """Compare the leaves with what the real layer says of its kernel: a name may have promised another geometry.
@@ -280,15 +267,8 @@ class WeightMethod(Method):
         Raises:
           ValueError: if they differ, with the rule that describes the kernel.
         """
-        if not self._fits(form, leaves):
-            sizes = {name: [form.shape[i] if isinstance(i, int) else i for i in form.stored_axes(self.leaf_axes[name])] for name in leaves}
-            expected = " and ".join(f"{name} ({', '.join(map(str, shape))})" for name, shape in sizes.items())
-            found = " and ".join(f"{name} {leaf.shape}" for name, leaf in leaves.items())
-            raise ValueError(
-                f"'{path}': the layer's kernel {form.shape} has inputs {form.axes.inputs} and outputs {form.axes.outputs}, which asks for "
-                f"leaves of shapes {expected}, but the adapter holds {found}. The axes were taken from the kernel's name; "
-                "let the model tell them: axes=jpeft.kernel_axes(model, params, *example_inputs)."
-            )
+        if not fits(form, leaves, self.leaf_axes):
+            raise misfit(path, form, leaves, self.leaf_axes)
 
 
 def _linear(layer: Layer) -> Linear:
