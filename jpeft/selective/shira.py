@@ -8,18 +8,19 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from jpeft import tree
-from jpeft.core.method import Method, with_head
+from jpeft.core.method import with_head
 from jpeft.core.options import Axes, Count, CountOrZero, Names, Pattern, PerPath
 from jpeft.layouts import layer_axes
 from jpeft.selective import sparse
 from jpeft.selective.choice import is_abstract
-from jpeft.selective.indices import INDICES, VALUES, decode, encode, label_pairs
+from jpeft.selective.indices import INDICES, VALUES, decode, encode
+from jpeft.selective.sparse_method import SparseDifferences
 from jpeft.tree.head import not_head
 from jpeft.tree.kernels import KernelAxes, axes_of, axes_rules
 from jpeft.tree.select import check_rules, first_match, select
 
 
-class SHiRA(Method):
+class SHiRA(SparseDifferences):
     r"""SHiRA: ``W' = W + S`` with a sparse S of ``K = r (in + out)`` entries, as many as LoRA's factors have, at random places.
 
     The places are drawn before training and stay. S has a high rank, and S of several adapters hardly overlap. The adapter holds K values
@@ -60,12 +61,8 @@ class SHiRA(Method):
     head: Pattern | None = "auto"
 
     name = "shira"
-    family = "selective"
     summary = "train a few entries of each kernel, scattered at random"
     learning_rate = 3e-3
-    why_no_merge = None
-    reduce_grads_locally = True
-    begins_within = 0.0
 
     def kernels(self, params: tree.Params) -> list[str]:
         """The paths of the kernels that get leaves.
@@ -114,20 +111,6 @@ class SHiRA(Method):
         ]
         flat = jnp.ravel_multi_index(tuple(at[order.index(i)] for i in range(len(shape))), shape, mode="clip")
         return jnp.sort(flat.reshape(-1))
-
-    def bind(self, params: tree.Params, adapter: tree.Adapter, *, rng: jax.Array | None = None) -> tree.Params:
-        """Add the differences to the base."""
-        del rng
-        return tree.merge_leaves(params, adapter, lambda path, leaf, leaves: sparse.add_differences(leaf, leaves))
-
-    def labels(self, adapter: tree.Adapter) -> Any:
-        """Everything is trained except the indices."""
-        return label_pairs(adapter)
-
-    def count_changed(self, params: tree.Params, adapter: tree.Adapter) -> int:
-        """The differences and the head."""
-        replaced, beside, _ = tree.split(params, adapter)
-        return tree.size(replaced) + sum(leaves[VALUES].size for leaves in beside.values())
 
     def expected(self, params: tree.Params, adapter: tree.Adapter) -> tree.Adapter:
         """The shapes that `init` makes.

@@ -1,4 +1,4 @@
-"""The base of methods whose adapter is sparse differences and the head."""
+"""The bases of methods whose adapter is sparse differences and the head."""
 
 import abc
 from typing import Any, ClassVar
@@ -15,7 +15,30 @@ from jpeft.selective.indices import INDICES, VALUES, count_digits, decode, label
 from jpeft.tree.head import head_leaves, not_head
 
 
-class SparseMethod(Method):
+class SparseDifferences(Method):
+    """A method whose adapter is sparse differences (`jpeft.selective.sparse`) and the head. A subclass says where they are."""
+
+    family = "selective"
+    why_no_merge = None
+    reduce_grads_locally = True
+    begins_within = 0.0
+
+    def bind(self, params: tree.Params, adapter: tree.Adapter, *, rng: jax.Array | None = None) -> tree.Params:
+        """Add the differences to the base."""
+        del rng
+        return tree.merge_leaves(params, adapter, lambda path, leaf, leaves: sparse.add_differences(leaf, leaves))
+
+    def labels(self, adapter: tree.Adapter) -> Any:
+        """Everything is trained except the indices and the differences that are kept."""
+        return label_pairs(adapter, is_frozen=lambda path: path.endswith(f"/{sparse.KEPT}"))
+
+    def count_changed(self, params: tree.Params, adapter: tree.Adapter) -> int:
+        """The differences, those that are kept included, and the head."""
+        replaced, beside, _ = tree.split(params, adapter)
+        return tree.size(replaced) + sum(values.size for leaves in beside.values() for _, values in sparse.pairs_of(leaves))
+
+
+class SparseMethod(SparseDifferences):
     """Train the k entries of highest score, stored as sparse differences (`jpeft.selective.sparse`). A subclass says what the scores are.
 
     Attributes:
@@ -28,10 +51,6 @@ class SparseMethod(Method):
     head: Pattern | None = "auto"
 
     how_to_score: ClassVar[str]
-    family = "selective"
-    why_no_merge = None
-    reduce_grads_locally = True
-    begins_within = 0.0
 
     @property
     @abc.abstractmethod
@@ -62,20 +81,6 @@ class SparseMethod(Method):
                 f"begins at zero passes no gradient on: give it small random values before taking them. {self.how_to_score}"
             )
         return choice.choose_largest(scores, choice.budget(params, self.sparsity, self.head))
-
-    def bind(self, params: tree.Params, adapter: tree.Adapter, *, rng: jax.Array | None = None) -> tree.Params:
-        """Add the differences to the base."""
-        del rng
-        return tree.merge_leaves(params, adapter, lambda path, leaf, leaves: sparse.add_differences(leaf, leaves))
-
-    def labels(self, adapter: tree.Adapter) -> Any:
-        """Everything is trained except the indices and the differences that are kept."""
-        return label_pairs(adapter, is_frozen=lambda path: path.endswith(f"/{sparse.KEPT}"))
-
-    def count_changed(self, params: tree.Params, adapter: tree.Adapter) -> int:
-        """The differences, those that are kept included, and the head."""
-        replaced, beside, _ = tree.split(params, adapter)
-        return tree.size(replaced) + sum(values.size for leaves in beside.values() for _, values in sparse.pairs_of(leaves))
 
     def expected(self, params: tree.Params, adapter: tree.Adapter) -> tree.Adapter:
         """The shapes of an adapter on this base. Statistics choose the entries, so the adapter itself tells how many each leaf has.
