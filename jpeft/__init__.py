@@ -64,6 +64,18 @@ if _TYPE_CHECKING:
     from jpeft.hosts.check.check import check as check
     from jpeft.training.run import load_run as load_run
 else:
+    from importlib import import_module as _import_module
+
+    # Takes long to import.
+    _LATER = {
+        "check": "jpeft.hosts.check.check",
+        "estimate": "jpeft.estimation.estimate",
+        "load_adapterhub": "jpeft.adapterhub.load",
+        "load_hf": "jpeft.hf_peft.load",
+        "load_run": "jpeft.training.run",
+        "save_adapterhub": "jpeft.adapterhub.save",
+        "save_hf": "jpeft.hf_peft.save",
+    }
 
     def __getattr__(name: str) -> _Any:
         """What takes long to import; or the class of a method whose file is newer than `make docs`, so that `jpeft.factories` lacks it."""
@@ -74,34 +86,8 @@ else:
                 return version("jpeft")
             except PackageNotFoundError:  # run from its folder, without being installed
                 return "0+folder"
-        if name == "load_run":
-            from jpeft.training.run import load_run  # says what to install where a package is missing
-
-            return load_run
-        if name == "load_hf":
-            from jpeft.hf_peft.load import load_hf
-
-            return load_hf
-        if name == "save_hf":
-            from jpeft.hf_peft.save import save_hf
-
-            return save_hf
-        if name == "load_adapterhub":
-            from jpeft.adapterhub.load import load_adapterhub
-
-            return load_adapterhub
-        if name == "save_adapterhub":
-            from jpeft.adapterhub.save import save_adapterhub
-
-            return save_adapterhub
-        if name == "estimate":
-            from jpeft.estimation.estimate import estimate
-
-            return estimate
-        if name == "check":
-            from jpeft.hosts.check.check import check
-
-            return check
+        if name in _LATER:
+            return getattr(_import_module(_LATER[name]), name)  # says what to install where a package is missing
         from jpeft.registry import classes
 
         if name in classes():
@@ -110,4 +96,4 @@ else:
 
     def __dir__() -> list[str]:
         """All public names, those of `__getattr__` among them."""
-        return sorted({*globals(), "check", "estimate", "load_adapterhub", "load_hf", "load_run", "save_adapterhub", "save_hf"})
+        return sorted({*globals(), *_LATER})
