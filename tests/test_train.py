@@ -243,6 +243,9 @@ def test_default_learning_rates_are_the_methods_own(config, method):
     config = dataclasses.replace(config, options=TINY.get(method, ()), method=method)
     setup, usual = prepare(config), jpeft.methods()[method]
     assert (setup.learning_rate, setup.head_lr_scale) == (usual.learning_rate, usual.head_lr_scale)
+    if method == "lora":  # both factors of which are far from zero
+        started = prepare(dataclasses.replace(config, options=(*config.options, "init=pissa")))
+        assert (started.learning_rate, started.head_learning_rate) == (5e-4, pytest.approx(setup.head_learning_rate))
     given = prepare(dataclasses.replace(config, learning_rate=0.5, head_lr_scale=3.0))
     assert (given.learning_rate, given.head_lr_scale) == (0.5, 3.0)
 

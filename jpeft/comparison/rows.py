@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import re
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jpeft
 from jpeft.core.options import Positive, fits, shown
@@ -107,7 +107,8 @@ def usual_rate(method: str, options: Sequence[str]) -> float:
     """Return the default learning rate of a row."""
     if baseline := _baseline(method, options):
         return baseline.learning_rate
-    return jpeft.methods()[method].learning_rate
+    known: Any = jpeft.methods()[method].factory
+    return known.rates_for(parse_options(options)).learning_rate
 
 
 def parse_row(text: str, learning_rate: float | None = None) -> Row:

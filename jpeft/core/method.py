@@ -30,7 +30,7 @@ again.
 import abc
 import dataclasses
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -48,6 +48,13 @@ from jpeft.tree.paths import Params, flatten
 from jpeft.tree.select import names_numbers
 
 TRAIN, FREEZE = "train", "freeze"  # labels
+
+
+class Rates(NamedTuple):
+    """Learning rates that suit a method; see `Method`."""
+
+    learning_rate: float
+    head_lr_scale: float
 
 
 class Method(metaclass=MethodType):
@@ -304,6 +311,12 @@ class Method(metaclass=MethodType):
           ValueError: for a method that is not one of jpeft's, which only its own code can build.
         """
         return {"method": self.name, **{name: opt.plain(value) for name, value in self.options}}
+
+    @classmethod
+    def rates_for(cls, options: Mapping[str, Any]) -> Rates:
+        """The learning rates that suit these options: those of the class, unless one of them asks for others."""
+        del options
+        return Rates(cls.learning_rate, cls.head_lr_scale)
 
     @classmethod
     def picks_blocks(cls, options: Mapping[str, Any]) -> bool:

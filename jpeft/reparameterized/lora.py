@@ -11,7 +11,7 @@ from jpeft import tree
 from jpeft.core.groups import Group
 from jpeft.core.layer import Layer, Linear
 from jpeft.core.limits import Range
-from jpeft.core.method import FREEZE, with_head
+from jpeft.core.method import FREEZE, Rates, with_head
 from jpeft.core.options import Count, Names, PerPath, Positive, Probability, option
 from jpeft.core.statistics import InputMoments, Statistic, find
 from jpeft.reparameterized import low_rank, starts, tied_tables, two_view
@@ -109,6 +109,12 @@ class LoRA(WeightMethod):
     def scale(self, path: str) -> float:
         """``s`` of the kernel at a path."""
         return low_rank.scale(path, self.rank, self.alpha, self.rslora)
+
+    @classmethod
+    def rates_for(cls, options: Mapping[str, Any]) -> Rates:
+        """A sixth of the usual rate for a start with two factors that are far from zero; the head's stays the same."""
+        start = options.get("init", options.get("initializer"))
+        return Rates(5e-4, 30.0) if start in starts.FAR_FROM_ZERO else super().rates_for(options)
 
     # --- the start --------------------------------------------------------------------------------------------------------------------
 

@@ -22,6 +22,8 @@ from jpeft.tree.paths import Path, first_few
 
 Kind = Literal["kaiming", "gaussian", "orthogonal", "pissa", "olora", "corda", "corda-kpm", "eva"]
 NEED_INPUTS = ("corda", "corda-kpm", "eva")  # kinds that look at the inputs of the kernel
+# Kinds whose two factors are both far from zero. A step of Adam, which is as large for every number, then moves their product further.
+FAR_FROM_ZERO = ("orthogonal", "pissa", "olora", "corda", "corda-kpm")
 # The share of the mean variance that is added to each input's, so that the covariance has an inverse; doubled until it has a good one.
 DAMPING, INVERSE_ERROR = 0.01, 0.05
 LEAF_AXES = low_rank.LEAF_AXES | {"a0": low_rank.LEAF_AXES["a"], "b0": low_rank.LEAF_AXES["b"]}

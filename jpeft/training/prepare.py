@@ -22,7 +22,7 @@ from jpeft.training.adapter_folder import attach_adapter, held_by, method_name, 
 from jpeft.training.added_tokens import warn_of_absent
 from jpeft.training.base_files import base_files
 from jpeft.training.build import attach, load_base, read_columns
-from jpeft.training.config import TrainConfig, to_json
+from jpeft.training.config import TrainConfig, parse_options, to_json
 from jpeft.training.devices import Devices, find_mesh
 from jpeft.training.keys import keys
 from jpeft.training.statistics import Kinds, Source, check_statistics, count_steps, make_statistics
@@ -148,7 +148,8 @@ def prepare(config: TrainConfig, recorded: dict[str, Any] | None = None) -> Setu
         config, new = dataclasses.replace(config, method=method_name(peft)), new - held_by(config.adapter, loaded)
     # A frozen base without a head has nothing to train and is evaluated as it is.
     steps = count_steps(config, splits["train"]) if jax.tree.leaves(peft.adapter) else 0
-    defaults = registry.methods()[config.method]
+    factory: Any = registry.methods()[config.method].factory
+    usual = factory.rates_for(parse_options(config.options))
     return Setup(
         config=config,
         task=task,
@@ -158,8 +159,8 @@ def prepare(config: TrainConfig, recorded: dict[str, Any] | None = None) -> Setu
         loaded=loaded,
         peft=peft,
         new=new,
-        learning_rate=config.learning_rate or defaults.learning_rate,
-        head_lr_scale=config.head_lr_scale or defaults.head_lr_scale,
+        learning_rate=config.learning_rate or usual.learning_rate,
+        head_lr_scale=config.head_lr_scale or usual.head_lr_scale,
         steps=steps,
         steps_per_epoch=data.steps_per_epoch(splits["train"], config.batch_size),
         segments=plan(peft.method.stages, steps),
