@@ -75,7 +75,10 @@ def _load(form: Format, config: Config, base: Base, tensors: Tensors) -> Peft:
     modules = [site.module for site in base.sites.values()]
     way = tensors.way(modules, base.body)
     rename = lambda module: unshifted(module, way) if way else module
-    config, aliases = form.prepare(config, base, tensors.shapes(way))
+    shapes = tensors.shapes(way)
+    if not (form.follows_ties or config.get("ensure_weight_tying")):
+        whole.check_tied_head(shapes, base, tensors.file)
+    config, aliases = form.prepare(config, base, shapes)
     targets = form.targets(config, base, rename)
     saved = whole.saved_sites(config, base) if form.saves_modules else []
     biases = whole.bias_sites(config, base, targets, saved)
@@ -88,10 +91,10 @@ def _load(form: Format, config: Config, base: Base, tensors: Tensors) -> Peft:
     expected |= {tied: base.word.shape} if tied is not None and base.word is not None else {}
     expected |= {name: (len(ids), site.shape[1]) for name, (site, ids) in tokens.items()}
     spare = [name for name in tensors.match(expected, way, aliases | dict(base.second_names)) if not _is_of_base(name, tensors, base, way)]
-    check_tensors(tensors, expected, spare, whole.hint_of_head(spare, base))
+    check_tensors(tensors, expected, spare)
     if tied is not None and base.word is not None and not np.array_equal(tensors.read(tied), tensors.read(base.word.name)):
         raise config.error(
-            f"modules_to_save holds '{base.word.name}' and '{tied}' with different numbers, and the model ties the two: {whole.UNTIE}"
+            f"modules_to_save holds '{base.word.name}' and '{tied}' with different numbers, and the model ties the two. {whole.UNTIE}."
         )
 
     head = whole.head_option(saved, base)

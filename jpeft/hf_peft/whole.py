@@ -4,8 +4,9 @@ Here a head is the option ``head`` of the method, biases are the method `bitfit`
 a chain.
 """
 
+import os
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -22,13 +23,14 @@ from jpeft.tree.paths import Path
 Arrays = dict[str, np.ndarray]
 TOKENS = "token_adapter.trainable_tokens_delta"
 
-UNTIE = "load a base whose head is a copy (tie_word_embeddings=false; the documentation, hf_peft, shows how to make one)."
-
 # HF PEFT's names of embeddings and heads: it writes the base's own beside adapted ones, and ties the two.
 EMBEDDINGS = ("embed_tokens", "lm_head")
 
 # Heads that HF PEFT trains whole for a task, whatever the configuration says.
 HEADS = {"SEQ_CLS": ("classifier", "score"), "TOKEN_CLS": ("classifier", "score"), "QUESTION_ANS": ("qa_outputs",)}
+
+# The way out where adapters tell the word embedding from the head.
+UNTIE = "Load the base with a head of its own: jpeft.models.load(..., untie=True), or --untie"
 
 
 # --- modules_to_save ----------------------------------------------------------------------------------------------------------------------
@@ -67,15 +69,8 @@ def tied_copy(config: Config, base: Base, saved: Sequence[Site]) -> str | None:
     alone, other = (base.tied, base.word.module) if named else (base.word.module, base.tied)
     raise config.error(
         f"modules_to_save holds '{alone}' without '{other}'. The model ties the two, so both would change; in HF PEFT the one alone does. "
-        f"{UNTIE[0].upper()}{UNTIE[1:]}"
+        f"{UNTIE}."
     )
-
-
-def hint_of_head(names: Sequence[str], base: Base) -> str:
-    """What to say of names of a head that the model does not have, because it is the word embedding; empty if none is."""
-    if base.tied is None or not any(f".{base.tied}." in f".{name}." for name in names):
-        return ""
-    return f" '{base.tied}' is the word embedding in this model, so it has no adapter of its own: {UNTIE}"
 
 
 def names_embeddings(names: Sequence[str] | str | None) -> bool:
@@ -94,9 +89,24 @@ def check_tied_target(sites: Sequence[Site], base: Base, what: str) -> None:
     if base.tied is not None and base.word is not None and any(site.path == base.word.path for site in sites):
         raise ValueError(
             f"{what} adapts '{base.word.module}', which is the head of the model too. HF PEFT changes its look-up alone, and here the "
-            "scores change as well, so the outputs would differ. Adapt other layers, or a base with tie_word_embeddings=false; or change "
-            "the look-up alone, by the option tied='lookup' of lora and dora."
+            f"scores change as well, so the outputs would differ. {UNTIE}; or change the look-up alone, by the option tied='lookup' of "
+            "lora and dora; or adapt other layers."
         )
+
+
+def check_tied_head(names: Iterable[str], base: Base, file: os.PathLike[str]) -> None:
+    """Refuse an adapter of a head that is the word embedding: the tables are one here.
+
+    Args:
+      names: Of the tensors in the file, without prefixes.
+      base: The base.
+      file: For the message.
+
+    Raises:
+      ValueError: saying how to load the base.
+    """
+    if base.tied is not None and any(name.startswith(f"{base.tied}.") and name != f"{base.tied}.weight" for name in names):
+        raise ValueError(f"{file} holds an adapter of '{base.tied}', which in this base is the word embedding. {UNTIE}.")
 
 
 def head_option(sites: Sequence[Site], base: Base) -> str | None:

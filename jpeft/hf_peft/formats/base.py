@@ -10,9 +10,9 @@ import numpy as np
 
 from jpeft.core.method import Method
 from jpeft.core.options import shown
-from jpeft.hf_peft import targets, whole
+from jpeft.hf_peft import targets
 from jpeft.hf_peft.assemble import join, take_apart
-from jpeft.hf_peft.config import COMMON, Config, Key, names_in
+from jpeft.hf_peft.config import COMMON, Config, Key
 from jpeft.hf_peft.sites import EXPERTS, Base, Site
 from jpeft.reparameterized.weight_method import WeightMethod
 from jpeft.tree.paths import Path
@@ -170,7 +170,6 @@ class TargetFormat(Format):
         found = [known[name] for name in targets.chosen(config, known, base)]
         if not found and not config.get("target_parameters"):
             there = ", ".join(list(known)[:6])
-            hint = whole.hint_of_head(names_in(config["target_modules"]), base)
             raise config.error(
                 f"target_modules={shown(config['target_modules'])} chooses no module of the model, which has {there}, and others.{hint}"
             )
