@@ -170,9 +170,7 @@ class TargetFormat(Format):
         found = [known[name] for name in targets.chosen(config, known, base)]
         if not found and not config.get("target_parameters"):
             there = ", ".join(list(known)[:6])
-            raise config.error(
-                f"target_modules={shown(config['target_modules'])} chooses no module of the model, which has {there}, and others.{hint}"
-            )
+            raise config.error(f"target_modules={shown(config['target_modules'])} chooses no module of the model, which has {there}, ...")
         wrong = [site for site in found if site.kind not in self.kinds]
         if wrong:
             raise config.error(
