@@ -13,6 +13,8 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 # Nearly all the time goes into compiling tiny programs, most of them the same in every run and in every worker.
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(Path(__file__).parents[1] / ".jax_cache"))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
+# Compiles in two thirds of the time; slower programs do not matter at test sizes.
+os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
 # XLA's older code generator compiles these programs in a third of the time. Later versions have none, and XLA does not start on a flag
 # that it does not know.
 if importlib.metadata.version("jaxlib").startswith("0.10."):
@@ -29,8 +31,6 @@ import shape_checks
 shape_checks.install("jpeft")
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_rank_promotion", "raise")
-# Compiles in two thirds of the time; slower programs do not matter at test sizes.
-jax.config.update("jax_disable_most_optimizations", True)
 # Tracing makes many objects, few of them in cycles: looking for those less often saves a tenth of the time.
 gc.set_threshold(100_000, 20, 50)
 

@@ -22,7 +22,7 @@ SMALL = {
         [r"leaves of the base that moved: 0 of 6", r"optimizer state: 1,803 numbers; of full fine-tuning: 50,955"],
     ),
     "diff_pruning.py": (
-        "--steps 30",
+        "--steps 12",
         [r"stage gates: trains", r"stage mask: trains", r"(\S+) of \S+ weights differ from the base; the budget is \1"],
     ),
     "far.py": (
