@@ -1,5 +1,6 @@
 """Tiny models here and in torch, with the same parameters, and adapters of HF PEFT on them."""
 
+import dataclasses
 import functools
 import tempfile
 from pathlib import Path
@@ -18,9 +19,10 @@ from test_decoders import GPT2, LLAMA
 import jpeft
 from jpeft.models import BertForSequenceClassification, GPT2LMHeadModel, LlamaForCausalLM, load, save
 
-TASKS = {"bert": "sequence-classification", "gpt2": "causal-lm", "llama": "causal-lm"}
-TORCH = {"bert": "BertForSequenceClassification", "gpt2": "GPT2LMHeadModel", "llama": "LlamaForCausalLM"}
-HF_TASKS = {"bert": "SEQ_CLS", "gpt2": "CAUSAL_LM", "llama": "CAUSAL_LM"}
+DECODERS = {"gpt2": "GPT2LMHeadModel", "llama": "LlamaForCausalLM", "llama-tied": "LlamaForCausalLM"}
+TASKS = {"bert": "sequence-classification"} | dict.fromkeys(DECODERS, "causal-lm")
+TORCH = {"bert": "BertForSequenceClassification"} | DECODERS
+HF_TASKS = {"bert": "SEQ_CLS"} | dict.fromkeys(DECODERS, "CAUSAL_LM")
 
 
 class Tiny(NamedTuple):
@@ -38,6 +40,7 @@ def folder(family: str) -> Path:
         "bert": lambda: BertForSequenceClassification(tiny_bert("bert"), 3),
         "gpt2": lambda: GPT2LMHeadModel(GPT2),
         "llama": lambda: LlamaForCausalLM(LLAMA),
+        "llama-tied": lambda: LlamaForCausalLM(dataclasses.replace(LLAMA, tie_word_embeddings=True)),
     }[family]()
     path = Path(tempfile.mkdtemp(), family)
     save(path, model, random_params(model))

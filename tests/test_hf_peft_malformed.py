@@ -4,6 +4,7 @@ import json
 import os
 import struct
 
+import jax
 import ml_dtypes
 import numpy as np
 import pytest
@@ -180,6 +181,35 @@ def test_another_model_is_named(tmp_path, model):
     with pytest.raises(ValueError, match="target_modules|does not fit|no place") as error:
         jpeft.load_hf(folder, loaded.params, model=loaded.model)
     assert "\n" not in str(error.value)
+
+
+def test_a_head_that_is_the_embedding_is_named(tmp_path):
+    folder = Golden("gpt2-untied", "lokr").write(tmp_path / "in")
+    loaded = base("gpt2", scan=True)
+    with pytest.raises(ValueError, match="an adapter of 'lm_head', which in this base is the word embedding.*untie=True") as error:
+        jpeft.load_hf(folder, loaded.params, model=loaded.model)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"alpha_pattern": {"embed_tokens": 7}}, "give 'lm_head' other numbers than 'model.embed_tokens', with which it is tied"),
+        ({"use_dora": True}, "gives 'model.embed_tokens' and 'lm_head' two magnitudes"),
+        (None, "'lm_head.lora_A.weight' is not the transpose of 'model.embed_tokens.lora_embedding_B'"),
+    ],
+)
+def test_a_tie_that_is_none_is_named(tmp_path, changes, message):
+    about = {"vocab_size": 31, "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 24}
+    model = jpeft.models.LlamaForCausalLM(jpeft.models.LlamaConfig(**about, tie_word_embeddings=True))
+    params = model.init(jax.random.key(0), np.ones((1, 4), np.int32))["params"]
+    jpeft.save_hf(tmp_path / "in", jpeft.apply(params, method="lora", target=["embed_tokens"]), model=model)
+    head = "base_model.model.lm_head.lora_A.weight"
+    spoil = config(**changes) if changes else tensors(lambda content: content | {head: content[head] + 1})
+    jpeft.load_hf(tmp_path / "in", params, model=model)
+    spoil(tmp_path / "in")
+    with pytest.raises(ValueError, match=message):
+        jpeft.load_hf(tmp_path / "in", params, model=model)
 
 
 def test_a_base_of_another_size_is_named(tmp_path):

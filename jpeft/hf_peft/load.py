@@ -76,7 +76,8 @@ def _load(form: Format, config: Config, base: Base, tensors: Tensors) -> Peft:
     way = tensors.way(modules, base.body)
     rename = lambda module: unshifted(module, way) if way else module
     shapes = tensors.shapes(way)
-    whole.check_tied_head(shapes, base, tensors.file)
+    if not (form.follows_ties or config.get("ensure_weight_tying")):
+        whole.check_tied_head(shapes, base, tensors.file)
     config, aliases = form.prepare(config, base, shapes)
     targets = form.targets(config, base, rename)
     saved = whole.saved_sites(config, base) if form.saves_modules else []
@@ -88,7 +89,7 @@ def _load(form: Format, config: Config, base: Base, tensors: Tensors) -> Peft:
     expected = form.expected(config, base, targets, rename)
     expected |= {site.name: site.shape for site in [*saved, *biases]}
     expected |= {tied: base.word.shape} if tied is not None and base.word is not None else {}
-    expected |= {name: (len(ids), site.outputs) for name, (site, ids) in tokens.items()}
+    expected |= {name: (len(ids), site.shape[1]) for name, (site, ids) in tokens.items()}
     spare = [name for name in tensors.match(expected, way, aliases | dict(base.second_names)) if not _is_of_base(name, tensors, base, way)]
     check_tensors(tensors, expected, spare)
     if tied is not None and base.word is not None and not np.array_equal(tensors.read(tied), tensors.read(base.word.name)):
@@ -117,10 +118,11 @@ def _is_of_base(name: str, tensors: Tensors, base: Base, way: str) -> bool:
     Raises:
       ValueError: if it has the name of one, but other numbers.
     """
-    known = next((found for one in candidates(name) for found in (shifted(one, way), one) if found in base.sites), None)
+    sites = base.sites | ({f"{base.tied}.weight": base.word} if base.tied is not None and base.word is not None else {})
+    known = next((found for one in candidates(name) for found in (shifted(one, way), one) if found in sites), None)
     if known is None:
         return False
-    own, there = base.tensor(base.sites[known]), tensors.read_raw(name)
+    own, there = base.tensor(sites[known]), tensors.read_raw(name)
     dtype = tensors.dtype(name)
     if own.shape == there.shape and np.array_equal(own.astype(dtype), there.astype(dtype)):
         return True

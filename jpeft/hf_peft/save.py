@@ -21,7 +21,7 @@ from jpeft.hf_peft.config import CONFIG, WEIGHTS
 from jpeft.hf_peft.formats import format_for, formats
 from jpeft.hf_peft.formats.base import Arrays, Format, Written
 from jpeft.hf_peft.sites import Base, Names, base_of
-from jpeft.hf_peft.targets import names_for
+from jpeft.hf_peft.targets import names_for, saved_modules
 from jpeft.selective.trainable_tokens import TrainableTokens
 from jpeft.tree.head import head_leaves
 
@@ -86,7 +86,7 @@ def _write(parts: _Parts, base: Base) -> tuple[Format, Arrays, dict[str, Any]]:
     """The format of an adapter, its tensors, and the configuration."""
     form = format_for(parts.original.name)
     assert form is not None
-    if not (form.follows_ties or getattr(parts.method, "tied", None) == "lookup"):
+    if not (form.follows_ties or parts.method.name in form.keeps_ties or getattr(parts.method, "tied", None) == "lookup"):
         whole.check_tied_target([site for path in parts.own for site in base.at(path.rpartition("/")[0])], base, parts.method.name)
     written = form.save(parts.method, parts.own, base)
     modules, biases = _split_replaced(parts.replaced, base)
@@ -107,15 +107,17 @@ def _write(parts: _Parts, base: Base) -> tuple[Format, Arrays, dict[str, Any]]:
         tensors[f"{base.tied}.weight"] = tensors[base.word.name].copy()
         names.append(base.tied)
     config: dict[str, Any] = {"modules_to_save": names or None} if form.saves_modules else {}
-    if "bias" in form.keys:
-        config["bias"] = "none"
     if biases:
         config["bias"] = _bias_mode(form, biases, written)
         tensors |= _bias_tensors(biases, replaced, written, base, config["bias"])
+        tensors |= _bias_copies(names, tensors, base) if config["bias"] == "all" else {}
     if parts.tokens:
         config["trainable_token_indices"] = _add_tokens(form, parts.tokens, tensors, base)
+    else:
+        tensors |= _adapted_embeddings(written, base)
     about = {"peft_type": form.peft_type, "peft_version": _VERSION, "task_type": task, "inference_mode": True}
-    return form, tensors, config | written.config | about | {"revision": None, "auto_mapping": None}
+    auto = base.torch_class if task is None else None  # by which HF PEFT finds the class of the base where no task tells it
+    return form, tensors, form.unused | config | written.config | about | {"auto_mapping": auto}
 
 
 def _sort(peft: Peft) -> _Parts:
@@ -250,6 +252,29 @@ def _bias_tensors(biases: list[str], replaced: Mapping[str, Any], written: Writt
         name = f"{site.module}.base_layer.bias" if site.module in targets else site.name
         out[name] = site.to_torch(replaced[site.path]) if site.path in replaced else base.tensor(site)
     return out | {second: out[first].copy() for second, first in base.second_names.items() if first in out}
+
+
+def _bias_copies(names: list[str], tensors: Mapping[str, np.ndarray], base: Base) -> Arrays:
+    """The biases of modules that are held whole, which HF PEFT repeats with ``bias="all"``: as trained, and as the base has them."""
+    out: Arrays = {}
+    for outer in saved_modules(names, base.modules):
+        for site in (site for site in base.sites.values() if site.name.endswith(".bias") and site.name.startswith(f"{outer}.")):
+            inner = site.name.removeprefix(f"{outer}.")
+            adapter = "default." if "." in inner else ""  # HF PEFT takes the adapter's name out of the end of names alone
+            out[f"{outer}.modules_to_save.{adapter}{inner}"] = tensors[site.name].copy()
+            out[f"{outer}.original_module.{inner}"] = base.tensor(site)
+    return out
+
+
+def _adapted_embeddings(written: Written, base: Base) -> Arrays:
+    """The base's own embedding and head where they are adapted: HF PEFT adds them if the targets name one of these two."""
+    if not set(whole.EMBEDDINGS) & set(written.config.get("target_modules") or ()):
+        return {}
+    ends = [base.word, base.sites.get("lm_head.weight")]
+    found = {site.module: base.tensor(site) for site in ends if site is not None and site.module in set(written.modules)}
+    if written.config.get("ensure_weight_tying") and base.word is not None:
+        found[str(base.tied)] = found[base.word.module].copy()
+    return {f"{module}.base_layer.weight": tensor for module, tensor in found.items()}
 
 
 def _add_tokens(form: Format, tokens: list[tuple[TrainableTokens, dict[str, Any]]], tensors: Arrays, base: Base) -> Any:

@@ -119,6 +119,7 @@ class Base:
       config: The model's configuration; None for a model that is not jpeft's.
       tied: The torch module of a head that is the word embedding; None if there is none.
       second_names: Names of tensors by second names that torch has for them.
+      torch_class: Where transformers has the class of the model, as HF PEFT writes it; None for a model that is not jpeft's.
     """
 
     def __init__(
@@ -133,11 +134,12 @@ class Base:
         config: Any = None,
         tied: str | None = None,
         second_names: Mapping[str, str] = MappingProxyType({}),
+        torch_class: Mapping[str, str] | None = None,
     ):
         self.params, self.leaves = params, tree.flatten(params)
         self.sites = {site.name: site for site in sites}
         self.body, self.model_type, self.task, self.axes, self.config, self.tied = body, model_type, task, axes, config, tied
-        self.second_names = second_names
+        self.second_names, self.torch_class = second_names, torch_class
 
     @property
     def kernels(self) -> dict[str, Site]:
@@ -239,7 +241,15 @@ def base_of(params: tree.Params, *, model: Any = None, names: Names | None = Non
         second_names={
             re.sub(old, new, site.name): site.name for old, new in family.names.second_names for site in sites if re.search(old, site.name)
         },
+        torch_class=_torch_class(config.model_type, family.models[task].hf_suffix) if task else None,
     )
+
+
+def _torch_class(model_type: str, suffix: str) -> dict[str, str]:
+    """The class of a model in transformers, and its module."""
+    folder = model_type.replace("-", "_")
+    name = f"{families.family_of(model_type).hf_classes[model_type]}{suffix}"
+    return {"base_model_class": name, "parent_library": f"transformers.models.{folder}.modeling_{folder}"}
 
 
 def _named_sites(params: tree.Params, rename: "_Renaming", axes: Any) -> Iterator[Site]:

@@ -149,8 +149,10 @@ def names_for(wanted: Sequence[str], modules: Sequence[str]) -> list[str]:
 
 
 def layered_names_for(wanted: Sequence[str], modules: Sequence[str]) -> tuple[list[str], list[int] | None]:
-    """As `names_for`, and the numbers of the layers for `layers_to_transform`, where these make the names shorter; else None."""
+    """As `names_for`, and the numbers of the layers for `layers_to_transform`, where names with numbers become shorter by it; else None."""
     plain = names_for(wanted, modules)
+    if not any(part.isdecimal() for name in plain for part in name.split(".")):
+        return plain, None
     number = lambda name: int(match[1]) if (match := re.match(r".*?\.[^.]*\.(\d+)\.", name)) else None
     layers = {number(name) for name in wanted}
     if None in layers or not layers:

@@ -5,6 +5,7 @@ a chain.
 """
 
 import os
+import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
@@ -12,15 +13,18 @@ import numpy as np
 
 from jpeft import tree
 from jpeft.hf_peft.config import Config
-from jpeft.hf_peft.sites import EMBEDDING, Base, Site
+from jpeft.hf_peft.sites import EMBEDDING, LINEAR, Base, Site
 from jpeft.hf_peft.targets import path_regex, saved_modules
 from jpeft.selective.bitfit import bitfit
-from jpeft.selective.trainable_tokens import ROWS, TrainableTokens
+from jpeft.selective.trainable_tokens import COLUMNS, ROWS, TrainableTokens
 from jpeft.tree.head import head_leaves
 from jpeft.tree.paths import Path
 
 Arrays = dict[str, np.ndarray]
 TOKENS = "token_adapter.trainable_tokens_delta"
+
+# HF PEFT's names of embeddings and heads: it writes the base's own beside adapted ones, and ties the two.
+EMBEDDINGS = ("embed_tokens", "lm_head")
 
 # Heads that HF PEFT trains whole for a task, whatever the configuration says.
 HEADS = {"SEQ_CLS": ("classifier", "score"), "TOKEN_CLS": ("classifier", "score"), "QUESTION_ANS": ("qa_outputs",)}
@@ -57,14 +61,23 @@ def tied_copy(config: Config, base: Base, saved: Sequence[Site]) -> str | None:
     """
     if base.tied is None or base.word is None:
         return None
+    held = any(site.path == base.word.path for site in saved)
     named = any(base.tied.endswith(name) for name in config["modules_to_save"] or ())
-    if named == any(site.path == base.word.path for site in saved):
+    named = named or (held and bool(config.get("ensure_weight_tying")) and names_embeddings(config["modules_to_save"]))
+    if named == held:
         return f"{base.tied}.weight" if named else None
     alone, other = (base.tied, base.word.module) if named else (base.word.module, base.tied)
     raise config.error(
         f"modules_to_save holds '{alone}' without '{other}'. The model ties the two, so both would change; in HF PEFT the one alone does. "
         f"{UNTIE}."
     )
+
+
+def names_embeddings(names: Sequence[str] | str | None) -> bool:
+    """Whether names of modules, or a regex, are about an embedding or a head that HF PEFT knows, and keeps tied if asked to."""
+    if isinstance(names, str):
+        return any(re.fullmatch(names, each) for each in EMBEDDINGS)
+    return any(name.rpartition(".")[2] in EMBEDDINGS for name in names or ())
 
 
 def check_tied_target(sites: Sequence[Site], base: Base, what: str) -> None:
@@ -154,6 +167,15 @@ def bias_part(sites: Sequence[Site], base: Base, mode: str) -> Any:
 # --- tokens -------------------------------------------------------------------------------------------------------------------------------
 
 
+def token_tables(base: Base) -> dict[str, Site]:
+    """What may have rows of its own for tokens, by module: tables of embeddings, and a head that is not tied to one."""
+    return {
+        site.module: site
+        for site in base.sites.values()
+        if site.kind == EMBEDDING or (site.kind == LINEAR and site.module == "lm_head" and base.word is not None)
+    }
+
+
 def token_sites(config: Config, base: Base, key: str = "trainable_token_indices") -> dict[str, tuple[Site, tuple[int, ...]]]:
     """The tables of which the adapter holds some rows: by the names of the tensors, with the tokens.
 
@@ -163,7 +185,7 @@ def token_sites(config: Config, base: Base, key: str = "trainable_token_indices"
     given = config.get(key)
     if not given:
         return {}
-    tables = {site.module: site for site in base.sites.values() if site.kind == EMBEDDING}
+    tables = token_tables(base)
     if isinstance(given, list):
         if base.word is None:
             raise config.error(f"{key} is about the word embedding, and the model has none that jpeft knows.")
@@ -177,8 +199,8 @@ def token_sites(config: Config, base: Base, key: str = "trainable_token_indices"
         if not sites:
             raise config.error(f"{key} names {name!r}, which is no table of embeddings of the model. There are {', '.join(tables)}.")
         for site in sites:
-            if max(tokens) >= site.inputs:
-                raise config.error(f"{key} has the token {max(tokens)}, but '{site.path}' has {site.inputs} rows.")
+            if max(tokens) >= site.shape[0]:
+                raise config.error(f"{key} has the token {max(tokens)}, but '{site.path}' has {site.shape[0]} rows.")
             out[f"{site.module}.{TOKENS}"] = (site, tuple(tokens))
     return out
 
@@ -191,11 +213,25 @@ def token_parts(
     tables: Mapping[str, tuple[Site, tuple[int, ...]]], base: Base, read: Callable[[str], np.ndarray], head: str | None = None
 ) -> dict[str, tuple[TrainableTokens, Arrays]]:
     """For each table the method that trains its rows, and the differences of the rows."""
+    base_rows = lambda site, tokens: np.asarray(base.tensor(site), np.float32)[list(tokens)]
+    columns = {tokens: (name, site) for name, (site, tokens) in tables.items() if site.kind == LINEAR}
     out = {}
-    for i, (name, (site, tokens)) in enumerate(tables.items()):
-        method = TrainableTokens(tokens=tokens, embedding=path_regex([site.path]), output=None, head=head)
-        rows = read(name) - np.asarray(base.leaves[site.path], np.float32)[list(tokens)]
-        out["tokens" if i == 0 else f"tokens_{i + 1}"] = (method, {f"{site.path}/{ROWS}": rows})
+    for name, (site, tokens) in tables.items():
+        if site.kind == LINEAR:
+            continue
+        other, beside = columns.pop(tokens, (None, None)) if base.word is not None and site.path == base.word.path else (None, None)
+        method = TrainableTokens(
+            tokens=tokens, embedding=path_regex([site.path]), output=path_regex([beside.path]) if beside is not None else None, head=head
+        )
+        leaves = {f"{site.path}/{ROWS}": read(name) - base_rows(site, tokens)}
+        if other is not None and beside is not None:
+            leaves[f"{beside.path}/{COLUMNS}"] = read(other) - base_rows(beside, tokens)
+        out[f"tokens_{len(out) + 1}" if out else "tokens"] = (method, leaves)
+    if columns:
+        raise ValueError(
+            "The adapter trains rows of tokens in the head 'lm_head' that it does not train in the word embedding, or several sets of "
+            "them, and jpeft trains the two together."
+        )
     return out
 
 
@@ -203,17 +239,16 @@ def token_tensors(method: TrainableTokens, leaves: Mapping[Path, Any], base: Bas
     """The rows of tables as HF PEFT has them: the new rows, by module.
 
     Raises:
-      ValueError: for columns of a head that is not tied, which HF PEFT holds no rows for.
+      ValueError: for scores of tokens that HF PEFT holds no rows for.
     """
     out = {}
+    tables = {site.path: site for site in token_tables(base).values()}
     for path, leaf in tree.flatten(leaves).items():
-        owner, name = path.rpartition("/")[::2]
-        sites = base.at(owner)
-        if name != ROWS or not sites:
+        site = tables.get(path.rpartition("/")[0])
+        if site is None:
             raise ValueError(
-                f"trainable_tokens trains '{owner}' too, the scores of the tokens, which HF PEFT cannot hold: it holds rows of embeddings. "
-                "Train with output=None to export."
+                f"trainable_tokens trains '{path.rpartition('/')[0]}' too, the scores of the tokens, which HF PEFT cannot hold: it holds "
+                "rows of embeddings and of 'lm_head'. Train with output=None to export."
             )
-        table = np.asarray(base.leaves[owner], np.float32)
-        out[sites[0].module] = table[list(method.tokens or ())] + np.asarray(leaf, np.float32)
+        out[site.module] = np.asarray(base.tensor(site), np.float32)[list(method.tokens or ())] + np.asarray(leaf, np.float32)
     return out

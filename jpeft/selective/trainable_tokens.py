@@ -47,7 +47,7 @@ class TrainableTokens(Method):
     (2, 8)
 
     HF PEFT has the same method, TrainableTokens, and as ``trainable_token_indices`` of LoRA. It stores the new rows, not the differences,
-    so that weight decay pulls them to zero. It copies the whole table at every step, and does not train the columns of an untied head.
+    so that weight decay pulls them to zero. It copies the whole table at every step, and trains an untied head only if it is named too.
     """
 
     tokens: Annotated[Sequence[CountOrZero], NotEmpty()] | None = None

@@ -8,6 +8,7 @@ import numpy as np
 from jpeft.hf_peft.assemble import take_apart
 from jpeft.hf_peft.config import ANY, COUNT, FLAG, NUMBER, RATE, TARGETING, WHOLE, Config, Key, Kind, one_of
 from jpeft.hf_peft.formats.base import Arrays, Shapes, WeightFormat
+from jpeft.hf_peft.formats.lora import REFUSED
 from jpeft.hf_peft.ranks import whole
 from jpeft.hf_peft.sites import Base, Site
 from jpeft.reparameterized.adalora import RANK, AdaLoRA
@@ -36,7 +37,8 @@ class AdaLoRAFormat(WeightFormat):
     kinds = ("linear", "conv1d")
     pads = True
     folds = False  # the places of triplets that are gone are written
-    keys = TARGETING | {
+    refused = REFUSED | {"lora_bias": False, "target_parameters": None, "use_dora": False}
+    keys = {key: about for key, about in TARGETING.items() if key != "init_weights"} | {
         "init_r": Key(12, COUNT),
         "target_r": Key(8, COUNT),
         "lora_alpha": Key(8, NUMBER),

@@ -3,6 +3,7 @@
 import abc
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
@@ -11,7 +12,7 @@ from jpeft.core.method import Method
 from jpeft.core.options import shown
 from jpeft.hf_peft import targets
 from jpeft.hf_peft.assemble import join, take_apart
-from jpeft.hf_peft.config import Config, Key
+from jpeft.hf_peft.config import COMMON, Config, Key
 from jpeft.hf_peft.sites import EXPERTS, Base, Site
 from jpeft.reparameterized.weight_method import WeightMethod
 from jpeft.tree.paths import Path
@@ -63,6 +64,7 @@ class Format(abc.ABC):
     Attributes:
       peft_type: HF PEFT's name.
       keys: The keys of the configuration that it knows beside those of all types.
+      refused: Keys of options that jpeft does not have, with the value that says that the option is not used.
       methods: The names of the methods that it holds.
       prefix: What stands in front of the names of tensors in the file.
       bare: The names of tensors that have nothing in front.
@@ -71,11 +73,13 @@ class Format(abc.ABC):
       follows_ties: Whether a change of a word embedding changes a head that is tied to it.
       folds: Whether the adapter is written as `jpeft.fold` leaves it.
       splits_ties: Whether the method can change the look-ups of such an embedding alone, by its option ``tied``.
+      keeps_ties: The methods whose change of such an embedding it holds for look-ups and head together.
       replaces: Whether the method's own leaves replace parameters of the base.
     """
 
     peft_type: ClassVar[str]
     keys: ClassVar[Mapping[str, Key]]
+    refused: ClassVar[Mapping[str, Any]] = MappingProxyType({})
     methods: ClassVar[tuple[str, ...]]
     prefix: ClassVar[str] = "base_model.model."
     bare: ClassVar[tuple[str, ...]] = ()
@@ -84,6 +88,7 @@ class Format(abc.ABC):
     follows_ties: ClassVar[bool] = False
     folds: ClassVar[bool] = True
     splits_ties: ClassVar[bool] = False
+    keeps_ties: ClassVar[tuple[str, ...]] = ()
     replaces: ClassVar[bool] = False
 
     def check(self, config: Config, base: Base) -> None:  # noqa: B027
@@ -114,6 +119,14 @@ class Format(abc.ABC):
     def targets(self, config: Config, base: Base, rename: Callable[[str], str]) -> list[Site]:
         """The sites that the adapter changes; none for a type that chooses no modules."""
         return []
+
+    @property
+    def unused(self) -> dict[str, Any]:
+        """All keys that HF PEFT writes, with the values of options that are not used."""
+        known = {key: about.default for key, about in (COMMON | dict(self.keys)).items()}
+        if not self.saves_modules:
+            del known["modules_to_save"]
+        return known | dict(self.refused)
 
     @abc.abstractmethod
     def expected(self, config: Config, base: Base, sites: Sequence[Site], rename: Callable[[str], str]) -> Shapes:

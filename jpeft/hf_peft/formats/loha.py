@@ -50,7 +50,7 @@ class LoHaFormat(WeightFormat):
 
     def method(self, config: Config, sites: Mapping[str, Site]) -> WeightMethod:
         """`jpeft.loha`."""
-        return LoHa(**RANKED.options(config, sites), effective_conv=config["use_effective_conv2d"])
+        return LoHa(**RANKED.options(config, sites), **lycoris_options(config))
 
     def adjust(self, config: Config, method: Any, sites: Mapping[str, Site], leaves: dict[str, Arrays]) -> dict[str, Arrays]:
         """The first factor takes up the difference of scales."""
@@ -102,7 +102,14 @@ def core(site: Site) -> tuple[int, ...]:
 
 def lycoris_config(method: Any) -> dict[str, Any]:
     """What LoHa and LoKr have in common."""
-    return {"use_effective_conv2d": method.effective_conv, "rank_dropout": 0.0, "module_dropout": 0.0, "init_weights": True}
+    dropouts = {"rank_dropout": method.rank_dropout, "module_dropout": method.module_dropout}
+    return {"use_effective_conv2d": method.effective_conv, **dropouts, "init_weights": True}
+
+
+def lycoris_options(config: Config) -> dict[str, Any]:
+    """The inverse."""
+    dropouts = {key: float(config[key]) for key in ("rank_dropout", "module_dropout")}
+    return {"effective_conv": config["use_effective_conv2d"], **dropouts}
 
 
 def _reordered(b: np.ndarray, site: Site, *, back: bool = False) -> np.ndarray:

@@ -7,7 +7,7 @@ import numpy as np
 
 from jpeft.hf_peft.config import FLAG, Config, Key, Kind
 from jpeft.hf_peft.formats.base import Arrays, Shapes, WeightFormat
-from jpeft.hf_peft.formats.loha import LYCORIS, RANKED, core, is_factorised, lycoris_config
+from jpeft.hf_peft.formats.loha import LYCORIS, RANKED, core, is_factorised, lycoris_config, lycoris_options
 from jpeft.hf_peft.sites import CONV, Site
 from jpeft.reparameterized.lokr import LoKr, factorization
 from jpeft.reparameterized.weight_method import WeightMethod
@@ -45,7 +45,8 @@ class LoKrFormat(WeightFormat):
             **RANKED.options(config, sites),
             decompose_both=config["decompose_both"],
             decompose_factor=config["decompose_factor"],
-            effective_conv=config["use_effective_conv2d"],
+            rank_dropout_scale=config["rank_dropout_scale"],
+            **lycoris_options(config),
         )
 
     def adjust(self, config: Config, method: Any, sites: Mapping[str, Site], leaves: dict[str, Arrays]) -> dict[str, Arrays]:
@@ -80,5 +81,5 @@ class LoKrFormat(WeightFormat):
     def config(self, method: Any, sites: Sequence[Site], leaves: Mapping[str, Arrays]) -> dict[str, Any]:
         """Ranks, which no shape tells where both matrices are whole, and how the sizes are cut."""
         ranks = {site.module: first_match(site.path, method.rank, "rank") for site in sites}
-        own = {"decompose_both": method.decompose_both, "decompose_factor": method.decompose_factor, "rank_dropout_scale": False}
+        own = {key: getattr(method, key) for key in ("decompose_both", "decompose_factor", "rank_dropout_scale")}
         return RANKED.written(method, sites, ranks) | lycoris_config(method) | own

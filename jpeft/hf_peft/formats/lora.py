@@ -6,17 +6,26 @@ from typing import Any
 
 import numpy as np
 
-from jpeft.hf_peft import experts, starts, targets
+from jpeft.core.method import Method
+from jpeft.hf_peft import experts, starts, targets, whole
 from jpeft.hf_peft.config import ANY, COUNT, COUNT_RULES, FLAG, NAMES, POSITIVE, POSITIVE_RULES, RATE, TARGETING, Config, Key, one_of
-from jpeft.hf_peft.formats.base import Arrays, File, Shapes, WeightFormat
+from jpeft.hf_peft.formats.base import Arrays, File, Shapes, WeightFormat, Written
 from jpeft.hf_peft.sites import CONV, EMBEDDING, EXPERTS, Base, Site
 from jpeft.reparameterized.dora import DoRA
 from jpeft.reparameterized.lora import LoRA
 from jpeft.reparameterized.low_rank import scale
 from jpeft.reparameterized.weight_method import WeightMethod
+from jpeft.tree.paths import Path
 from jpeft.tree.select import first_match
 
 BIAS = "lora_B.bias"
+
+# Options of LORA and ADALORA that jpeft does not have.
+REFUSED = {
+    **dict.fromkeys(("alora_invocation_tokens", "arrow_config", "corda_config", "kasa_config", "layer_replication", "lora_ga_config")),
+    **dict.fromkeys(("monteclora_config", "use_bdlora", "velora_config")),
+    "use_qalora": False,
+}
 
 
 class LoRAFormat(WeightFormat):
@@ -27,7 +36,9 @@ class LoRAFormat(WeightFormat):
     kinds = ("linear", "conv1d", "conv", "embedding", "experts")
     pads = True
     splits_ties = True
-    keys = TARGETING | {
+    keeps_ties = ("lora",)
+    refused = REFUSED
+    keys = {key: about for key, about in TARGETING.items() if key != "init_weights"} | {
         "r": Key(8, COUNT),
         "lora_alpha": Key(8, POSITIVE),
         "lora_dropout": Key(0.0, RATE),
@@ -66,7 +77,12 @@ class LoRAFormat(WeightFormat):
         found = experts.chosen(config, base)
         if found and (config["use_dora"] or config["lora_bias"] or starts.start_of(config)):
             raise config.error("target_parameters goes with plain LoRA alone.")
-        return [*super().targets(config, base, rename), *found]
+        chosen = super().targets(config, base, rename)
+        if _keeps_tie(config) and config["use_dora"] and (table := _tied_table(chosen, base)) is not None:
+            raise config.error(
+                f"use_dora with ensure_weight_tying gives '{table.module}' and '{base.tied}' two magnitudes; here they are one."
+            )
+        return [*chosen, *found]
 
     def aliases(self, sites: Sequence[Site]) -> dict[str, str]:
         """The tensors of experts stand beside the module."""
@@ -131,15 +147,32 @@ class LoRAFormat(WeightFormat):
         return LoRA(**options, dropout=config["lora_dropout"], lora_bias=config["lora_bias"])
 
     def aim(self, method: Any, sites: Sequence[Site], config: Config, base: Base) -> Any:
-        """A table that is the head too is changed in its look-ups alone."""
-        table = base.word if base.tied is not None else None
-        if table is None or all(site.path != table.path for site in sites):
-            return super().aim(method, sites, config, base)
-        if config["ensure_weight_tying"]:
-            raise config.error(
-                f"ensure_weight_tying=true adapts '{table.module}' and '{base.tied}' by one pair of factors, which jpeft does not read."
-            )
-        return super().aim(method.replace(tied="lookup"), sites, config, base)
+        """A table that is the head too is changed in its look-ups alone, unless the two are kept tied."""
+        tied = "both" if _tied_table(sites, base) is None or _keeps_tie(config) else "lookup"
+        return super().aim(method.replace(tied=tied), sites, config, base)
+
+    def expected(self, config: Config, base: Base, sites: Sequence[Site], rename: Callable[[str], str]) -> Shapes:
+        """The tensors of all sites, and those of a head that is kept tied to the table."""
+        shapes = super().expected(config, base, sites, rename)
+        table = _tied_table(sites, base)
+        if table is None or not _keeps_tie(config):
+            return shapes
+        return shapes | {head: shapes[own][::-1] for head, own in _head_copies(table, base).items()}
+
+    def load(self, file: File, sites: Sequence[Site]) -> tuple[Method, Arrays]:
+        """The method, and the leaves of all kernels."""
+        table = _tied_table(sites, file.base)
+        if table is not None and _keeps_tie(file.config):
+            numbers = [_rank_and_alpha(file.config, name) for name in (file.rename(table.module), str(file.base.tied))]
+            if numbers[0] != numbers[1]:
+                raise file.config.error(
+                    f"ensure_weight_tying is true, and rank_pattern and alpha_pattern give '{file.base.tied}' other numbers than "
+                    f"'{table.module}', with which it is tied."
+                )
+            for head, own in _head_copies(table, file.base).items():
+                if not np.array_equal(file.read(head), file.read(own).T):
+                    raise file.config.error(f"ensure_weight_tying is true, and '{head}' is not the transpose of '{own}'.")
+        return super().load(file, sites)
 
     def adjust(self, config: Config, method: Any, sites: Mapping[str, Site], leaves: dict[str, Arrays]) -> dict[str, Arrays]:
         """In a stack ``b`` takes up what the scale of a layer is more than that of the stack."""
@@ -178,6 +211,22 @@ class LoRAFormat(WeightFormat):
         return leaves | ({"m": tensors["lora_magnitude_vector"].reshape(-1)} if config["use_dora"] else {})
 
     # --- writing --------------------------------------------------------------------------------------------------------------------------
+
+    def save(self, method: Any, leaves: Mapping[Path, Any], base: Base) -> Written:
+        """The tensors of all kernels. A table and the head that it is too are tied in HF PEFT if they are asked to be."""
+        written = super().save(method, leaves, base)
+        sites = [site for path in leaves for site in base.at(path.rpartition("/")[0])]
+        table = _tied_table(sites, base)
+        if table is None or method.tied == "lookup":
+            return written
+        if not whole.names_embeddings([table.module]):
+            whole.check_tied_target(sites, base, method.name)
+        copies = {head: written.tensors[own].T for head, own in _head_copies(table, base).items()}
+        config: dict[str, Any] = written.config | {"ensure_weight_tying": True}
+        for patterns, common in (("rank_pattern", "r"), ("alpha_pattern", "lora_alpha")):
+            if (value := targets.pattern_value(config[patterns], table.module, config[common])) != config[common]:
+                config[patterns] = config[patterns] | {str(base.tied): value}
+        return written._replace(tensors=written.tensors | copies, config=config)
 
     def write(self, method: Any, site: Site, leaves: Arrays) -> Arrays:
         """A and B, and the magnitude."""
@@ -228,6 +277,23 @@ class LoRAFormat(WeightFormat):
             "lora_bias": getattr(method, "lora_bias", False),
             "init_lora_weights": method.initializer if named else True,
         }
+
+
+def _tied_table(sites: Sequence[Site], base: Base) -> Site | None:
+    """The word embedding, if it is adapted and is the head, too."""
+    return base.word if base.tied is not None and base.word is not None and any(site.path == base.word.path for site in sites) else None
+
+
+def _keeps_tie(config: Config) -> bool:
+    """Whether HF PEFT keeps the table and the head tied."""
+    saved = whole.names_embeddings(config["modules_to_save"])
+    return config["ensure_weight_tying"] and not saved and whole.names_embeddings(config["target_modules"])
+
+
+def _head_copies(table: Site, base: Base) -> dict[str, str]:
+    """The factors of a head that is kept tied, and those of the table that they are the transposes of."""
+    pairs = {"lora_A.weight": "lora_embedding_B", "lora_B.weight": "lora_embedding_A"}
+    return {f"{base.tied}.{head}": f"{table.module}.{own}" for head, own in pairs.items()}
 
 
 def _rank_and_alpha(config: Config, name: str) -> tuple[int, int | float]:

@@ -7,7 +7,7 @@ import numpy as np
 
 from jpeft.core.method import Method
 from jpeft.hf_peft import targets
-from jpeft.hf_peft.config import ANY, COUNT, TARGETING, Config, Key
+from jpeft.hf_peft.config import ANY, COUNT, TARGETING, WHOLE, Config, Key, Kind
 from jpeft.hf_peft.formats.base import Arrays, File, Shapes, TargetFormat, Written
 from jpeft.hf_peft.ranks import one_rank
 from jpeft.hf_peft.sites import Base, Site
@@ -16,6 +16,7 @@ from jpeft.selective.shira import SHiRA
 from jpeft.selective.sparse import INDICES, VALUES
 from jpeft.tree.paths import Path
 
+_SEED = Kind("a whole number from 0 to 2**31 - 1, or null", lambda value: value is None or (WHOLE.fits(value) and 0 <= value < 2**31))
 _WEIGHT, _INDICES = "shira_weight", "shira_indices"
 
 
@@ -29,7 +30,7 @@ class SHiRAFormat(TargetFormat):
         "r": Key(32, COUNT),
         # How the places were chosen; where they are is in the file.
         "mask_type": Key("random", ANY),
-        "random_seed": Key(None, ANY),
+        "random_seed": Key(None, _SEED),
     }
 
     def shapes(self, config: Config, site: Site, name: str) -> Shapes:
@@ -41,7 +42,8 @@ class SHiRAFormat(TargetFormat):
         """The method, and the values of all kernels in the order of their places."""
         config, base = file.config, file.base
         candidates = [path for path, leaf in base.leaves.items() if len(leaf.shape) > 1 and not path.endswith("bias")]
-        method = SHiRA(rank=config["r"], axes=base.axes, head=file.head, target=targets.path_target(sites, candidates))
+        seed = config["random_seed"] or 0
+        method = SHiRA(rank=config["r"], seed=seed, axes=base.axes, head=file.head, target=targets.path_target(sites, candidates))
         by_path: dict[Path, list[Site]] = {}
         for site in sites:
             by_path.setdefault(site.path, []).append(site)

@@ -8,7 +8,7 @@ from jpeft.core.method import Method
 from jpeft.hf_peft import targets, whole
 from jpeft.hf_peft.config import INDICES, TARGETS, Config, Key
 from jpeft.hf_peft.formats.base import Arrays, File, Format, Shapes, Written
-from jpeft.hf_peft.sites import EMBEDDING, Base, Site
+from jpeft.hf_peft.sites import Base, Site
 from jpeft.tree.paths import Path
 
 ROWS = "trainable_tokens_delta"
@@ -30,7 +30,7 @@ class TrainableTokensFormat(Format):
 
     def targets(self, config: Config, base: Base, rename: Callable[[str], str]) -> list[Site]:
         """The tables."""
-        tables = {rename(site.module): site for site in base.sites.values() if site.kind == EMBEDDING}
+        tables = {rename(module): site for module, site in whole.token_tables(base).items()}
         if config["target_modules"] is None:
             if base.word is None:
                 raise config.error("target_modules is not given, and the model has no word embedding that jpeft knows.")
@@ -39,13 +39,13 @@ class TrainableTokensFormat(Format):
             found = [tables[name] for name in targets.chosen(config, tables, base)]
         if not found:
             raise config.error(f"target_modules={config['target_modules']!r} chooses no table of embeddings: {', '.join(tables)}.")
-        if (last := max(config["token_indices"])) >= (rows := min(site.inputs for site in found)):
+        if (last := max(config["token_indices"])) >= (rows := min(site.shape[0] for site in found)):
             raise config.error(f"token_indices has the token {last}, but the table has {rows} rows.")
         return found
 
     def expected(self, config: Config, base: Base, sites: Sequence[Site], rename: Callable[[str], str]) -> Shapes:
         """The rows of each table."""
-        return {f"{module}.{ROWS}": (len(config["token_indices"]), site.outputs) for module, site in _tables(sites, base).items()}
+        return {f"{module}.{ROWS}": (len(config["token_indices"]), site.shape[1]) for module, site in _tables(sites, base).items()}
 
     def load(self, file: File, sites: Sequence[Site]) -> tuple[Method, Arrays]:
         """`jpeft.trainable_tokens`; a chain for several tables."""
