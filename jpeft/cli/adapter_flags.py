@@ -13,6 +13,7 @@ from jpeft.training.run import Run, load_run
 _SETTINGS = {
     "task": "task",
     "revision": "revision",
+    "untie": "untie",
     "max_length": "max_length",
     "text_column": "text",
     "pair_column": "pair",
@@ -34,6 +35,8 @@ class AdapterFlags:
     task: TaskName | None = None
     # Branch, tag or commit of the base on the hub; none for its main branch.
     revision: str | None = None
+    # Give the head of a language model a copy of the word embedding, where the two are one.
+    untie: bool = False
     # Tokens per text; none for 128. Longer texts are cut.
     max_length: int | None = None
     # Text column of the data; none for "text".
@@ -56,7 +59,7 @@ def open_model(args: Any) -> Run:
     """
     if (args.run is None) == (args.adapter is None):
         raise ValueError("Give either the folder of a run, or --adapter with --model.")
-    given = {name: value for name in _SETTINGS if (value := getattr(args, name)) is not None}
+    given = {name: value for name in _SETTINGS if (value := getattr(args, name)) not in (None, False)}
     if args.adapter is None:
         if given or args.labels:
             name = next(iter(given), "labels").replace("_", "-")

@@ -75,7 +75,9 @@ def _load(form: Format, config: Config, base: Base, tensors: Tensors) -> Peft:
     modules = [site.module for site in base.sites.values()]
     way = tensors.way(modules, base.body)
     rename = lambda module: unshifted(module, way) if way else module
-    config, aliases = form.prepare(config, base, tensors.shapes(way))
+    shapes = tensors.shapes(way)
+    whole.check_tied_head(shapes, base, tensors.file)
+    config, aliases = form.prepare(config, base, shapes)
     targets = form.targets(config, base, rename)
     saved = whole.saved_sites(config, base) if form.saves_modules else []
     biases = whole.bias_sites(config, base, targets, saved)
@@ -90,7 +92,9 @@ def _load(form: Format, config: Config, base: Base, tensors: Tensors) -> Peft:
     spare = [name for name in tensors.match(expected, way, aliases | dict(base.second_names)) if not _is_of_base(name, tensors, base, way)]
     check_tensors(tensors, expected, spare)
     if tied is not None and base.word is not None and not np.array_equal(tensors.read(tied), tensors.read(base.word.name)):
-        raise config.error(f"modules_to_save holds '{base.word.name}' and '{tied}' with different numbers, and the model ties the two.")
+        raise config.error(
+            f"modules_to_save holds '{base.word.name}' and '{tied}' with different numbers, and the model ties the two. {whole.UNTIE}."
+        )
 
     head = whole.head_option(saved, base)
     file = File(config, base, tensors.read, rename, head)

@@ -4,7 +4,8 @@ Here a head is the option ``head`` of the method, biases are the method `bitfit`
 a chain.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+import os
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -23,6 +24,9 @@ TOKENS = "token_adapter.trainable_tokens_delta"
 
 # Heads that HF PEFT trains whole for a task, whatever the configuration says.
 HEADS = {"SEQ_CLS": ("classifier", "score"), "TOKEN_CLS": ("classifier", "score"), "QUESTION_ANS": ("qa_outputs",)}
+
+# The way out where adapters tell the word embedding from the head.
+UNTIE = "Load the base with a head of its own: jpeft.models.load(..., untie=True), or --untie"
 
 
 # --- modules_to_save ----------------------------------------------------------------------------------------------------------------------
@@ -59,7 +63,7 @@ def tied_copy(config: Config, base: Base, saved: Sequence[Site]) -> str | None:
     alone, other = (base.tied, base.word.module) if named else (base.word.module, base.tied)
     raise config.error(
         f"modules_to_save holds '{alone}' without '{other}'. The model ties the two, so both would change; in HF PEFT the one alone does. "
-        "It needs a base with tie_word_embeddings=false."
+        f"{UNTIE}."
     )
 
 
@@ -72,9 +76,24 @@ def check_tied_target(sites: Sequence[Site], base: Base, what: str) -> None:
     if base.tied is not None and base.word is not None and any(site.path == base.word.path for site in sites):
         raise ValueError(
             f"{what} adapts '{base.word.module}', which is the head of the model too. HF PEFT changes its look-up alone, and here the "
-            "scores change as well, so the outputs would differ. Adapt other layers, or a base with tie_word_embeddings=false; or change "
-            "the look-up alone, by the option tied='lookup' of lora and dora."
+            f"scores change as well, so the outputs would differ. {UNTIE}; or change the look-up alone, by the option tied='lookup' of "
+            "lora and dora; or adapt other layers."
         )
+
+
+def check_tied_head(names: Iterable[str], base: Base, file: os.PathLike[str]) -> None:
+    """Refuse an adapter of a head that is the word embedding: the tables are one here.
+
+    Args:
+      names: Of the tensors in the file, without prefixes.
+      base: The base.
+      file: For the message.
+
+    Raises:
+      ValueError: saying how to load the base.
+    """
+    if base.tied is not None and any(name.startswith(f"{base.tied}.") and name != f"{base.tied}.weight" for name in names):
+        raise ValueError(f"{file} holds an adapter of '{base.tied}', which in this base is the word embedding. {UNTIE}.")
 
 
 def head_option(sites: Sequence[Site], base: Base) -> str | None:

@@ -56,6 +56,7 @@ def load_base(config: TrainConfig, labels: tuple[str, ...], mesh: Mesh | None = 
         add_tokens=config.add_tokens,
         fresh_head=config.fresh_head,
         keep_head=config.keep_head,
+        untie=config.untie,
         revision=config.revision,
         key=keys(config.seed).head,
         mesh=mesh,

@@ -43,6 +43,10 @@ class Settings:
     keep_head: bool = setting(
         "Keep the checkpoint's head with labels, even if its labels have other names: its outputs are taken in their order.", default=False
     )
+    untie: bool = setting(
+        "Give the head of a language model a copy of the word embedding, where the two are one, so that one of them alone may be changed.",
+        default=False,
+    )
     text: str = setting("Text column. For generation: the prompt if --target is given, otherwise the whole text.", default="text")
     pair: str | None = setting("Column of the second text of a pair; none for single texts.", default=None)
     label: str = setting("Label column.", default="label")

@@ -66,6 +66,7 @@ def load(
     attention: Literal["auto", "xla", "cudnn", "splash"] = "auto",
     fresh_head: bool = False,
     keep_head: bool = False,
+    untie: bool = False,
     add_tokens: Sequence[str] = (),
     revision: str | None = None,
     key: jax.Array | None = None,
@@ -93,6 +94,8 @@ def load(
         XLA. A kernel that is asked for by name is an error where it cannot.
       fresh_head: initialise a new head with labels even if the checkpoint has one for them.
       keep_head: keep the checkpoint's head with labels even if its labels have other names: its outputs are taken in their order.
+      untie: give the head of a language model a copy of the word embedding, where the two are one, so that an adapter changes one of them
+        alone, as those of HF PEFT may. It takes the memory of a second table.
       add_tokens: tokens that the model does not have, such as ("<ENT>",): they are added to the tokenizer, and as rows to the embedding
         (and to the head of a language model). A row begins as the mean of the checkpoint's rows; `jpeft.trainable_tokens` trains it.
       revision: branch, tag or commit of a repository on the hub; None for its main branch.
@@ -106,8 +109,8 @@ def load(
 
     Raises:
       ValueError: if the folder, its configuration or its weights are missing, unsupported, quantised, damaged, not finite or of other
-        shapes; if the labels are not known; if a language model lacks its head; if the head cannot be kept; if rules are given without a
-        mesh; for tokens that cannot be added.
+        shapes; if the labels are not known; if a language model lacks its head; if the head cannot be kept or untied; if rules are given
+        without a mesh; for tokens that cannot be added.
 
     >>> loaded = load("distilbert-base-cased", labels=("no", "yes"), scan=True)  # doctest: +SKIP
     """
@@ -123,13 +126,15 @@ def load(
     described = family.models[families.resolve_task(family, task) or task]
     if (fresh_head or keep_head) and not described.has_labels:
         raise ValueError(f"fresh_head and keep_head are about a head with labels, and a model for the task {task!r} has none.")
+    if untie and not described.scores_words:
+        raise ValueError(f"untie=True is about the head of a language model, and a model for the task {task!r} has none.")
     checkpoint = open_checkpoint(
         folder, content, hf_config, dtype=dtype, param_dtype=param_dtype, remat=remat, scan=scan, attention=attention
     )
     if described.has_labels:
         plan = plan_with_labels(checkpoint, described, labels, num_labels, fresh=fresh_head, keep=keep_head)
     else:
-        plan = plan_without_labels(checkpoint, described)
+        plan = plan_without_labels(checkpoint, described, untie=untie)
     split = family.partition if rules is None else rules
     shard = None if mesh is None else lambda entry: NamedSharding(mesh, place(entry.path, entry.shape, mesh, split).spec)
     params = read_params(checkpoint.tensors, plan, jax.random.key(0) if key is None else key, shard)

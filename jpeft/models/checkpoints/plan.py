@@ -196,14 +196,19 @@ def plan_with_labels(
     return _finish(checkpoint, model, layout, names, choice)
 
 
-def plan_without_labels(checkpoint: Checkpoint, described: TaskModel) -> Plan:
+def plan_without_labels(checkpoint: Checkpoint, described: TaskModel, *, untie: bool = False) -> Plan:
     """Plan a model without labels: a body, or a language model.
 
     config.json may say that the head of a language model is the word embedding, while the file holds two different tensors. The file is
     right then, as in torch.
 
+    Args:
+      checkpoint: the folder.
+      described: the model of its family.
+      untie: read the word embedding a second time, as the head, if the two are one.
+
     Raises:
-      ValueError: if the checkpoint lacks the head, or does not fit its configuration.
+      ValueError: if the checkpoint lacks the head, or does not fit its configuration, or the model's head is always tied.
     """
     module: Any = described.module
     config, tensors = checkpoint.config, checkpoint.tensors
@@ -212,15 +217,23 @@ def plan_without_labels(checkpoint: Checkpoint, described: TaskModel) -> Plan:
     model = module(config)
     layout = _layout(checkpoint, model)
     choice = Choice(kept=True)
-    if described.scores_words and getattr(config, "tie_word_embeddings", False) and tensors.has_tied_copies():
+    if untie and described.requires_tied_head:
+        raise ValueError(f"untie=True: the head of a {config.model_type} model is always its word embedding.")
+    if described.scores_words and getattr(config, "tie_word_embeddings", False) and (untie or tensors.has_tied_copies()):
         untied: Any = module(dataclasses.replace(config, tie_word_embeddings=False))  # pyright: ignore[reportCallIssue]
-        head = [entry for entry in _layout(checkpoint, untied) if entry.path not in {entry.path for entry in layout}]
-        embedding = next(entry for entry in layout if checkpoint.family.roles.matches("embedding", entry.path)).names[0]
-        copies = [name for entry in head for name in entry.names if name in tensors] if embedding in tensors else []
-        if differ := [name for name in copies if not tensors.equal(embedding, name)]:
-            model, layout = untied, _layout(checkpoint, untied)
+        whole = _layout(checkpoint, untied)
+        head = [entry for entry in whole if entry.path not in {entry.path for entry in layout}]
+        embedding = next(entry for entry in layout if checkpoint.family.roles.matches("embedding", entry.path))
+        table = embedding.names[0]
+        copies = [name for entry in head for name in entry.names if name in tensors] if table in tensors else []
+        if differ := [name for name in copies if not tensors.equal(table, name)]:
+            model, layout = untied, whole
             remark = f"config.json ties {differ[0]} to the word embedding, but the file holds another tensor, which is used, as torch does"
             choice = Choice(kept=True, remark=remark)
+        elif untie:
+            lacking = {entry.path for entry in head if entry.names[0] not in tensors and entry.tensor_shape == embedding.tensor_shape}
+            model = untied
+            layout = [dataclasses.replace(entry, names=(table,)) if entry.path in lacking else entry for entry in whole]
     return _finish(checkpoint, model, layout, (), choice)
 
 
