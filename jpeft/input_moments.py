@@ -21,7 +21,9 @@ from jpeft.core.peft import Peft, wrap
 from jpeft.core.statistics import InputMoments, Moments
 from jpeft.hosts import registry as hosts
 from jpeft.reparameterized.matrix_form import INPUTS, MatrixForm
+from jpeft.reparameterized.tied_tables import is_table
 from jpeft.reparameterized.weight_method import Inputs, Key, Leaves, Matrix, WeightMethod
+from jpeft.tree.paths import first_few
 
 MASK = "mask"
 
@@ -89,9 +91,20 @@ class Probe(WeightMethod):
         MASK: ("batch", "length"),
     }
 
-    def candidates(self, params: tree.Params) -> list[str]:
-        """All kernels but embeddings."""
-        return [path for path in super().candidates(params) if path.rpartition("/")[2] != "embedding"]
+    def kernels(self, params: tree.Params) -> list[str]:
+        """The kernels of the target without tables of embeddings, whose inputs are ids.
+
+        Raises:
+          ValueError: if the target names nothing, or such tables alone.
+        """
+        found = super().kernels(params)
+        kernels = [path for path in found if not is_table(path)]
+        if not kernels:
+            raise ValueError(
+                f"input_moments: the target names {first_few(found)} alone. A table of embeddings is given ids, which have no moments: "
+                "choose other kernels, too, or another init."
+            )
+        return kernels
 
     def init(self, key: Key, params: tree.Params, *, stats: Any = None) -> tree.Adapter:
         """Zeros for each kernel."""

@@ -71,6 +71,7 @@ def test_counts_and_errors():
             "2^7 divides; block_size=4 cuts the 768 inputs of 'query/kernel' into 192 blocks of 4",
         ),
         ({"n_butterfly_factor": 1000}, "n_butterfly_factor=1000"),
+        ({"block_num": 768}, "boft: block_num=768 cuts the 768 inputs of 'query/kernel' into blocks of 1, which cannot turn"),
     ]:
         with pytest.raises(ValueError, match=message.replace("^", r"\^")):
             count(**options)

@@ -113,6 +113,19 @@ def test_dare_keeps_the_mean():
     assert np.abs(delta(thin[0]) - delta(thin[2])).max() > 1e-2
 
 
+def test_biases_of_loras_own():
+    """They are changes of the layers' biases, also of those that another part of a chain holds."""
+    own = [
+        adapter(jpeft.lora(rank=2), 1),
+        adapter(jpeft.lora(rank=1, lora_bias=True), 2),
+        adapter(jpeft.chain(biases=jpeft.bitfit(), lora=jpeft.lora(rank=1, lora_bias=True)), 3),
+    ]
+    new = jpeft.combine(own, WEIGHTS)
+    for path in ("query/kernel", "query/bias", "head/kernel"):
+        np.testing.assert_allclose(delta(new, path), sum(w * delta(peft, path) for w, peft in zip(WEIGHTS, own)), atol=1e-5)
+    np.testing.assert_allclose(delta(jpeft.to_lora(own[2], rank=2), "query/bias"), delta(own[2], "query/bias"), atol=1e-6)
+
+
 # --- HF PEFT ------------------------------------------------------------------------------------------------------------------------------
 
 
@@ -273,6 +286,7 @@ def test_what_cannot_be_combined():
         ("ties", {"density": 0.5, "majority_sign": "most"}, "majority_sign='most' is neither 'total' nor 'frequency'"),
         ("svd", {"rank": 0}, "rank=0 must be a whole number of at least 1"),
         ("svd", {"rank": 2, "error": 0.1}, "one of rank= and error="),
+        ("dare_linear", {"density": 0.5, "key": 3}, "key=3 is no random key"),
         ("cat", {"factors": True}, "factors=True goes with linear, ties"),
         ("linear", {"factors": True}, "factors=True needs adapters of LoRA of one rank, and those at 'query/kernel' have the ranks 2, 3"),
     ):
@@ -287,6 +301,13 @@ def test_what_cannot_be_combined():
         jpeft.combine([own[0], adapter(jpeft.lora(), 0, jax.tree.map(lambda leaf: leaf + 1, PARAMS))], (1, 1))
     with refused("takes adapters of LoRA and .IA.³, and was given dora. Turn it into LoRA first: jpeft.to_lora"):
         jpeft.combine([own[0], adapter("dora", 0)], (1, 1))
+    with refused("these change no kernel, but 'head/bias', 'head/kernel', 'query/bias', 'value/bias'"):
+        jpeft.combine([adapter("bitfit", 0), adapter("bitfit", 1)], (1, 1))
+    bare = {"embed": {"embedding": jnp.ones((4, 3))}, "query": {"kernel": jnp.ones((3, 3))}}
+    with refused(r"LoRA's own \(lora_bias=True\) into that of the layer, and the layer of 'query/kernel' has none"):
+        jpeft.combine([adapter(jpeft.lora(rank=1, lora_bias=True, target=["query"], head=None), 0, bare)], [1])
+    with refused("lora has tied='lookup', which changes the look-ups of 'embed/embedding'.* or give tied='both'"):
+        jpeft.combine([adapter(jpeft.lora(rank=1, tied="lookup", target=["embed"], head=None), 0, bare)], [1])
     vectors = adapter(jpeft.ia3(target=["value"], feedforward=None), 0)
     with refused("adapters of LoRA or of .IA.³, and was given both"):
         jpeft.combine([own[0], vectors], (1, 1))
@@ -294,6 +315,18 @@ def test_what_cannot_be_combined():
         jpeft.combine([vectors, vectors], (1, 1), "svd")
     with refused("one adapter scales its inputs and another its outputs"):
         jpeft.combine([vectors, adapter(jpeft.ia3(target=["query"], feedforward=["value"]), 0)], (1, 1), "linear")
+
+
+def test_numbers_that_are_none():
+    own = loras((2, 2))
+    bad = own[0].replace(adapter=jax.tree.map(lambda leaf: leaf * jnp.nan, own[0].adapter))
+    with refused("Adapter 1 of combine.*: the adapter holds numbers that are not finite, in 'head/bias'"):
+        jpeft.combine([own[1], bad], (1, 1))
+    with refused("to_lora.*: the adapter holds numbers that are not finite"):
+        jpeft.to_lora(bad, rank=1)
+    for verb in (lambda peft: jpeft.to_lora(peft, rank=1), lambda peft: jpeft.combine([peft], [1])):
+        with refused("looks at numbers, and inside of jax.jit.* call it outside"):
+            jax.jit(verb)(own[0])
 
 
 def test_what_cannot_become_lora():

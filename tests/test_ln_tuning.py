@@ -82,6 +82,14 @@ def test_unknown_names_are_found_by_structure():
     assert chosen(stacked) == ["layers/u/bias", "layers/u/scale", "z/scale"]
 
 
+def test_normalisations_of_images_are_among_them():
+    """As flax names them, or in short, also beside a LayerNorm."""
+    norm = {"scale": jnp.ones(4), "bias": jnp.ones(4)}
+    names = ("BatchNorm_0", "GroupNorm_1", "LayerNorm_0", "bn1", "gn", "group_norm_out")
+    params = {"stem": dict.fromkeys(names, norm) | {"gate": norm, "kernel": jnp.ones((4, 4))}}
+    assert chosen(params) == [f"stem/{name}/{leaf}" for name in names for leaf in ("bias", "scale")]
+
+
 def test_merges_by_replacing():
     params = {"ln": {"scale": jnp.ones(4, jnp.bfloat16)}, "w": {"kernel": jnp.ones((4, 4))}}
     peft = jpeft.apply(params, method="ln_tuning")

@@ -273,6 +273,18 @@ def test_what_is_wrong_with_statistics_is_said(mlp):
     assert peft.adapter["up"]["kernel"]["a"].shape == (8, 8)
 
 
+def test_tables_among_the_targets_have_no_inputs():
+    """They begin as with "kaiming"; alone there is nothing to look at."""
+    model, ids = nn.Sequential([nn.Embed(5, 4), nn.Dense(3)]), jnp.array([[1, 2], [3, 4]])
+    params = model.init(KEY, ids)["params"]
+    method = jpeft.lora(init="eva", rank=2, target=["embedding", "kernel"], head=None)
+    peft = jpeft.apply(params, method=method, stats=input_moments(model.apply, params, [ids], method=method))
+    assert not peft.adapter["layers_0"]["embedding"]["a"].any()
+    assert peft.adapter["layers_1"]["kernel"]["a"].any()
+    with pytest.raises(ValueError, match="the target names 'layers_0/embedding' alone. A table of embeddings is given ids"):
+        input_moments(model.apply, params, [ids], method=method.replace(target=["embedding"]))
+
+
 # --- what is trained ----------------------------------------------------------------------------------------------------------------------
 
 

@@ -176,6 +176,40 @@ def test_experts():
     chex.assert_trees_all_close(out, jnp.stack([plain[0][0], plain[1][1], plain[2][2], plain[0][3]]), atol=1e-5)
 
 
+class Stacked(nn.Module):
+    """Layers on any axis of their leaves: one after the other, or side by side."""
+
+    axis: int
+    side_by_side: bool = False
+
+    @nn.compact
+    def __call__(self, x):
+        options = {"variable_axes": {"params": self.axis}, "split_rngs": {"params": True}}
+        if self.side_by_side:
+            return nn.vmap(nn.Dense, in_axes=None, out_axes=0, axis_size=3, **options)(8, name="experts")(x).sum(0)
+        return nn.scan(Layer, length=3, **options)(name="layers")(x, None)[0]
+
+
+class Layer(nn.Module):
+    @nn.compact
+    def __call__(self, x, _):
+        return x + nn.Dense(8, name="down")(jnp.tanh(nn.Dense(6, name="up")(x))), None
+
+
+@pytest.mark.parametrize("model", [Stacked(1), Stacked(-1), Stacked(0, side_by_side=True)])
+def test_stacks_on_any_axis(model):
+    """With factors and with biases that each slot holds whole; of layers that no name shows, by a rule for their kernels."""
+    x = jax.random.normal(jax.random.key(0), (3, 4, 8))
+    params = noised(model.init(jax.random.key(1), x)["params"])
+    axes = jpeft.kernel_axes(model, params, x) if model.side_by_side else None
+    low = jpeft.lora(rank=2, axes=axes, head=None)
+    own = [adapter(params, low, 1), adapter(params, jpeft.chain(low=low, biases=jpeft.bitfit(head=None)), 2)]
+    mixed = jpeft.swap(jpeft.mix(params, own, slots=4), 3, own[1])
+    out = jpeft.wrap(model.apply)(jpeft.assign(mixed, [0, 3, -1]), x)
+    plain = [model.apply({"params": tree}, x) for tree in (*map(jpeft.merge, own), params)]
+    chex.assert_trees_all_close(out, jnp.stack([plain[0][0], plain[1][1], plain[2][2]]), atol=1e-5)
+
+
 @functools.cache
 def decoder(dtype):
     """A scanned decoder, and three adapters of one method that change what it says."""
@@ -268,6 +302,35 @@ def test_other_starts_and_adalora():
     both = jpeft.combine(own, [0.5, 1.0, -1.0])
     total = sum(w * (jpeft.merge(peft)["kernel"] - params["kernel"]) for w, peft in zip([0.5, 1.0, -1.0], own))
     chex.assert_trees_all_close(jpeft.merge(both)["kernel"] - params["kernel"], total, atol=1e-5)
+
+
+def test_biases_of_loras_own():
+    model, x = nn.Dense(3), jnp.ones((3, 4))
+    params = model.init(jax.random.key(0), x)["params"]
+    own = [adapter(params, jpeft.lora(rank=2, lora_bias=True, head=None), 1), adapter(params, jpeft.lora(rank=1, head=None), 2)]
+    out = jpeft.wrap(model.apply)(jpeft.assign(jpeft.mix(params, own), [1, 0, -1]), x)
+    plain = [model.apply({"params": tree}, x) for tree in (*map(jpeft.merge, own), params)]
+    chex.assert_trees_all_close(out, jnp.stack([plain[1][0], plain[0][1], plain[2][2]]), atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("model", "shape", "axes", "message"),
+    [
+        (nn.DenseGeneral(5, batch_dims=(0,)), (3, 4, 6), ((0,), (1,), (2,)), "a kernel for each entry of the first axis of its inputs"),
+        (nn.Einsum((3, 6, 5), "ebd,edf->ebf"), (3, 4, 6), ((0,), (1,), (2,)), "does not give every example its own outputs"),
+        (nn.Einsum((5, 6), "btd,fd->btf"), (3, 4, 6), None, r"holds a \(5, 2\) and b \(2, 6\)\. .* let the model tell"),
+    ],
+)
+def test_layers_whose_first_axis_is_no_batch_or_whose_geometry_is_another(model, shape, axes, message):
+    """Also where a bias makes each example run by itself."""
+    x = jnp.ones(shape)
+    params = model.init(jax.random.key(0), x)["params"]
+    rules = axes and (("kernel", jpeft.KernelAxes(*axes)),)
+    low = jpeft.lora(rank=2, axes=rules, head=None)
+    for method in (low, jpeft.chain(low=low, biases=jpeft.bitfit(head=None))):
+        mixed = jpeft.mix(params, [jpeft.apply(params, method)])
+        with refused(message):
+            jax.eval_shape(lambda mixed=mixed: jpeft.wrap(model.apply)(jpeft.assign(mixed, [0] * len(x)), x))
 
 
 def refused(message):

@@ -127,6 +127,23 @@ def test_blocks_that_do_not_fit_are_said_once():
                 assert nearest_divisor(ins, wanted) == layer.OFTLayer.adjust_oft_parameters(None, ins, wanted), (ins, wanted)
 
 
+@pytest.mark.parametrize(
+    ("ins", "options", "message"),
+    [
+        (6, {"block_size": 1}, "block_size=1 cuts the 6 inputs of 'up/kernel' into blocks of 1, which cannot turn. .* such as 2 or 3, or"),
+        (7, {"block_size": 3}, "block_size=3 cuts the 7 inputs .* such as 7, or leave it out"),
+        (8, {"block_num": 8}, "block_num=8 cuts the 8 inputs"),
+        (1, {}, "block_size=32 cuts the 1 inputs of 'up/kernel' into blocks of 1, which cannot turn. Leave it out of the target"),
+    ],
+)
+@pytest.mark.filterwarnings("ignore:.*does not divide")
+def test_blocks_of_one_are_refused(ins, options, message):
+    """They have nothing to train."""
+    params = {"up": {"kernel": jnp.ones((ins, 4))}}
+    with pytest.raises(ValueError, match=f"oft: {message}"):
+        jpeft.apply(params, jpeft.oft(head=None, **options))
+
+
 def test_a_step_rotates_inputs():
     """Blocks of 16: 2 * 16 FLOPs a number of x for each of three products, a fourth of the layer's at width 128; no gradient of W."""
     rows, width = 1024, 128

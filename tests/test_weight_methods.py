@@ -84,6 +84,30 @@ def test_dora_is_its_equation(mlp):
     np.testing.assert_allclose(jpeft.wrap(model.apply, peft.method)(peft.variables, x), hidden, atol=1e-5)
 
 
+def test_outputs_without_weights_stay_zero_in_dora():
+    """As in a layer that begins as zero: no number is divided by a norm of zero."""
+    model, x = nn.Dense(4), jnp.ones((3, 6))
+    params = model.init(KEY, x)["params"]
+    params["kernel"] = params["kernel"].at[:, 1].set(0)
+    peft = jpeft.apply(params, method=jpeft.dora(rank=2, head=None))
+    run = jpeft.wrap(model.apply)
+    chex.assert_trees_all_close(run(peft, x), model.apply({"params": params}, x), atol=1e-6)
+    chex.assert_trees_all_close(jpeft.merge(peft), params, atol=1e-6)
+    chex.assert_tree_all_finite(jax.grad(lambda adapter: run(peft.replace(adapter=adapter), x).sum())(peft.adapter))
+
+
+@pytest.mark.parametrize(
+    ("kernel", "message"),
+    [
+        (jnp.ones((3, 3), jnp.int8), "lora: 'up/kernel' holds numbers of int8, which cannot be changed a little"),
+        (jnp.ones((0, 3)), r"lora: 'up/kernel' holds no numbers, in the shape \(0, 3\)"),
+    ],
+)
+def test_kernels_without_real_numbers_are_refused(kernel, message):
+    with pytest.raises(ValueError, match=message):
+        jpeft.apply({"up": {"kernel": kernel}}, jpeft.lora(rank=1, head=None))
+
+
 def test_ia3_is_its_equation(mlp):
     model, params, x = mlp
     peft = jpeft.apply(params, method=jpeft.ia3(target=["up"], feedforward=["down"]))

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 
-def by_row(fn: Callable[..., Any], own: Any, *inputs: Any, rows: int) -> Any:
+def by_row(fn: Callable[..., Any], own: Any, *inputs: Any, rows: int, path: str) -> Any:
     """``fn(own_i, *inputs_i)`` for each row i, as one batched computation.
 
     Arrays among the inputs that have as many rows are taken apart, and keep an axis of one row; anything else is the same for all rows. So
@@ -19,6 +19,7 @@ def by_row(fn: Callable[..., Any], own: Any, *inputs: Any, rows: int) -> Any:
       own: A tree of arrays whose first axis is that of the rows.
       *inputs: Trees of arrays and of anything else.
       rows: Number of rows.
+      path: Of the layer, for the message.
 
     Raises:
       ValueError: if an output has no axis of rows.
@@ -30,7 +31,10 @@ def by_row(fn: Callable[..., Any], own: Any, *inputs: Any, rows: int) -> Any:
         row = {i: array[None] for i, array in zip(apart, arrays, strict=True)}
         out = fn(own, *jax.tree.unflatten(treedef, [row.get(i, leaf) for i, leaf in enumerate(leaves)]))
         if any(y.ndim == 0 or y.shape[0] != 1 for y in jax.tree.leaves(out)):
-            raise ValueError("A layer with mixed adapters must give every example its own outputs, with the batch as the first axis.")
+            raise ValueError(
+                f"'{path}' does not give every example its own outputs, with the batch as the first axis, as mixed adapters need. Leave "
+                "the layer out of the target."
+            )
         return jax.tree.map(lambda y: y[0], out)
 
     return jax.vmap(one)(own, [leaves[i] for i in apart])

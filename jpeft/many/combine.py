@@ -13,13 +13,14 @@ from jpeft.core.options import shown
 from jpeft.core.peft import Peft, check_peft
 from jpeft.layouts import layer_axes
 from jpeft.many.as_lora import as_ia3, as_lora
-from jpeft.many.mixed import whole_form
+from jpeft.many.mixed import numbers_of, whole_form
+from jpeft.many.numbers import check_numbers
 from jpeft.many.parts import Factors, Parts, concatenated, parts_of
 from jpeft.many.same_base import check_same_base
 from jpeft.many.task_vectors import WAYS, Options, Weights
 from jpeft.many.to_lora import check_budget, reduced
 from jpeft.reparameterized.lora import LoRA
-from jpeft.tree.paths import Path
+from jpeft.tree.paths import Path, first_few
 
 METHODS = ("cat", "svd", *WAYS, *(f"{way}_svd" for way in WAYS if way != "linear"))
 _EXACT = 1e-6  # the error of a result of no given rank
@@ -34,7 +35,7 @@ def combine(
     error: float | int | None = None,
     density: float | int | None = None,
     majority_sign: str = "total",
-    key: jax.Array | None = None,
+    key: Any = None,
     factors: bool = False,
 ) -> Peft:
     r"""Several adapters of LoRA, or of (IA)³, on one base as one adapter.
@@ -86,16 +87,19 @@ def combine(
     pefts = [pefts] if isinstance(pefts, Peft) else list(pefts)
     way = method.removesuffix("_svd") if method != "svd" else "linear"
     weights = checked_weights(weights, len(pefts))
-    _check(pefts, method, density, majority_sign, factors)
+    _check(pefts, method, density, majority_sign, factors, key)
     check_budget(rank, error)
     if rank is not None and error is not None:
         raise ValueError("combine() takes one of rank= and error=, and was given both.")
     found = [parts_of(peft, "combine()") for peft in pefts]
     for i, (peft, parts) in enumerate(zip(pefts, found, strict=True)):
+        check_numbers(peft, f"Adapter {i} of combine()")
         check_same_base(pefts[0].params, peft.params, f"Adapter {i} of combine()", skip=parts.replaced)
     options = Options(1.0 if density is None else density, majority_sign, jax.random.key(0) if key is None else key)
     base, axes = pefts[0].params, tuple(dict.fromkeys(rule for parts in found for rule in parts.axes))
     replaced = _replaced(base, found, weights, "linear" if way == "cat" else way, options)
+    if not any(parts.scales or parts.updates for parts in found):
+        raise ValueError(f"combine() takes adapters of LoRA and (IA)³, and these change no kernel, but {first_few(sorted(replaced))}.")
     if any(parts.scales for parts in found):
         return as_ia3(base, _scales(found, weights, method, factors), replaced, axes)
     changes: dict[Path, Any] = {}
@@ -136,7 +140,14 @@ def checked_weights(weights: Weights, count: int) -> list[float]:
     return numbers.tolist()
 
 
-def _check(pefts: Sequence[Peft], method: str, density: Any, majority_sign: str, factors: bool) -> None:
+def _is_key(key: Any) -> bool:
+    """Whether a value is one random key, of the new kind or of the old one."""
+    if not isinstance(key, jax.Array):
+        return False
+    return key.ndim == 0 if jnp.issubdtype(key.dtype, jax.dtypes.prng_key) else key.dtype == jnp.uint32 and key.ndim == 1
+
+
+def _check(pefts: Sequence[Peft], method: str, density: Any, majority_sign: str, factors: bool, key: Any) -> None:
     """Refuse options that are none or do not go together."""
     if not pefts:
         raise ValueError("combine() needs at least one adapter, in a list.")
@@ -150,6 +161,8 @@ def _check(pefts: Sequence[Peft], method: str, density: Any, majority_sign: str,
         raise ValueError(f"density={shown(density)}: {method} needs the share of the numbers that it keeps, in (0, 1].")
     if not thins and density is not None:
         raise ValueError(f"density={shown(density)} has no effect on {method}, which keeps all numbers. Leave it out.")
+    if key is not None and not _is_key(key):
+        raise ValueError(f"key={shown(key)} is no random key, as jax.random.key(0) is one.")
     if majority_sign not in ("total", "frequency"):
         raise ValueError(f"majority_sign={majority_sign!r} is neither 'total' nor 'frequency'.")
     if factors and method not in WAYS:
@@ -195,11 +208,13 @@ def _replaced(base: Any, found: Sequence[Parts], weights: Weights, way: str, opt
     leaves, layers, out = tree.flatten(base), layer_axes(base), {}
     for path in sorted({path for parts in found for path in parts.replaced}):
         shape, axis = tuple(leaves[path].shape), layers.get(path)
-        form = whole_form(shape, () if axis is None else (axis % len(shape),))
+        form = whole_form(shape, axis)
         own = [(w, parts.replaced[path]) for w, parts in zip(weights, found, strict=True) if path in parts.replaced]
-        old = np.asarray(form.to_matrix(leaves[path]), np.float32)
-        changes = np.stack([np.asarray(form.to_matrix(leaf), np.float32) - old for _, leaf in own])
-        out[path] = form.from_matrix(jnp.asarray(old + _each_matrix(way, changes, [w for w, _ in own], _keyed(options, path))))
+        matrix = lambda leaf, form=form: np.asarray(numbers_of(form, leaf), np.float32)[..., None]
+        old = matrix(leaves[path])
+        changes = np.stack([matrix(leaf) - old for _, leaf in own])
+        new = old + _each_matrix(way, changes, [w for w, _ in own], _keyed(options, path))
+        out[path] = form.from_matrix(jnp.asarray(new)).reshape(shape)
     return out
 
 

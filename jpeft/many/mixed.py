@@ -24,7 +24,7 @@ from jpeft.reparameterized.lora import LoRA
 from jpeft.reparameterized.matrix_form import INPUTS, OUTPUTS, MatrixForm
 from jpeft.reparameterized.weight_method import Inputs, Key, Leaves
 from jpeft.tree.adapters import ADDED
-from jpeft.tree.kernels import KernelAxes, axes_of, axes_rules
+from jpeft.tree.kernels import AxesRules, KernelAxes, axes_of, axes_rules
 from jpeft.tree.select import first_match
 
 SLOT, VALUE, INDEX, BASE = "slot", "value", "index", -1
@@ -37,6 +37,7 @@ LEAF_AXES = {
     VALUE: (SLOT, "numbers"),
     INDEX: ("example",),
 }
+_AXES = (0, 1, -1)  # of the layers of a stack
 # The same leaf of one adapter alone, in the axes of the kernel.
 ALONE = {"a": (INPUTS, "rank"), "b": ("rank", OUTPUTS), "l_in": (INPUTS,), "l_out": (OUTPUTS,)}
 
@@ -86,7 +87,7 @@ class Mixed(Method):
             for name in self.leaves_at(path):
                 if name == VALUE:
                     value = base[path].astype(jnp.promote_types(base[path].dtype, jnp.float32))
-                    leaves[f"{path}/{name}"] = self.of_slots(form, form.to_matrix(value)[..., 0])
+                    leaves[f"{path}/{name}"] = self.of_slots(form, numbers_of(form, value))
                     continue
                 rank = {"rank": first_match(path, self.rank, "rank")} if name in "ab" else {}
                 shape = form.leaf_shape(LEAF_AXES[name], sizes | rank)
@@ -108,9 +109,9 @@ class Mixed(Method):
         paths = {path: self.leaves_at(path) for path in base}
         rules, forms = axes_rules(self.axes), {}
         for path, names in paths.items():
-            shape, axis = tuple(base[path].shape), layers.get(path)
+            shape = tuple(base[path].shape)
             if VALUE in names:
-                forms[path] = whole_form(shape, () if axis is None else (axis % len(shape),))
+                forms[path] = whole_form(shape, layers[path] if path in layers else _axis_beside(path, base, rules))
             elif names:
                 forms[path] = MatrixForm(shape, axes_of(path, shape, rules, layers=layers))
         return forms
@@ -169,29 +170,37 @@ class Mixed(Method):
         if x is None or (x.ndim == 1 and not jnp.issubdtype(x.dtype, jnp.floating)):
             given = "no array" if x is None else f"an array of {x.dtype} with one axis"
             raise ValueError(f"'{layer.path}' is given {given}, so mixed adapters cannot tell the examples of the batch apart.")
+        if layer.linear is not None and layer.linear.reads_once and layer.linear.axes.stack:
+            raise ValueError(
+                f"'{layer.path}' has a kernel for each entry of the first axis of its inputs, so mixed adapters cannot tell the examples "
+                "of the batch apart. Leave the layer out of the target."
+            )
         name, own = next(iter(leaves.items()))
         form = self._form_inside(layer, name, own)
+        if own[INDEX].ndim != len(form.stack) + 1:
+            raise ValueError(
+                f"'{layer.path}' stands in a stack that is seen neither from its names nor from a rule, so mixed adapters cannot tell the "
+                "examples of the batch apart. Give axes=jpeft.kernel_axes(...), or leave the layer out."
+            )
         index = form.leaf_to_matrix(own[INDEX], LEAF_AXES[INDEX])[(0,) * len(form.stack)]  # the same for all experts of a stack
         return rows_of(index, x.shape[0], layer.path)
 
     def _factored(self, layer: Layer, linear: Linear, inputs: Inputs, leaves: Leaves, rows: Int[Array, " rows"]) -> Any:
         """The layer as it is, its inputs and outputs scaled, and the product of each row with the factors of its slot."""
         x, *others = inputs
-        form = MatrixForm(tuple(layer.params[linear.name].shape), linear.axes)
-        if not _fits(form, leaves):
-            raise misfit("/".join(filter(None, (layer.path, linear.name))), form, leaves, LEAF_AXES)
+        form = self._form_inside(layer, linear.name, leaves)
         table = leaves.get("a") if jnp.issubdtype(x.dtype, jnp.integer) else None  # of which each token takes a row
         own = self._picked(form, {name: leaf for name, leaf in leaves.items() if leaf is not table}, rows)
 
         def each(fn: Callable[..., jax.Array], x: jax.Array, *names: str) -> jax.Array:
-            return by_row(lambda own, x: fn(x, *own), [own[name] for name in names], x, rows=len(rows))
+            return by_row(lambda own, x: fn(x, *own), [own[name] for name in names], x, rows=len(rows), path=layer.path)
 
         scaled = each(linear.scale_inputs, x, "l_in") if "l_in" in own and linear.scale_inputs is not None else x
         y = layer(scaled, *others)
         if table is not None:
             ids = jnp.broadcast_to(x, (len(rows), *x.shape[1:]))
             hidden, b = pick_rows(table.astype(layer.dtype), rows, ids), own["b"].astype(layer.dtype)
-            y = changed(y + by_row(lambda b, hidden: hidden @ b, b, hidden, rows=len(rows)).astype(y.dtype))
+            y = changed(y + by_row(lambda b, hidden: hidden @ b, b, hidden, rows=len(rows), path=layer.path).astype(y.dtype))
         elif "a" in own:
             own |= {name: own[name].astype(layer.dtype) for name in "ab"}  # the branch computes in the layer's own dtype
             y = changed(y + each(linear.apply_low_rank, x, "a", "b").astype(y.dtype))
@@ -218,7 +227,7 @@ class Mixed(Method):
                 alone = alone.with_middleware(method, method.name, beside, None) if beside else alone
             return alone(*inputs, **keywords)
 
-        out = by_row(one, own, inputs, dict(layer.keywords), rows=len(rows))
+        out = by_row(one, own, inputs, dict(layer.keywords), rows=len(rows), path=layer.path)
         # A value in float32 in the place of one in half precision would widen the outputs.
         narrow = lambda y: jnp.issubdtype(y.dtype, jnp.floating) and jnp.finfo(y.dtype).bits > jnp.finfo(layer.dtype).bits
         return jax.tree.map(lambda y: y.astype(layer.dtype) if narrow(y) else y, out)
@@ -228,35 +237,66 @@ class Mixed(Method):
         own: Leaves = {}
         for name, leaf in leaves.items():
             if name == VALUE:
-                numbers = form.to_matrix(param)[..., 0]
-                own[name] = jax.vmap(lambda value: form.from_matrix(value[..., None]))(pick(leaf, rows, len(form.stack), numbers))
+                found = pick(form.leaf_to_matrix(leaf, LEAF_AXES[VALUE]), rows, len(form.stack), numbers_of(form, param))
+                own[name] = jax.vmap(lambda value: form.from_matrix(value[..., None]).reshape(param.shape))(found)
             elif name != INDEX:
-                found = pick(leaf, rows, len(form.stack), 0 if name in "ab" else 1)
+                found = pick(form.leaf_to_matrix(leaf, LEAF_AXES[name]), rows, len(form.stack), 0 if name in "ab" else 1)
                 own[name] = jax.vmap(functools.partial(form.leaf_from_matrix, leaf_axes=ALONE[name]))(found)
         return own
 
     def _form_inside(self, layer: Layer, name: str, leaves: Leaves) -> MatrixForm:
-        """The form of a parameter as its layer has it."""
+        """The form of a parameter as its layer has it.
+
+        Raises:
+          ValueError: if the layer shows another geometry than the name of its kernel had promised.
+        """
         shape = tuple(layer.params[name].shape)
         if VALUE in leaves:
-            return whole_form(shape, tuple(range(leaves[VALUE].ndim - 2)))
+            return next(form for form in (whole_form(shape, axis) for axis in (None, *_AXES)) if _fits(form, leaves))
         known = layer.linear if layer.linear is not None and layer.linear.name == name else None
-        return MatrixForm(shape, known.axes if known else axes_in_layer(layer, name, self.axes, lambda form: _fits(form, leaves)))
+        form = MatrixForm(shape, known.axes if known else axes_in_layer(layer, name, self.axes, lambda form: _fits(form, leaves)))
+        if not _fits(form, leaves):
+            raise misfit("/".join(filter(None, (layer.path, name))), form, _one_slot(form, leaves), ALONE)
+        return form
 
 
-def whole_form(shape: tuple[int, ...], stack: tuple[int, ...]) -> MatrixForm:
-    """Any leaf of a base as a matrix [*stack, numbers, 1]."""
-    return MatrixForm(shape, KernelAxes(stack, tuple(i for i in range(len(shape)) if i not in stack), ()))
+def whole_form(shape: tuple[int, ...], axis: int | None) -> MatrixForm:
+    """Any leaf of a base as a matrix [*stack, numbers, 1], where `axis` is that of a stack of layers; see `numbers_of`."""
+    if axis is None:
+        return MatrixForm(shape, KernelAxes((), tuple(range(len(shape))), ()))
+    # An axis of one number behind the others: a stack on the last axis would be taken for one that is counted from the end.
+    padded, at = (shape, axis % len(shape)) if axis < 0 else ((*shape, 1), axis)
+    return MatrixForm(padded, KernelAxes((at,), tuple(i for i in range(len(padded)) if i != at), ()))
+
+
+def numbers_of(form: MatrixForm, leaf: Any) -> Any:
+    """A leaf of the base as [*stack, numbers]."""
+    return form.to_matrix(leaf.reshape(form.shape))[..., 0]
+
+
+def _axis_beside(path: str, base: Mapping[str, Any], rules: AxesRules) -> int | None:
+    """The stack axis of a leaf, such as a bias, beside a kernel of which a rule says that its first axis is a stack."""
+    kernel = f"{path.rpartition('/')[0]}/kernel".removeprefix("/")
+    if kernel not in base or not any(re.fullmatch(pattern, kernel) for pattern, _ in rules):
+        return None
+    size = base[kernel].shape[0]
+    return 0 if axes_of(kernel, tuple(base[kernel].shape), rules).stack == (0,) and base[path].shape[:1] == (size,) else None
+
+
+def _one_slot(form: MatrixForm, leaves: Mapping[str, Any]) -> dict[str, jax.ShapeDtypeStruct]:
+    """The leaves as one slot has them, for a message."""
+    at = {name: form.stored_axes(LEAF_AXES[name]).index(SLOT) for name in leaves if name in ALONE}
+    shapes = {name: (*leaves[name].shape[:i], *leaves[name].shape[i + 1 :]) for name, i in at.items()}
+    return {name: jax.ShapeDtypeStruct(shape, jnp.float32) for name, shape in shapes.items()}
 
 
 def _fits(form: MatrixForm, leaves: Mapping[str, Any]) -> bool:
     """Whether the leaves of a pool have the sizes of a kernel."""
-    ins, outs = form.sizes
-    ends = {"a": (ins, None), "b": (None, outs), "l_in": (ins,), "l_out": (outs,)}
+    ends = {"in": form.sizes[0], "out": form.sizes[1], "numbers": form.sizes[0]}
 
     def fits(name: str, shape: tuple[int, ...]) -> bool:
-        at = len(form.stack)
-        sizes = zip(shape[at + 1 :], ends[name], strict=False)
-        return len(shape) == at + 1 + len(ends[name]) and shape[:at] == form.stack and all(n in (size, None) for size, n in sizes)
+        stored = form.stored_axes(LEAF_AXES[name])
+        known = [form.shape[axis] if isinstance(axis, int) else ends.get(axis) for axis in stored]
+        return len(shape) == len(known) and all(n in (size, None) for size, n in zip(shape, known, strict=True))
 
-    return all(fits(name, tuple(leaf.shape)) for name, leaf in leaves.items() if name in ends)
+    return all(fits(name, tuple(leaf.shape)) for name, leaf in leaves.items())

@@ -10,6 +10,7 @@ from jpeft.core.method import Method
 from jpeft.core.peft import Peft
 from jpeft.layouts import layer_axes
 from jpeft.reparameterized.ia3 import IA3
+from jpeft.reparameterized.lora import BIAS, LoRA
 from jpeft.reparameterized.matrix_form import MatrixForm
 from jpeft.reparameterized.weight_method import WeightMethod
 from jpeft.tree.kernels import AxesRules, axes_of, axes_rules
@@ -51,6 +52,7 @@ def parts_of(peft: Peft, verb: str) -> Parts:
       ValueError: for a method that has none of the three forms, with the way out.
     """
     updates, scales, replaced, axes = {}, {}, {}, ()
+    biases: dict[Path, Any] = {}  # what is added to the biases of the base, or to those that another part holds
     for method, adapter in _simple_methods(peft):
         own, beside, added = tree.split(peft.params, adapter)
         # A leaf that an earlier part holds belongs to it, and one that it has factors of takes both changes.
@@ -61,14 +63,22 @@ def parts_of(peft: Peft, verb: str) -> Parts:
             axes = axes + tuple(rule for rule in axes_rules(method.axes) if rule not in axes)
             forms = forms_of(peft.params, list(beside), axes_rules(method.axes))
             for path, leaves in beside.items():
+                if isinstance(method, LoRA) and BIAS in leaves:
+                    leaves = dict(leaves)
+                    at, change = _own_bias(method, path, leaves.pop(BIAS), peft.params, verb)
+                    biases[at] = biases.get(at, 0) + change
                 matrices = method.to_matrices(forms[path], leaves)
                 if isinstance(method, IA3) and not updates:
                     scales[path] = matrices
                     continue
                 found = method.as_low_rank(matrices, path)
                 if found is None:
-                    raise ValueError(_no_form(method, verb))
+                    raise ValueError(_no_form(method, verb, path))
                 updates[path] = concatenated([updates[path], Factors(*found)] if path in updates else [Factors(*found)])
+    base = tree.flatten(peft.params) if biases else {}
+    for path, change in biases.items():
+        own = replaced.get(path, base[path])
+        replaced[path] = own.astype(jnp.promote_types(own.dtype, change.dtype)) + change
     return Parts(updates, scales, replaced, axes)
 
 
@@ -91,7 +101,24 @@ def _simple_methods(peft: Peft) -> list[tuple[Method, Any]]:
     return [(part, peft.adapter[name]) for name, part in peft.method.parts] or [(peft.method, peft.adapter)]
 
 
-def _no_form(method: Method, verb: str) -> str:
+def _own_bias(method: LoRA, path: Path, bias: Any, params: Params, verb: str) -> tuple[Path, Any]:
+    """The path of the bias that takes up LoRA's own, and the change of it.
+
+    Raises:
+      ValueError: for a layer without a bias.
+    """
+    at, base = "/".join([*path.split("/")[:-1], "bias"]), tree.flatten(params)
+    if at not in base or base[at].shape != bias.shape:
+        raise ValueError(f"{verb} puts a bias of LoRA's own (lora_bias=True) into that of the layer, and the layer of '{path}' has none.")
+    return at, method.scale(path) * bias
+
+
+def _no_form(method: Method, verb: str, path: Path = "") -> str:
+    if isinstance(method, LoRA):
+        return (
+            f"{verb} takes changes of whole kernels, and {method.name} has tied='lookup', which changes the look-ups of '{path}' and not "
+            "the scores that it gives as the head. Leave the table out of the target, or give tied='both' and train anew."
+        )
     if method.why_no_merge is not None:
         return f"{verb} takes adapters that change weights, and {method.name} does more: {method.why_no_merge}."
     return f"{verb} takes adapters of LoRA and (IA)³, and was given {method.name}. Turn it into LoRA first: jpeft.to_lora(peft, rank=...)."

@@ -11,7 +11,7 @@ from jpeft import tree
 from jpeft.core.peft import Peft, check_peft
 from jpeft.hosts.registry import unwrap
 from jpeft.many.as_lora import one_of, rules_of
-from jpeft.many.mixed import LEAF_AXES, VALUE, Mixed
+from jpeft.many.mixed import LEAF_AXES, VALUE, Mixed, numbers_of
 from jpeft.many.parts import Factors, Parts, forms_of, parts_of
 from jpeft.many.same_base import check_same_base
 from jpeft.reparameterized.matrix_form import MatrixForm
@@ -164,16 +164,16 @@ def _filled(pool: Peft, slot: int, parts: Parts, what: str) -> Peft:
     for path, form in forms.items():
         for name in method.leaves_at(path):
             new[f"{path}/{name}"] = _leaf(method, path, name, form, parts, base[path])
-    axes = tuple((path, len(forms[path.rpartition("/")[0]].stack)) for path in new)
     own = tree.flatten(pool.adapter)
-    return pool.replace(adapter=tree.unflatten(own | _put({path: own[path] for path in new}, slot, new, axes)))
+    placed = tuple((path, forms[path.rpartition("/")[0]]) for path in new)
+    return pool.replace(adapter=tree.unflatten(own | _put({path: own[path] for path in new}, slot, new, placed)))
 
 
 def _leaf(method: Mixed, path: Path, name: str, form: MatrixForm, parts: Parts, base: Any) -> Any:
-    """One leaf of an adapter as a slot holds it, [*stack, ...]; neutral where the adapter has none."""
+    """One leaf of an adapter as a slot holds it, in matrix form, [*stack, ...]; neutral where the adapter has none."""
     if name == VALUE:
         value = parts.replaced.get(path, base).astype(jnp.promote_types(base.dtype, jnp.float32))
-        return form.to_matrix(value)[..., 0]
+        return numbers_of(form, value)
     sizes = dict(zip(("in", "out"), form.sizes, strict=True)) | {"rank": 0}
     if name in ("l_in", "l_out"):
         return parts.scales.get(path, {}).get(name, jnp.ones((*form.stack, sizes[LEAF_AXES[name][1]])))
@@ -187,11 +187,16 @@ def _leaf(method: Mixed, path: Path, name: str, form: MatrixForm, parts: Parts, 
     return jnp.pad(leaf, missing)
 
 
-@functools.partial(jax.jit, static_argnames="axes")
-def _put(leaves: dict[Path, Any], slot: Any, new: dict[Path, Any], axes: tuple[tuple[Path, int], ...]) -> dict[Path, Any]:
+@functools.partial(jax.jit, static_argnames="forms")
+def _put(leaves: dict[Path, Any], slot: Any, new: dict[Path, Any], forms: tuple[tuple[Path, MatrixForm], ...]) -> dict[Path, Any]:
     """Write into one slot, as one program for all slots."""
-    at = dict(axes)
-    return {path: jax.lax.dynamic_update_index_in_dim(leaf, new[path].astype(leaf.dtype), slot, at[path]) for path, leaf in leaves.items()}
+    out = {}
+    for path, form in forms:
+        axes, leaf = LEAF_AXES[path.rpartition("/")[2]], leaves[path]
+        matrices = form.leaf_to_matrix(leaf, axes)  # [*stack, slot, ...]
+        put = jax.lax.dynamic_update_index_in_dim(matrices, new[path].astype(leaf.dtype), slot, len(form.stack))
+        out[path] = form.leaf_from_matrix(put, axes)
+    return out
 
 
 def _check_fits(method: Mixed, parts: Parts, forms: Mapping[Path, MatrixForm], what: str) -> None:

@@ -13,6 +13,7 @@ from jpeft.core.peft import Peft, check_peft
 from jpeft.layouts import layer_axes
 from jpeft.many import svd
 from jpeft.many.as_lora import as_lora
+from jpeft.many.numbers import check_numbers
 from jpeft.many.parts import Factors, Parts, parts_of
 from jpeft.reparameterized.matrix_form import MatrixForm
 from jpeft.tree.head import head_leaves
@@ -57,6 +58,7 @@ def to_lora(peft: Peft, *, rank: Any = None, error: float | int | None = None) -
         raise ValueError("to_lora() takes one of rank=, such as rank=16, and error=, such as error=0.1.")
     if peft.method.why_no_merge is not None and not peft.method.parts:
         raise ValueError(f"{peft.method.name} cannot become LoRA: {peft.method.why_no_merge}.")
+    check_numbers(peft, "to_lora()")
     parts = _low_rank_parts(peft) or _dense_parts(peft)
     if not parts.updates:
         kinds = first_few(sorted(parts.replaced)) or "nothing"

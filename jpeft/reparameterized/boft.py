@@ -71,6 +71,8 @@ class BOFT(WeightMethod):
         if ins % given:
             raise ValueError(f"boft: {what}={given} does not divide the {ins} inputs of '{path}'.")
         count, size = (given, ins // given) if self.block_num else (ins // given, given)
+        if size == 1:
+            raise ValueError(f"boft: {what}={given} cuts the {ins} inputs of '{path}' into blocks of 1, which cannot turn.")
         # 2 ** m without its value: m may be any number.
         if self.n_butterfly_factor > 1 and (size % 2 or self.n_butterfly_factor > 32 or count % 2 ** (self.n_butterfly_factor - 1)):
             raise ValueError(

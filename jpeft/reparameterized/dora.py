@@ -74,7 +74,7 @@ class DoRA(WeightMethod):
     def new_kernel(self, kernel: Matrix, leaves: Leaves, path: str) -> Matrix:
         """``m V / ||V||``."""
         direction = low_rank.update(kernel, leaves, self._scale(path))
-        return direction * (leaves["m"] / _norms(direction))[None]
+        return direction * (leaves["m"] / _divisors(direction))[None]
 
     def merge(self, params: tree.Params, adapter: tree.Adapter) -> tree.Params:
         """The new kernels.
@@ -105,7 +105,7 @@ class DoRA(WeightMethod):
         if kernel is None or linear.scale_outputs is None or linear.add_bias is None:
             return super().call_linear(layer, linear, inputs, leaves, path, None)
         form, s = MatrixForm(layer.params[linear.name].shape, linear.axes), self._scale(path)
-        norms = _norms(low_rank.update(kernel, self.to_matrices(form, leaves), s))  # [*stack, outputs]
+        norms = _divisors(low_rank.update(kernel, self.to_matrices(form, leaves), s))  # [*stack, outputs]
         y = two_view.low_rank(layer.without_bias(), linear, s, inputs, leaves["a"], leaves["b"])
         y = linear.scale_outputs(y, leaves["m"] / form.leaf_from_matrix(norms, (OUTPUTS,)))
         return linear.add_bias(y, layer.params["bias"]) if "bias" in layer.params else y
@@ -117,6 +117,12 @@ class DoRA(WeightMethod):
 def _norms(kernel: Float[Array, "*stack inputs outputs"]) -> Float[Array, "*stack outputs"]:
     """The norm of each output's weights, a constant to the gradient."""
     return jnp.linalg.norm(jax.lax.stop_gradient(kernel), axis=-2)
+
+
+def _divisors(kernel: Float[Array, "*stack inputs outputs"]) -> Float[Array, "*stack outputs"]:
+    """The norms; one where all weights of an output are zero, as in a layer that begins so: it stays zero."""
+    norms = _norms(kernel)
+    return jnp.where(norms > 0, norms, 1)
 
 
 dora = DoRA

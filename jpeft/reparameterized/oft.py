@@ -103,7 +103,11 @@ class OFT(WeightMethod):
 
     def init_kernel(self, key: Key, kernel: Matrix, path: str) -> Leaves:
         """Zeros."""
-        count, size = self._cut(kernel.shape[_side(path)])
+        ins = kernel.shape[_side(path)]
+        count, size = self._cut(ins)
+        if size == 1:
+            given = f"block_num={self.block_num}" if self.block_num is not None else f"block_size={self.block_size}"
+            raise ValueError(f"oft: {given} cuts the {ins} inputs of '{path}' into blocks of 1, which cannot turn. {_advice(ins)}")
         return {"q": jnp.zeros((1 if self.block_share else count, size * (size - 1) // 2))}
 
     def new_kernel(self, kernel: Matrix, leaves: Leaves, path: str) -> Matrix:
@@ -133,6 +137,14 @@ class OFT(WeightMethod):
 def _side(path: str) -> int:
     """Which side of a kernel is rotated: 0 for the inputs, 1 for the outputs of a table."""
     return int(path.rpartition("/")[2] == "embedding")
+
+
+def _advice(ins: int) -> str:
+    """Which blocks so many inputs can have."""
+    sizes = [size for size in range(2, ins + 1) if ins % size == 0]
+    if not sizes:
+        return "Leave it out of the target."
+    return f"Give a block_size that divides them, such as {' or '.join(map(str, sizes[:2]))}, or leave it out of the target."
 
 
 def nearest_divisor(ins: int, wanted: int) -> int:

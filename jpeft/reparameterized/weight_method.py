@@ -122,13 +122,18 @@ class WeightMethod(Method):
     # --- the contract of a method -----------------------------------------------------------------------------------------------------
 
     def check_base(self, params: tree.Params) -> None:
-        """Refuse rules (`PerPath`) that are for none of the chosen kernels.
+        """Refuse kernels without real numbers to change, and rules (`PerPath`) that are for none of the chosen kernels.
 
         Raises:
-          ValueError: with the rule, and the kernels that there are.
+          ValueError: with the kernel, or with the rule and the kernels that there are.
         """
+        base, kernels = tree.flatten(params), self.kernels(params)
+        for leaf, path in ((base[path], path) for path in kernels):
+            if not jnp.issubdtype(leaf.dtype, jnp.floating) or not leaf.size:
+                what = f"numbers of {leaf.dtype}" if leaf.size else f"no numbers, in the shape {tuple(leaf.shape)}"
+                raise ValueError(f"{self.name}: '{path}' holds {what}, which cannot be changed a little. Leave it out of the target.")
         for name, field in per_path(type(self)).items():
-            check_rules(getattr(self, field), self.kernels(params), name)
+            check_rules(getattr(self, field), kernels, name)
 
     def init(self, key: Key, params: tree.Params, *, stats: Any = None) -> tree.Adapter:
         """Leaves for each chosen kernel, and the task head."""

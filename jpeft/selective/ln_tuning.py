@@ -1,5 +1,6 @@
 """LN tuning: train the normalisations."""
 
+import re
 from typing import Any
 
 import jax
@@ -12,6 +13,7 @@ from jpeft.tree.select import select
 
 NORMS = "@norms"
 GAIN, SHIFT = "scale", "bias"  # the leaves of a normalisation, as flax calls them
+_OF_IMAGES = re.compile(r"(.*/)?((?i:(batch|group|instance)_?norm\w*)|[bg]n_?\d*)")  # modules that normalise over batches or positions
 
 
 class LnTuning(Method):
@@ -63,8 +65,10 @@ class LnTuning(Method):
     def _chosen(self, leaves: dict[str, Any], params: tree.Params) -> list[str]:
         if self.target != NORMS:
             return select(leaves, self.target, params=params)
-        of_role = set(layouts.find(params, NORMS, required=False))
-        found = [path for path in leaves if path in of_role] or _by_structure(leaves)
+        # Of what looks like a normalisation, those with names that models of text do not have are taken, too, and all if there is no other.
+        by_structure, of_role = _by_structure(leaves), set(layouts.find(params, NORMS, required=False))
+        of_images = {path for path in by_structure if _OF_IMAGES.fullmatch(path.rpartition("/")[0])}
+        found = [path for path in leaves if path in of_role | of_images] or by_structure
         if not found:
             raise ValueError(
                 "ln_tuning: the model has no normalisations: no module of a known name, and none that holds nothing but a vector "
