@@ -66,7 +66,6 @@ paper's, and not changed for this table. The methods did not have equal numbers 
         rows=(
             "lora", "dora", "adalora", "vera", "ia3", "loha", "lokr", "oft", "boft", "hra", "miss", "shira", "ln_tuning",
             "adaption_prompt", "multitask_prompt_tuning", "lora init=pissa", "lora init=olora", "lora init=orthogonal", "lora init=eva",
-            "lora freeze_a=true", "lora b_lr_scale=4 learning_rate=0.001",
         ),
         results="lora_family",
         document=ROOT / "docs" / "lora_family.md",

@@ -30,7 +30,7 @@ again.
 import abc
 import dataclasses
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -39,6 +39,7 @@ from jpeft.core import options as opt
 from jpeft.core.groups import Group
 from jpeft.core.layer import Layer
 from jpeft.core.method_type import MethodType as MethodType
+from jpeft.core.rates import Rates
 from jpeft.core.stages import Stage
 from jpeft.core.statistics import Statistic
 from jpeft.core.update_rule import UpdateRule
@@ -48,13 +49,6 @@ from jpeft.tree.paths import Params, flatten
 from jpeft.tree.select import names_numbers
 
 TRAIN, FREEZE = "train", "freeze"  # labels
-
-
-class Rates(NamedTuple):
-    """Learning rates that suit a method; see `Method`."""
-
-    learning_rate: float
-    head_lr_scale: float
 
 
 class Method(metaclass=MethodType):
@@ -315,7 +309,6 @@ class Method(metaclass=MethodType):
     @classmethod
     def rates_for(cls, options: Mapping[str, Any]) -> Rates:
         """The learning rates that suit these options: those of the class, unless one of them asks for others."""
-        del options
         return Rates(cls.learning_rate, cls.head_lr_scale)
 
     @classmethod

@@ -11,8 +11,9 @@ from jpeft import tree
 from jpeft.core.groups import Group
 from jpeft.core.layer import Layer, Linear
 from jpeft.core.limits import Range
-from jpeft.core.method import FREEZE, Rates, with_head
+from jpeft.core.method import FREEZE, with_head
 from jpeft.core.options import Count, Names, PerPath, Positive, Probability, option
+from jpeft.core.rates import Rates
 from jpeft.core.statistics import InputMoments, Statistic, find
 from jpeft.reparameterized import low_rank, starts, tied_tables, two_view
 from jpeft.reparameterized.matrix_form import OUTPUTS, MatrixForm
