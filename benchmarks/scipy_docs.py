@@ -116,6 +116,8 @@ def write(comparison: Comparison, page: Page, results: Path, document: Path) -> 
     )
     entries = [entry for entry in comparison.entries if not page.whole or len(entry.results) == len(comparison.seeds)]
     shown = dataclasses.replace(comparison, entries=tuple(entries)).markdown(page.columns)
+    if not page.whole:  # the text above the table says how many seeds its rows have
+        shown = re.sub(r" \(\d of \d seeds\)", "", shown)
     filled = f"{alt}({os.path.relpath(picture, document.parent)})\n\n{shown}"
     document.write_text(MARKED.sub(lambda match: f"{match[1]}{filled}{match[2]}", text))
     print(f"{table}, {picture} and {document} are up to date")
