@@ -11,6 +11,7 @@ import pytest
 from tables import noised
 
 import jpeft
+from jpeft.checkpoint import adapter as adapter_files
 from jpeft.checkpoint.fingerprint import file_checksums, fingerprint
 
 PARAMS = {
@@ -209,6 +210,26 @@ def test_a_failing_overwrite_keeps_the_old_one(saved, monkeypatch):
         with pytest.raises(OSError, match="disk full"):
             jpeft.save(path, peft.replace(adapter=noised(peft.adapter)), overwrite=True)
     chex.assert_trees_all_equal(jpeft.load(path, PARAMS).adapter, peft.adapter)
+
+
+@pytest.mark.parametrize("place", ["_read_arrays", "damaged_files"])
+def test_one_that_is_replaced_while_it_is_read_is_read_anew(saved, monkeypatch, place):
+    """Another process may save in the midst of a load: nothing is mixed, and the files of the old one are not missed."""
+    path, peft = saved
+    new, read, times = peft.replace(adapter=noised(peft.adapter, seed=9)), getattr(adapter_files, place), []
+
+    def replaced(*args):
+        times.append(1)
+        if len(times) == 1:
+            jpeft.save(path, new, overwrite=True)
+        return read(*args)
+
+    monkeypatch.setattr(adapter_files, place, replaced)
+    chex.assert_trees_all_equal(jpeft.load(path, peft.params).adapter, new.adapter)
+    assert len(times) == 2
+    (path / "jpeft.json").write_text("{")
+    with pytest.raises(ValueError, match="damaged"):  # by nobody who is at work
+        jpeft.load(path, peft.params)
 
 
 def test_nothing_there(tmp_path):

@@ -16,7 +16,7 @@ import numpy as np
 from jpeft import registry, tree
 from jpeft.checkpoint.arrays import check_arrays, indexed
 from jpeft.checkpoint.background import QuietOrbax, in_short
-from jpeft.checkpoint.files import check_output, replace_folder
+from jpeft.checkpoint.files import check_output, read_steadily, replace_folder
 from jpeft.checkpoint.fingerprint import damaged_files, file_checksums, fingerprint, fingerprint_of, leaf_table
 from jpeft.checkpoint.forms import Blocks, Lazy, OneFormError, convert, other_form
 from jpeft.checkpoint.heads import as_saved
@@ -160,13 +160,9 @@ def load(path: str | os.PathLike[str], params: tree.Params, *, method: Method | 
     params = unwrap(params)
     source = Path(path).absolute()
     remove_leftovers(source)
-    record = read_record(path)
+    record, arrays = read_steadily(source, lambda: _read(path, source))
     method = _method(record["method"], method, path)
-    # Looked at before Orbax opens anything: its other reads go on in the background when one fails.
-    if damaged := damaged_files(source / _LEAVES, record["files"]):
-        which = f"{len(damaged)} such files; {source / _RECORD} lists {len(record['files'])}"
-        raise ValueError(f"The adapter in '{path}' is damaged: {source / _LEAVES / damaged[0]} is not as it was saved ({which}).")
-    adapter = {name: {} for name, _ in method.parts} | _read_arrays(path, source / _LEAVES, record["leaves"])
+    adapter = {name: {} for name, _ in method.parts} | arrays
     method = as_saved(method, params, adapter)
     try:
         _check_fit(params, adapter, method, path)
@@ -179,6 +175,16 @@ def load(path: str | os.PathLike[str], params: tree.Params, *, method: Method | 
     elif not found:
         raise error or _wrong_base(path, record["base"])
     return Peft(params, adapter, method)
+
+
+def _read(path: str | os.PathLike[str], source: Path) -> tuple[dict[str, Any], tree.Adapter]:
+    """Return the record of an adapter, and its arrays."""
+    record = read_record(path)
+    # Looked at before Orbax opens anything: its other reads go on in the background when one fails.
+    if damaged := damaged_files(source / _LEAVES, record["files"]):
+        which = f"{len(damaged)} such files; {source / _RECORD} lists {len(record['files'])}"
+        raise ValueError(f"The adapter in '{path}' is damaged: {source / _LEAVES / damaged[0]} is not as it was saved ({which}).")
+    return record, _read_arrays(path, source / _LEAVES, record["leaves"])
 
 
 def _from_other_form(

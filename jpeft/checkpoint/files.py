@@ -8,11 +8,14 @@ import errno
 import json
 import os
 import sys
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from jpeft.checkpoint.locks import try_lock
 from jpeft.checkpoint.temporary import Temporary, delete, moved_aside
+
+T = TypeVar("T")
 
 # Of Linux's renameat2: fail if the new name is taken; exchange two names in one step.
 _NOREPLACE, _EXCHANGE = 1, 2
@@ -88,6 +91,35 @@ def replace_folder(partial: Path, target: Path, *, overwrite: bool = True) -> No
             os.rename(old, target)
             raise
         delete(old)
+
+
+def read_steadily(folder: Path, read: Callable[[], T]) -> T:
+    """Return what `read` makes of a folder; where another process replaces the folder meanwhile, read the new one.
+
+    Args:
+      folder: A folder that `replace_folder` may replace.
+      read: Reads it. What it reads in two folders is not used, and an error that it meets in between is not raised.
+    """
+    while True:
+        before = _identity(folder)
+        try:
+            found = read()
+        except (ValueError, OSError):
+            if _identity(folder) == before:
+                raise
+            continue
+        if _identity(folder) == before:
+            return found
+
+
+def _identity(folder: Path) -> tuple[int, ...] | None:
+    """What tells a folder from another one of its name; None if there is none."""
+    try:
+        about = folder.stat()
+    except OSError:
+        return None
+    # The number of a deleted folder is given to a new one; but a folder that is renamed takes the time of that.
+    return about.st_dev, about.st_ino, about.st_ctime_ns
 
 
 def use_umask(folder: Path) -> None:
